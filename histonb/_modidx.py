@@ -27,4 +27,6 @@ d = { 'settings': { 'branch': 'main',
                               'histonb.core.read_json': ('core.html#read_json', 'histonb/core.py'),
                               'histonb.core.read_jsonl': ('core.html#read_jsonl', 'histonb/core.py'),
                               'histonb.core.repo_root': ('core.html#repo_root', 'histonb/core.py'),
-                              'histonb.core.write_json': ('core.html#write_json', 'histonb/core.py')}}}
+                              'histonb.core.write_json': ('core.html#write_json', 'histonb/core.py')},
+            'histonb.data.labels': { 'histonb.data.labels.colorize': ('data/labels.html#colorize', 'histonb/data/labels.py'),
+                                     'histonb.data.labels.to_labels': ('data/labels.html#to_labels', 'histonb/data/labels.py')}}}
