@@ -1,0 +1,128 @@
+"""What holds the repository together: notebooks, library, README and the rule of who may call whom."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = [p for p in NOTEBOOKS if p.parent.name != "reports" and p.name != "index.ipynb"]
+REPORTS = [p for p in NOTEBOOKS if p.parent.name == "reports"]
+ROOMS = {"data": set(), "models": set(), "pretrain": {"data", "models"}, "evaluate": {"data", "models"},
+         "multitask": {"data", "models", "evaluate"}, "jobs": set()}
+
+
+def names(paths):
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
+def tracked():
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / line for line in listing.splitlines() if (ROOT / line).exists()]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A copy of the repository in which the library is exported anew and the notebooks are cleaned."""
+    copy = tmp_path_factory.mktemp("sync") / "repo"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "_site", "__pycache__", "*.egg-info"))
+    shutil.rmtree(copy / "histonb")
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([str(Path(sys.executable).with_name(command))], cwd=copy, check=True, capture_output=True)
+    return copy
+
+
+def test_library_is_what_the_notebooks_export(exported):
+    ours = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "histonb").rglob("*.py")}
+    fresh = {str(p.relative_to(exported)): p.read_text() for p in (exported / "histonb").rglob("*.py")}
+    assert ours.keys() == fresh.keys()
+    stale = [name for name in ours if ours[name] != fresh[name]]
+    assert not stale, f"run `nbdev_export` (or `nbdev_update` if you edited the library): {stale}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_is_clean(notebook, exported):
+    clean = exported / notebook.relative_to(ROOT)
+    assert json.loads(notebook.read_text()) == json.loads(clean.read_text()), "run `nbdev_clean`"
+
+
+@pytest.mark.parametrize("notebook", MODULES, ids=names(MODULES))
+def test_notebook_tells_its_story(notebook):
+    nb = json.loads(notebook.read_text())
+    opening = "".join(nb["cells"][0]["source"])
+    assert re.match(r"# .+\n\n> .+", opening), "open with `# Title` and `> one-line promise`"
+    outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"], "a saved cell failed: `make notebooks`"
+    assert outputs, "no saved outputs: run `make notebooks` so that the site shows results"
+    assert notebook.stat().st_size < 300_000, "save smaller figures"
+    assert not re.search(r"/home/|/work/|/root/|/tmp/", json.dumps(outputs)), "a machine path is saved in an output"
+
+
+@pytest.mark.parametrize("notebook", REPORTS, ids=names(REPORTS))
+def test_report_has_one_parameters_cell(notebook):
+    nb = json.loads(notebook.read_text())
+    cells = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert len(cells) == 1
+    assert re.search(r"^out = \"\"", "".join(cells[0]["source"]), re.M), "a report writes into `out`"
+
+
+def imports(path):
+    """The modules of the library that a file imports, as full names."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
+            yield from (f"{module}.{a.name}" for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_who_may_call_whom(room):
+    allowed = {room, "core", *ROOMS[room]}
+    for path in (ROOT / "histonb" / room).glob("*.py"):
+        called = {name.split(".")[1] for name in imports(path) if name.startswith("histonb.")}
+        assert called <= allowed, f"{path.name} in `{room}` calls {called - allowed}"
+
+
+def test_imports_are_seen(tmp_path):
+    """The rule above would be empty if `imports` saw nothing."""
+    seen = {name.split(".")[1] for p in (ROOT / "histonb").rglob("*.py") for name in imports(p) if name.startswith("histonb.")}
+    assert {"core", "data", "models"} <= seen
+
+
+def test_readme_is_the_index_notebook():
+    from histonb.jobs.readme import render
+    assert (ROOT / "README.md").read_text() == render(ROOT / "nbs/index.ipynb"), "run `make readme`"
+
+
+def test_readme_names_the_test_command():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    assert "make demo\nmake test" in readme
+    assert re.search(r"^make test$", ci, re.M) and re.search(r"^make docs$", ci, re.M)
+
+
+def test_lint():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_nothing_heavy_or_private_is_tracked():
+    for path in tracked():
+        assert path.stat().st_size < 1_500_000, f"{path} is too large for the repository"
+        if path.suffix in {".py", ".ipynb", ".md", ".yaml", ".ini", ".toml", ".sh", ""} and path != Path(__file__):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            assert not re.search(r"/(home|work|root)/\w", text), f"{path} names a path of one machine"
+
+
+def test_light_imports():
+    """`import histonb` and the command line must not pull in what takes seconds to load."""
+    code = ("import sys, histonb, histonb.core, histonb.cli, histonb.jobs.studies; "
+            "print(sorted({'torch', 'timm', 'pandas', 'albumentations', 'sklearn', 'papermill'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
