@@ -194,7 +194,8 @@ def repo_root(
     start=None, # folder to search from, upwards; the working folder by default
 ) -> Path: # the folder that holds settings.ini and nbs/
     "Find the repository: upwards from `start`, or where the library was installed from in editable mode."
+    import histonb
     start = Path(start or os.getcwd()).resolve()
-    for folder in [start, *start.parents, Path(__file__).resolve().parents[1]] if "__file__" in globals() else [start, *start.parents]:
+    for folder in (start, *start.parents, Path(histonb.__file__).resolve().parents[1]):
         if (folder/"settings.ini").exists() and (folder/"nbs").is_dir(): return folder
     raise BadInput(start, "no histonb repository here or above", "Change into a clone of it: the notebooks and studies live there.")
