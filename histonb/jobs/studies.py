@@ -134,6 +134,7 @@ def load_study(
         if notebook not in reports: raise BadInput(where, f"no notebook `{notebook}` in nbs/reports", nearest(notebook, reports))
         defaults = notebook_parameters(root/f"nbs/reports/{notebook}.ipynb")
         if "out" not in defaults: raise BadInput(f"nbs/reports/{notebook}.ipynb", 'no parameter `out = ""`', "Stages write into the folder it names.")
+        if "out" in (spec.get("parameters") or {}): raise BadInput(where, f"`out` is always {'runs/' + name + '/' + stage} in a study", "Leave it out.")
         values = _keys(spec.get("parameters") or {}, [k for k in defaults if k != "out"], where, "`parameters`")
         needs = []
         def folder_of(other, where=where, stage=stage, needs=needs):
@@ -361,6 +362,7 @@ def _run_stage(study, stage, force):
     record = {"stage": stage.name, "notebook": stage.notebook, "state": "running", "made_from": made, "library": library_digest(),
               "started": datetime.datetime.now(datetime.timezone.utc).isoformat()}
     write_json(folder/"stage.json", record)
+    _overview(study)
     clock = time.monotonic()
     state, fault, trace, at, signum = _execute(study, stage)
     seconds = round(time.monotonic() - clock, 1)
