@@ -12,6 +12,7 @@ import re
 import struct
 import threading
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Level:
     samples: int  # values a pixel, within one plane
     predictor: int  # 2 = rows hold differences
     tables: bytes | None  # JPEG tables that all internal tiles share
+    strips: bool  # strips in place of tiles: the last may be shorter, where a tile is always whole
 
     @property
     def grid(self):
@@ -48,8 +50,8 @@ class Level:
         return self.offsets.shape[1:]
 
     def height(self, row):
-        "Stored height of a row of internal tiles: the last strip may be shorter, a tile is always whole."
-        return self.tile[0] if self.tile[1] < self.shape[1] else min(self.tile[0], self.shape[0] - row*self.tile[0])
+        "Stored height of a row of internal tiles."
+        return min(self.tile[0], self.shape[0] - row*self.tile[0]) if self.strips else self.tile[0]
 
 # %% ../../nbs/data/02_slides.ipynb #cell-007
 _MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -78,10 +80,9 @@ def decode(
     whole = out if shape[0] == level.tile[0] else None
     if level.compression == JPEG:
         if fault := _jpeg_fault(data): raise ValueError(fault)
-        space = _SPACES[level.photometric]
+        space, into = (_SPACES[level.photometric], "RGB") if level.samples == 3 else ("GRAYSCALE", "GRAYSCALE")
         if whole is not None and level.samples == 1: whole = whole[..., 0]
-        pixels = imagecodecs.jpeg8_decode(data, tables=level.tables, colorspace=space, out=whole,
-                                          outcolorspace="RGB" if level.samples == 3 else space)
+        pixels = imagecodecs.jpeg8_decode(data, tables=level.tables, colorspace=space, outcolorspace=into, out=whole)
         return pixels.reshape(*pixels.shape[:2], level.samples)[:shape[0], :shape[1]]
     if level.compression in _JPEG2000:
         return imagecodecs.jpeg2k_decode(data).reshape(shape)
@@ -119,7 +120,7 @@ def _level(
         raise BadInput(path, f"truncated: its tiles reach to byte {end}, the file ends at {size}", "Copy or download it again.")
     return Level((page.imagelength, page.imagewidth), tile, offsets.reshape(grid), counts.reshape(grid), code, photometric,
                  1 if int(page.planarconfig) == 2 else page.samplesperpixel, page.predictor if code in (5, 8, 32946) else 1,
-                 page.jpegtables)
+                 page.jpegtables, not page.is_tiled)
 
 # %% ../../nbs/data/02_slides.ipynb #cell-011
 def _pyramid(tiff) -> list: # lists of pages, one list a level, the largest level first
@@ -249,6 +250,16 @@ def _decode(
     if len(data) < codes.size//64 and codes.min() == codes.max(): self._constant[data] = codes[0, 0]
     return codes
 
+def _touched(
+    start: int, # first pixel of a region
+    size: int, # its pixels
+    total: int, # pixels of the level
+    tile: int, # pixels of an internal tile
+) -> range: # rows (or columns) of internal tiles
+    "Which internal tiles a region touches along one axis."
+    first, last = max(start, 0), min(start + size, total) - 1
+    return range(first//tile, last//tile + 1) if last >= first else range(0)
+
 def _paste(
     level: Level, # where to read
     x: int, # left edge, pixels of this level
@@ -260,9 +271,9 @@ def _paste(
     "Assemble a region from the internal tiles it touches."
     (h, w), (height, width), (th, tw) = out.shape[:2], level.shape, level.tile
     if x < 0 or y < 0 or x + w > width or y + h > height: out[:] = fill
-    for row in range(max(y, 0)//th, (min(y + h, height) - 1)//th + 1):
+    for row in _touched(y, h, height, th):
         top, bottom = max(y, row*th), min(y + h, row*th + th, height)
-        for column in range(max(x, 0)//tw, (min(x + w, width) - 1)//tw + 1):
+        for column in _touched(x, w, width, tw):
             left, right = max(x, column*tw), min(x + w, column*tw + tw, width)
             out[top - y:bottom - y, left - x:right - x] = get(row, column)[top - row*th:bottom - row*th, left - column*tw:right - column*tw]
 
@@ -338,28 +349,13 @@ def _resize(pixels, width, height, mask):
     return cv2.resize(pixels, (width, height), interpolation=how)
 
 # %% ../../nbs/data/02_slides.ipynb #cell-022
-def _wanted(
-    level: Level, # where the tiles are cut
-    corners: np.ndarray, # (n, 2) x and y of the tiles, pixels of this level
-    size: int, # side of a tile
-) -> np.ndarray: # (rows, columns): how many tiles touch each internal tile
-    "Count the tiles that need each internal tile."
-    (th, tw), (rows, columns) = level.tile, level.grid
-    x, y = corners.T
-    left, right = np.clip(x//tw, 0, columns), np.clip((np.minimum(x + size, level.shape[1]) - 1)//tw + 1, 0, columns)
-    top, bottom = np.clip(y//th, 0, rows), np.clip((np.minimum(y + size, level.shape[0]) - 1)//th + 1, 0, rows)
-    steps = np.zeros((rows + 1, columns + 1), int)
-    for r, c, sign in ((top, left, 1), (bottom, left, -1), (top, right, -1), (bottom, right, 1)): np.add.at(steps, (r, c), sign)
-    return steps.cumsum(0).cumsum(1)[:rows, :columns]
-
-# %% ../../nbs/data/02_slides.ipynb #cell-023
 class _Tiles:
     "Decoded internal tiles that several threads share: decoded by the first who asks, recycled after the last who needs them."
-    def __init__(self, slide, level, wanted):
-        self.slide, self.level, self.left = slide, level, wanted.tolist()
-        self.lock, self.held, self.spare = threading.Lock(), {}, []
-        at = slide.levels[level]
-        self.shape = (*at.tile, at.samples)
+    def __init__(self, slide, level, corners, size):
+        self.slide, self.level, at = slide, level, slide.levels[level]
+        (height, width), (th, tw) = at.shape, at.tile
+        self.left = Counter((r, c) for x, y in corners for r in _touched(y, size, height, th) for c in _touched(x, size, width, tw))
+        self.lock, self.held, self.spare, self.shape = threading.Lock(), {}, [], (th, tw, at.samples)
 
     def get(self, row, column):
         with self.lock:
@@ -375,10 +371,10 @@ class _Tiles:
 
     def done(self, row, column):
         with self.lock:
-            self.left[row][column] -= 1
-            if not self.left[row][column]: self.spare.append(self.held.pop((row, column)).result()[1])
+            self.left[row, column] -= 1
+            if not self.left[row, column]: self.spare.append(self.held.pop((row, column)).result()[1])
 
-# %% ../../nbs/data/02_slides.ipynb #cell-024
+# %% ../../nbs/data/02_slides.ipynb #cell-023
 @patch
 def map_tiles(
     self: Slide,
@@ -393,7 +389,7 @@ def map_tiles(
     corners = np.rint(np.asarray(xy, float).reshape(-1, 2)/self.downsamples[level]).astype(int)
     bands = {}
     for i in np.lexsort(corners.T): bands.setdefault(corners[i, 1]//size, []).append(int(i))
-    tiles, results, todo = _Tiles(self, level, _wanted(at, corners, size)), [None]*len(corners), iter(list(bands.values()))
+    tiles, results, todo = _Tiles(self, level, corners.tolist(), size), [None]*len(corners), iter(list(bands.values()))
     stop, turn = threading.Event(), threading.Lock()
 
     def work():
@@ -419,7 +415,7 @@ def map_tiles(
         finally: stop.set()
     return results
 
-# %% ../../nbs/data/02_slides.ipynb #cell-026
+# %% ../../nbs/data/02_slides.ipynb #cell-025
 _ZIGZAG = sorted(range(64), key=lambda i: (i//8 + i % 8, i//8 if (i//8 + i % 8) % 2 else i % 8))
 
 @dataclasses.dataclass(frozen=True)
