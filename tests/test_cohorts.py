@@ -1,0 +1,118 @@
+"The PANDA reader: the published table, a part of the files, lists of others, and broken inputs."
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from histonb.core import BadInput
+from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, panda
+from histonb.data.labels import CODES
+from histonb.data.phantom import write_cohort
+
+PANDA = Path(__file__).parents[2]/"shared/data/panda"
+HEADER = "image_id,data_provider,isup_grade,gleason_score\n"
+needs_panda = pytest.mark.skipif(not PANDA.exists(), reason=f"needs {PANDA}")
+
+def make(root, n=20, table=None, images=None, masks=()):
+    "A folder in PANDA's layout with empty files: the reader opens none."
+    for name in ("train_images", "train_label_masks"): (root/name).mkdir(parents=True, exist_ok=True)
+    names = [f"s{i:02d}" for i in range(n)]
+    rows = "".join(f"{name},{('radboud', 'karolinska')[i%2]},{0 if i%2 else 1},{'0+0' if i%2 else '3+3'}\n" for i, name in enumerate(names))
+    (root/"train.csv").write_text(HEADER + rows if table is None else table)
+    for name in names if images is None else images: (root/"train_images"/f"{name}.tiff").touch()
+    for name in masks: (root/"train_label_masks"/f"{name}_mask.tiff").touch()
+    return names
+
+@needs_panda
+def test_real_table_with_one_slide():
+    cohort = panda(PANDA)
+    assert list(cohort.slides) == SLIDE_COLUMNS and list(cohort.quarantine) == QUARANTINE_COLUMNS
+    (row,) = cohort.slides.itertuples()
+    assert (row.slide, row.codes, row.provider, row.isup, row.gleason) == ("006f6aa35a78965c92fffd1fbd53a058", "radboud", "radboud", 3, "4+3")
+    assert Path(row.image).is_file() and Path(row.mask).is_file() and row.case == row.slide
+    assert cohort.counts["listed but not in the folder"] == 10615 and len(cohort.quarantine) == 0
+
+@needs_panda
+def test_real_table_in_full(tmp_path):
+    "All 10,616 slides of the published table, as empty files."
+    listed = pd.read_csv(PANDA/"train.csv")
+    make(tmp_path, table=(PANDA/"train.csv").read_text(), images=listed["image_id"], masks=listed["image_id"][100:])
+    cohort = panda(tmp_path)
+    assert len(cohort) == 10616 and cohort.counts["without mask"] == 100
+    grades = cohort.grades()
+    assert (grades.loc["radboud", "0+0"], grades.loc["karolinska", "0+0"], grades.loc["all", "0+0"]) == (967, 1925, 2892)
+    assert cohort.slides["provider"].value_counts().to_dict() == {"karolinska": 5456, "radboud": 5160}
+    assert set(cohort.slides["codes"]) <= set(CODES)
+
+@needs_panda
+def test_real_slide_opens():
+    from histonb.data.labels import to_labels
+    from histonb.data.slides import open_slide
+    row = next(panda(PANDA).slides.itertuples())
+    with open_slide(row.image) as slide, open_slide(row.mask) as mask:
+        assert slide.shapes[0] == mask.shapes[0]
+        assert set(to_labels(mask.read_mask(0, 0, *mask.shapes[-1][::-1], level=len(mask.shapes) - 1), row.codes).ravel()) <= {0, 1, 2, 3, 4}
+
+def test_phantom_cohort(tmp_path):
+    root = write_cohort(tmp_path/"phantom", n_slides=2, seed=0, shape=(1024, 1024), karolinska=.5)
+    cohort = panda(root)
+    assert len(cohort) == 2 and set(cohort.slides["codes"]) == {"radboud", "karolinska"}
+    assert all(Path(p).is_file() for c in ("image", "mask") for p in cohort.slides[c])
+    assert "2 slides in 2 cases" in repr(cohort) and "<table" in cohort._repr_html_()
+
+def test_few_missing_are_named_and_many_are_counted(tmp_path):
+    names = make(tmp_path)
+    for i in (3, 4): (tmp_path/"train_images"/f"{names[i]}.tiff").unlink()
+    lost = panda(tmp_path)
+    assert lost.quarantine["slide"].tolist() == names[3:5] and len(lost) == 18
+    (tmp_path/"train_images"/f"{names[5]}.tiff").unlink()
+    part = panda(tmp_path)
+    assert len(part.quarantine) == 0 and part.counts["listed but not in the folder"] == 3 and len(part) == 17
+
+def test_lists_of_others(tmp_path):
+    names = make(tmp_path, masks=["s00", "s01"])
+    (tmp_path/"s.csv").write_text("image_id,reason\ns04,\"blank, or nearly\"\ns04,pen\nnot-here,blank\n")
+    (tmp_path/"d.csv").write_text("image_id,group\ns00,0\ns05,0\ns06,1\n")
+    cohort = panda(tmp_path, suspicious=tmp_path/"s.csv", duplicates=tmp_path/"d.csv", limit=10)
+    slides = cohort.slides.set_index("slide")
+    assert "s04" not in slides.index and len(cohort) == 10 and cohort.counts["beyond the limit"] == 9
+    assert cohort.quarantine["fault"].tolist() == ["listed as suspicious: blank, or nearly"]
+    assert slides.loc["s00", "case"] == slides.loc["s05", "case"] != slides.loc["s06", "case"]
+    assert slides.loc["s01", "case"] == "s01" and slides["case"].nunique() == 9
+    assert slides["mask"].ne("").sum() == 2 and cohort.counts["without mask"] == 8
+    assert names[0] == cohort.slides["slide"][0]
+
+def test_a_table_saved_by_a_spreadsheet(tmp_path):
+    make(tmp_path, n=1, table="\ufeff" + HEADER.replace("\n", "\r\n") + "s00,radboud,0,negative\r\n")
+    assert panda(tmp_path).slides["gleason"].tolist() == ["0+0"]
+
+@pytest.mark.parametrize("table,words", [
+    ("", "unreadable as CSV"),
+    ("\x00\x01\x02", "no column `image_id`"),
+    (HEADER + 's00,"radboud,1,3+3\n', "unreadable as CSV"),
+    (HEADER.replace("image_id", "image"), "Did you mean `image`?"),
+    (HEADER + "s00,radboud,1,3+3\ns00,radboud,1,3+3\n", "1 values of `image_id` occur more than once (s00)"),
+    (HEADER + "s00,radbound,1,3+3\n", "Did you mean `radboud`?"),
+    (HEADER + "s00,radboud,6,3+3\n", "`isup_grade` that is not a number from 0 to 5: `6` for s00"),
+    (HEADER + "s00,radboud,1,\n", "`gleason_score`"),
+    (HEADER + "other,radboud,1,3+3\n", "none of the 1 slides of train.csv is here"),
+    (HEADER, "none of the 0 slides"),
+])
+def test_broken_tables(tmp_path, table, words):
+    make(tmp_path, n=1, table=table)
+    with pytest.raises(BadInput) as e: panda(tmp_path)
+    assert words in str(e.value) and str(tmp_path) in str(e.value)
+
+def test_broken_folders_and_lists(tmp_path):
+    make(tmp_path/"good")
+    cases = [(dict(root=tmp_path), "there is no train.csv here"), (dict(root=tmp_path/"none"), "there is no train.csv here"),
+             (dict(suspicious=tmp_path/"none.csv"), "there is no such file")]
+    for name, text, words in [("bytes", b"\xff\xfe\x80\x00", "unreadable as CSV"), ("column", b"image_id,why\ns00,x\n", "no column `reason`")]:
+        (tmp_path/name).write_bytes(text)
+        cases.append((dict(suspicious=tmp_path/name), words))
+    (tmp_path/"twice").write_text("image_id,group\ns00,1\ns00,2\n")
+    cases.append((dict(duplicates=tmp_path/"twice"), "`image_id` occur more than once"))
+    for arguments, words in cases:
+        with pytest.raises(BadInput) as e: panda(**{"root": tmp_path/"good", **arguments})
+        assert words in str(e.value)
