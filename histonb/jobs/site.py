@@ -79,9 +79,9 @@ blockquote { margin: .6rem 0; padding-left: 1rem; border-left: 3px solid var(--l
 .figures b { display: block; font-size: 1.35rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .figures span { color: var(--soft); font-size: .88rem; }
 .scroll, .output_html, .output_markdown, .text_cell_render { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+table { border: 0; border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
 th, td { padding: .28rem .8rem .28rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-.dataframe th, .dataframe td { text-align: right; border-top: 0; border-left: 0; border-right: 0; }
+.dataframe th, .dataframe td { text-align: right; border-width: 0 0 1px; }
 img, svg { max-width: 100%; height: auto; }
 .output_png img, .output_jpeg img, .output_svg img { background: #fff; border-radius: 4px; display: block; margin: .8rem 0; }
 pre, code { font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }

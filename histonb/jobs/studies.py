@@ -342,7 +342,7 @@ def _execute(study, stage):
         except RuntimeError as e: fault, trace = f"{e}: was there enough memory?" if "died" in str(e) else str(e), ""
         output.write("\n")
     where = f"cell {now['cell']} of {total}"
-    if kernel.signum: return "interrupted", f"interrupted by {signal.Signals(kernel.signum).name} in {where}", "", now["index"], kernel.signum
+    if kernel.signum: return "interrupted", f"stopped by {signal.Signals(kernel.signum).name} in {where}", "", now["index"], kernel.signum
     return ("failed", f"{where}: {fault}", trace, now["index"], None) if fault else ("finished", "", "", now["index"], None)
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-028
@@ -354,7 +354,7 @@ def _overview(study):
 
 def _run_stage(study, stage, force):
     "Run one stage, keep its record, and leave report.html behind."
-    from histonb.jobs.site import write_report
+    from histonb.jobs.site import figure_text, write_report
     folder = study.root/stage.folder
     made, old = made_from(study, stage), stage_record(study, stage)
     if old and (force or _differences(old["made_from"], made)): shutil.rmtree(folder) # nothing of another making may mix in
@@ -371,11 +371,11 @@ def _run_stage(study, stage, force):
     write_json(folder/"stage.json", {**record, "state": state, "seconds": seconds, "error": fault})
     if state == "finished":
         write_report(folder)
-        print(f"{stage.name}: finished in {seconds:.0f} s" + "".join(f"; {k} {v}" for k, v in headline(read_json(folder/"metrics.json")).items()), flush=True)
+        print(f"{stage.name}: finished in {seconds:.0f} s" + "".join(f"; {k} {figure_text(v)}" for k, v in headline(read_json(folder/"metrics.json")).items()), flush=True)
         return
     _overview(study)
     again = f"`histonb run {study.path}` goes on from here: finished stages are not run again."
-    if signum: raise Interrupted(f"stage `{stage.name}` {fault}. {again}", signum)
+    if signum: raise Interrupted(f"stage `{stage.name}` was {fault}. {again}", signum)
     remedy = "Free some disk space. " if "No space left" in fault or "Disk quota" in fault else ""
     raise StageFailed("\n".join(filter(None, [*trace.splitlines()[-25:], f"stage `{stage.name}` failed in {fault}",
         f"See {stage.folder}/notebook.ipynb. {remedy}{again}"])))
