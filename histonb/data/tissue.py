@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MPP', 'PATTERNS', 'GROWTH', 'EPITHELIAL', 'LYMPHOCYTE', 'STROMAL', 'noise', 'lattice', 'at', 'fibres', 'Growth',
-           'outlines', 'place', 'fill', 'ellipses', 'along', 'Truth', 'draw_tissue', 'Stain', 'draw_stain', 'to_rgb']
+           'outlines', 'place', 'fill', 'ellipses', 'along', 'cords', 'Tissue', 'grow']
 
 # %% ../../nbs/data/01_tissue.ipynb #cell-002
 from dataclasses import dataclass
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ..core import BadInput
-
 # %% ../../nbs/data/01_tissue.ipynb #cell-003
-MPP = .48
+MPP = .48  # um per pixel
 PATTERNS = {1: "stroma", 2: "benign", 3: "gleason3", 4: "gleason4", 5: "gleason5"}
 
 # %% ../../nbs/data/01_tissue.ipynb #cell-004
@@ -35,55 +33,52 @@ def lattice(
     shape: tuple[int, int], # (h, w) in pixels
     spacing: float, # distance of neighbours in pixels
     jitter: float = .22, # displacement as a share of `spacing`
-) -> np.ndarray: # points (n, 2) as x, y, float32, inside `shape`
+) -> np.ndarray: # (n, 2) as x, y, inside `shape`
     "A hexagonal lattice with jittered points: near even spacing without a visible grid."
     h, w = shape
     y, x = np.mgrid[:int(h/(spacing*.866)) + 2, :int(w/spacing) + 2].astype(np.float32)
-    points = np.stack([(x + y%2/2)*spacing, y*spacing*.866], -1).reshape(-1, 2) + rng.uniform(-.5, .5, 2)*spacing
+    points = np.stack([(x + y%2/2)*spacing, y*spacing*.866], -1).reshape(-1, 2) - rng.uniform(0, 1, 2)*spacing
     points += rng.uniform(-jitter, jitter, points.shape)*spacing
-    return points[((points >= 0) & (points < (w, h))).all(1)].astype(np.float32)
+    return points[((points >= 0) & (points < (w, h))).all(1)]
 
 def at(
     field: np.ndarray, # map (h, w)
     points: np.ndarray, # (n, 2) as x, y
 ) -> np.ndarray: # (n,)
     "The map's value at each point; points outside are moved to the border."
-    x, y = points.astype(np.int32).T
+    x, y = points[:, :2].astype(np.int32).T
     return field[y.clip(0, field.shape[0] - 1), x.clip(0, field.shape[1] - 1)]
 
 # %% ../../nbs/data/01_tissue.ipynb #cell-006
 def fibres(
     rng: np.random.Generator,
     shape: tuple[int, int], # (h, w)
-) -> tuple[np.ndarray, np.ndarray]: # texture, float32, about N(0, 1); direction of the fibres in radians, at half size
+) -> tuple[np.ndarray, np.ndarray]: # texture at half size, about N(0, 1); direction of the fibres in radians, at 1/16
     "Wavy bundles: noise stretched along one direction, read through a smoothly displaced grid."
     h, w = (shape[0] + 1)//2, (shape[1] + 1)//2
-    texture = noise(rng, (512, 512), (2.5, 45)) + .7*noise(rng, (512, 512), (9, 120)) + .4*noise(rng, (512, 512), (1.2, 12))
+    texture = sum(a*noise(rng, (512, 512), s) for a, s in ((.8, (1.3, 14)), (.8, (3, 40)), (.6, (10, 90))))
     angle = rng.uniform(0, np.pi)
-    bend = 45*noise(rng, (h, w), 170) + 5*noise(rng, (h, w), 28)
-    y, x = np.mgrid[:h, :w].astype(np.float32)
-    u = x*np.cos(angle) + y*np.sin(angle)
-    v = -x*np.sin(angle) + y*np.cos(angle) + bend
-    wavy = cv2.remap(texture, (u%512).astype(np.float32), (v%512).astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-    slope_y, slope_x = np.cos(angle) + cv2.Sobel(bend, -1, 0, 1, scale=1/8), -np.sin(angle) + cv2.Sobel(bend, -1, 1, 0, scale=1/8)
-    return cv2.resize(wavy, shape[::-1], interpolation=cv2.INTER_LINEAR), np.arctan2(-slope_x, slope_y)
+    bend = 40*noise(rng, (h, w), 230) + 4*noise(rng, (h, w), 45)
+    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    y, x = np.arange(h, dtype=np.float32)[:, None], np.arange(w, dtype=np.float32)
+    u, v = x*c + y*s, y*c - x*s + bend
+    slope_y, slope_x = (cv2.Sobel(v[::8, ::8], -1, *d, scale=1/64) for d in ((0, 1), (1, 0)))
+    return cv2.remap(texture, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP), np.arctan2(-slope_x, slope_y)
 
 # %% ../../nbs/data/01_tissue.ipynb #cell-007
 @dataclass
 class Growth:
-    "How one pattern grows. Lengths in pixels of 0.48 um."
+    "How one pattern grows; lengths in pixels of 0.48 um."
     radius: tuple[float, float] # of a gland or of a solid mass
     folds: float # unevenness of the outline, relative to the radius
     harmonics: int # highest angular frequency of the outline
-    wall: float # thickness of the epithelium around a lumen; 0 = solid mass
-    nucleus: tuple[float, float] # half axes
-    spacing: float # distance of nuclei
+    wall: float # thickness of the epithelium around the lumen; 0 = a solid mass
 
 GROWTH = {
-    2: Growth((60, 125), .16, 9, 31, (8.2, 6.0), 15.5),
-    3: Growth((32, 70), .07, 3, 25, (8.0, 7.2), 18.5),
-    4: Growth((60, 135), .10, 6, 0, (7.9, 7.1), 20.5),
-    5: Growth((45, 110), .20, 7, 0, (8.4, 7.0), 20.5),
+    2: Growth((65, 140), .13, 9, 30),
+    3: Growth((34, 72), .07, 4, 24),
+    4: Growth((60, 150), .11, 7, 0),
+    5: Growth((40, 120), .20, 8, 0),
 }
 
 def outlines(
@@ -95,55 +90,49 @@ def outlines(
 ) -> np.ndarray: # (n, corners, 2)
     "Closed outlines around centres: a circle with random harmonics, scaled to stay within its radius."
     n, theta = len(centers), np.linspace(0, 2*np.pi, corners, endpoint=False)
-    k = np.arange(2, growth.harmonics + 1)
-    size = growth.folds*rng.normal(size=(n, len(k), 1))/np.sqrt(k/2)[:, None]
-    r = 1 + (size*np.cos(k[:, None]*theta + rng.uniform(0, 2*np.pi, (n, len(k), 1)))).sum(1)
-    r = np.clip(r, .35, None)
+    k = np.arange(2, growth.harmonics + 1)[:, None]
+    wave = growth.folds*rng.normal(size=(n, len(k), 1))*np.sqrt(2/k)
+    r = np.clip(1 + (wave*np.cos(k*theta + rng.uniform(0, 2*np.pi, (n, len(k), 1)))).sum(1), .4, None)
     r *= (radius/r.max(1))[:, None]
     return centers[:, None] + r[..., None]*np.stack([np.cos(theta), np.sin(theta)], -1)
 
+# %% ../../nbs/data/01_tissue.ipynb #cell-008
 def place(
     rng: np.random.Generator,
-    regions: np.ndarray, # pattern of the region at each pixel
+    regions: np.ndarray, # pattern that grows at each pixel
     gap: float, # least distance between two outlines, in pixels
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # centers (n, 2), radius (n,), pattern (n,)
+) -> np.ndarray: # (n, 4): x, y, radius, pattern
     "Throw discs into the regions, large ones first, and keep those that touch no other."
-    coarse = regions[::8, ::8]
-    draws = []
+    coarse, draws = regions[::8, ::8], [np.zeros((0, 4))]
     for pattern, growth in GROWTH.items():
         y, x = np.nonzero(coarse == pattern)
-        mean = np.mean(growth.radius)
-        n = int(len(x)*64/(np.pi*mean**2)*7)
-        if len(x) == 0: continue
+        n = int(len(x)*64/(np.pi*np.mean(growth.radius)**2)*25)
+        if n == 0: continue
         i = rng.integers(len(x), size=n)
-        xy = np.stack([x[i], y[i]], 1)*8 + rng.uniform(0, 8, (n, 2))
-        draws.append(np.column_stack([xy, rng.uniform(*growth.radius, n), np.full(n, pattern)]))
-    if not draws: return np.zeros((0, 2)), np.zeros(0), np.zeros(0, int)
+        draws.append(np.column_stack([x[i]*8 + rng.uniform(0, 8, n), y[i]*8 + rng.uniform(0, 8, n),
+                                      rng.uniform(*growth.radius, n), np.full(n, pattern)]))
     draws = np.concatenate(draws)
     draws = draws[np.argsort(-draws[:, 2]*rng.uniform(.7, 1.3, len(draws)), kind="stable")]
-    kept = np.empty_like(draws)
-    n = 0
-    for d in draws:
-        other = kept[:n]
-        room = np.hypot(other[:, 0] - d[0], other[:, 1] - d[1]) - other[:, 2] - d[2]
-        if n == 0 or room.min() >= gap:
-            kept[n] = d
+    kept, n = np.empty_like(draws), 0
+    for draw in draws:
+        if (np.hypot(*(kept[:n, :2] - draw[:2]).T) > kept[:n, 2] + draw[2] + gap).all():
+            kept[n] = draw
             n += 1
-    return kept[:n, :2], kept[:n, 2], kept[:n, 3].astype(int)
+    return kept[:n]
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-008
+# %% ../../nbs/data/01_tissue.ipynb #cell-009
 def fill(
     canvas: np.ndarray, # map to draw on
-    polygons, # each (corners, 2) as x, y, float
-    values, # one for each polygon
+    polygons: np.ndarray, # (n, corners, 2) as x, y
+    values, # (n,)
 ):
     "Fill polygons, positions exact to 1/16 pixel."
-    for polygon, value in zip(polygons, values):
-        cv2.fillPoly(canvas, [np.round(polygon*16).astype(np.int32)], int(value), shift=4)
+    for polygon, value in zip(np.round(np.asarray(polygons)*16).astype(np.int32), values):
+        cv2.fillPoly(canvas, [polygon], int(value), shift=4)
 
 def ellipses(
     rng: np.random.Generator,
-    shapes: np.ndarray, # (n, 5): x, y, half axes, angle
+    shapes: np.ndarray, # (n, 5): x, y, two half axes, angle
     corners: int = 14,
     uneven: float = .07, # irregularity of the outline
 ) -> np.ndarray: # (n, corners, 2)
@@ -155,10 +144,10 @@ def ellipses(
     return np.stack([x + u*np.cos(angle) - v*np.sin(angle), y + u*np.sin(angle) + v*np.cos(angle)], -1)
 
 def along(
+    rng: np.random.Generator,
     outline: np.ndarray, # (corners, 2)
     spacing: float, # distance along the outline
     depth: float, # distance inwards
-    rng: np.random.Generator,
 ) -> np.ndarray: # (n, 3): x, y and the direction of the outline in radians
     "Points at even distances along an outline, moved inwards."
     closed = np.vstack([outline, outline[:1]])
@@ -166,159 +155,121 @@ def along(
     length = np.concatenate([[0], np.cumsum(np.hypot(*step.T))])
     n = max(int(length[-1]/spacing), 3)
     s = (np.arange(n) + rng.uniform(-.15, .15, n) + rng.uniform())%n*length[-1]/n
-    x, y = np.interp(s, length, closed[:, 0]), np.interp(s, length, closed[:, 1])
     i = np.clip(np.searchsorted(length, s, side="right") - 1, 0, len(step) - 1)
     angle = np.arctan2(step[i, 1], step[i, 0])
-    return np.column_stack([x - np.sin(angle)*depth, y + np.cos(angle)*depth, angle])
+    return np.column_stack([np.interp(s, length, closed[:, 0]) - np.sin(angle)*depth,
+                            np.interp(s, length, closed[:, 1]) + np.cos(angle)*depth, angle])
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-009
+# %% ../../nbs/data/01_tissue.ipynb #cell-010
+def cords(
+    rng: np.random.Generator,
+    regions: np.ndarray, # pattern that grows at each pixel
+    epithelium: np.ndarray, # what is taken already
+    angle: np.ndarray, # direction of the fibres, at 1/16
+) -> np.ndarray: # (n, 2): centres of the cells as x, y
+    "Pattern 5 outside its masses: single cells, and files of cells between the fibres."
+    taken = cv2.dilate(epithelium, np.ones((25, 25), np.uint8))
+    seeds = lattice(rng, regions.shape, 60., .4)
+    turn = at(angle, seeds/16)
+    steps = np.arange(5)[:, None, None]*17*np.stack([np.cos(turn), np.sin(turn)], -1)
+    cells = (seeds + steps)[np.arange(5)[:, None] < rng.integers(0, 6, len(seeds))]
+    cells = cells + rng.normal(0, 1.5, cells.shape)
+    return cells[(at(regions, cells) == 5) & (at(taken, cells) == 0)]
+
+# %% ../../nbs/data/01_tissue.ipynb #cell-011
 EPITHELIAL, LYMPHOCYTE, STROMAL = 1, 2, 3  # types of nuclei
 
 @dataclass
-class Truth:
-    "Where everything is, and the two stain concentrations that show it."
-    mask: np.ndarray # Radboud codes 0-5, uint8
+class Tissue:
+    "Where everything is, and what the stain needs to show it. Maps are (h, w)."
+    mask: np.ndarray # Radboud codes 0-5, uint8; a lumen has the code of its gland
     glands: np.ndarray # gland instances, int32, 0 = none
     lumens: np.ndarray # lumen instances, int32
     nuclei: np.ndarray # nucleus instances, int32
-    types: np.ndarray # type of each nucleus by instance number, uint8
-    hematoxylin: np.ndarray # concentration, float32
-    eosin: np.ndarray # concentration, float32
+    cells: np.ndarray # (n_nuclei + 1, 5): x, y, type, darkness, nucleolus (1 = has one); row 0 is empty
+    fibre: np.ndarray # texture of the stroma at half size, float32
 
-def _nuclei(rng, regions, inside, outside, lumens, kind, epithelium, shapes, angle):
+def _nuclei(rng, regions, epithelium, inside, lumens, glands, singles, angle):
     "All nuclei as rows x, y, half axes, angle, type, darkness, nucleolus."
     size, rows = regions.shape, []
-    def add(points, a, b, turn, type_, dark, nucleolus=0.):
-        n = len(points)
+    def add(points, axes, turn, type_, dark, nucleolus=0):
+        n, (a, b) = len(points), axes
         rows.append(np.column_stack([points[:, :2], a*rng.uniform(.85, 1.15, n), b*rng.uniform(.85, 1.15, n),
                                      turn + rng.normal(0, .25, n), np.full(n, type_), dark*rng.uniform(.75, 1.2, n),
                                      np.full(n, nucleolus)]))
-    for outline, pattern in shapes:
-        if pattern == 2:
-            basal = along(outline, 34, 5.5, rng)
-            add(basal, 7.5, 3.2, basal[:, 2], EPITHELIAL, 1.1)
-            tall = along(outline, 16.5, 15 + rng.normal(0, 1.), rng)
-            add(tall, 8.2, 5.8, tall[:, 2] + np.pi/2, EPITHELIAL, .85)
-        elif pattern == 3:
-            row = along(outline, 19, 11, rng)
-            add(row + rng.normal(0, 1.3, row.shape)*(1, 1, 0), 8., 7.2, row[:, 2], EPITHELIAL, .85, 1.)
-    near_lumen = cv2.dilate(lumens, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (13, 13)))
-    for pattern in (4, 5):
-        growth = GROWTH[pattern]
-        points = lattice(rng, size, growth.spacing)
+    def random_turn(points): return rng.uniform(0, np.pi, len(points))
+    for outline, pattern in glands:
+        if pattern == 2:  # two layers: flat basal cells under tall columnar ones
+            basal = along(rng, outline, 34, 5)
+            add(basal, (7.5, 3.2), basal[:, 2], EPITHELIAL, 1.1)
+            tall = along(rng, outline, 17, 14)
+            add(tall + rng.normal(0, 1.2, tall.shape)*(1, 1, 0), (8.2, 5.9), tall[:, 2] + np.pi/2, EPITHELIAL, .85)
+        elif pattern == 3:  # one layer of round nuclei
+            row = along(rng, outline, 19, 11)
+            add(row + rng.normal(0, 1.3, row.shape)*(1, 1, 0), (8., 7.2), row[:, 2], EPITHELIAL, .85, 1)
+    near_lumen = cv2.dilate(lumens, np.ones((11, 11), np.uint8))
+    for pattern in (4, 5):  # solid masses are filled with nuclei
+        points = lattice(rng, size, 20.)
         points = points[(at(epithelium, points) == pattern) & (at(inside, points) > 6) & (at(near_lumen, points) == 0)]
-        grow = 1 if pattern == 4 else rng.uniform(.75, 1.2, len(points))
-        add(points, growth.nucleus[0]*grow, growth.nucleus[1]*grow, rng.uniform(0, np.pi, len(points)), EPITHELIAL, .85, 1.)
-    points = lattice(rng, size, 40, .4)
-    points = points[(at(outside, points) > 9) & (at(regions, points) > 0) & (rng.uniform(size=len(points)) < .8)]
-    add(points, 9.5, 3., at(angle, points/2), STROMAL, .95)
-    crowd = noise(rng, ((size[0] + 7)//8, (size[1] + 7)//8), 22)
+        grow = rng.uniform(.9, 1.1, len(points)) if pattern == 4 else rng.uniform(.75, 1.2, len(points))
+        add(points, (8*grow, 7.2*grow), random_turn(points), EPITHELIAL, .85, 1)
+    add(singles, (7.8, 6.6), random_turn(singles), EPITHELIAL, .85, 1)
+    near_gland = cv2.dilate(epithelium, np.ones((19, 19), np.uint8))
+    points = lattice(rng, size, 38., .4)
+    points = points[(at(near_gland, points) == 0) & (at(regions, points) > 0)]
+    add(points, (9.5, 3.), at(angle, points/16), STROMAL, .95)
+    crowd = noise(rng, (size[0]//8 + 1, size[1]//8 + 1), 22)  # lymphocytes come in crowds
     points = lattice(rng, size, 15.5, .25)
-    points = points[(at(outside, points) > 8) & (at(regions, points) > 0) & (at(crowd, points/8) > rng.uniform(1.2, 2.4))]
-    add(points, 5.6, 5.2, 0., LYMPHOCYTE, 1.25)
+    points = points[(at(near_gland, points) == 0) & (at(regions, points) > 0)]
+    points = points[at(crowd, points/8) > rng.uniform(1.1, 2.6)]
+    add(points, (5.6, 5.2), 0., LYMPHOCYTE, 1.25)
     return np.concatenate(rows)
 
-def draw_tissue(
-    rng: np.random.Generator,
-    regions: np.ndarray, # pattern of the region at each pixel, uint8: 0 = no tissue, else a key of `PATTERNS`
-) -> Truth:
-    "Grow tissue in the given regions."
-    size, tissue = regions.shape, regions > 0
-    gap = rng.uniform(10, 26)
-    centers, radius, kinds = place(rng, regions, gap)
-    # glands and solid masses
-    ids = np.zeros(size, np.int32)
-    shapes = []
-    for pattern, growth in GROWTH.items():
-        for polygon in outlines(rng, centers[kinds == pattern], radius[kinds == pattern], growth): shapes.append((polygon, pattern))
-    fill(ids, [s[0] for s in shapes], range(1, len(shapes) + 1))
-    kind = np.array([0] + [s[1] for s in shapes], np.uint8)
-    # single cells and cords of pattern 5
-    points = lattice(rng, size, 34, .35)
-    points = points[(at(regions, points) == 5) & (at(ids, points) == 0)]
-    cells = np.zeros(size, np.uint8)
-    n = len(points)
-    fill(cells, ellipses(rng, np.column_stack([points, rng.uniform(11, 14, n), rng.uniform(9, 12, n), rng.uniform(0, 3.2, n)])), [1]*n)
-    ids[~tissue] = 0
-    epithelium = kind[ids]
-    epithelium[(cells > 0) & (ids == 0) & tissue] = 5
-    inside = cv2.distanceTransform((epithelium > 0).astype(np.uint8), cv2.DIST_L2, 3)
-    outside = cv2.distanceTransform((epithelium == 0).astype(np.uint8), cv2.DIST_L2, 3)
-    # lumina
-    wall = np.full(len(kind), 1e9, np.float32)
-    for i, (_, pattern) in enumerate(shapes, 1):
-        if pattern in (2, 3): wall[i] = GROWTH[pattern].wall*rng.uniform(.85, 1.15)
-    ripple = noise(rng, size, 14)
-    lumens = (inside > wall[ids]*(1 + .12*ripple)).astype(np.uint8)
-    points = lattice(rng, size, 46, .3)
+# %% ../../nbs/data/01_tissue.ipynb #cell-012
+def _lumens(rng, epithelium, inside, glands, walls):
+    "Lumina: what lies deeper than the gland's wall, and round holes in the masses of pattern 4."
+    wall = np.array([1e9] + [w*rng.uniform(.85, 1.15) if w else 1e9 for w in walls], np.float32)
+    lumens = np.zeros(glands.shape, np.uint8)
+    for top in range(0, len(glands), 512):  # in bands, which fit the processor's cache
+        rows = slice(top, top + 512)
+        h, w = lumens[rows].shape
+        ripple = cv2.resize(noise(rng, (h//2 + 1, w//2 + 1), 7), (w, h))
+        lumens[rows] = inside[rows] > wall[glands[rows]]*(1 + .12*ripple)
+    points = lattice(rng, glands.shape, 46., .3)
     r = rng.uniform(6, 15, len(points))
-    ok = (at(epithelium, points) == 4) & (at(inside, points) > r + 12)
-    points, r = points[ok], r[ok]
-    n = len(points)
-    fill(lumens, ellipses(rng, np.column_stack([points, r, r*rng.uniform(.6, 1, n), rng.uniform(0, 3.2, n)])), [1]*n)
-    lumens &= tissue.astype(np.uint8)
-    fibre, angle = fibres(rng, size)
-    # nuclei
-    rows = _nuclei(rng, regions, inside, outside, lumens, kind, epithelium, shapes, angle)
-    nuclei = np.zeros(size, np.int32)
-    polygons = ellipses(rng, rows[:, :5])
-    fill(nuclei, polygons, range(1, len(rows) + 1))
-    nuclei[(lumens > 0) | ~tissue] = 0
-    area = np.bincount(nuclei.ravel(), minlength=len(rows) + 1)[1:]
-    lost = area < .55*np.pi*rows[:, 2]*rows[:, 3]
-    number = np.concatenate([[0], np.where(lost, 0, np.cumsum(~lost))]).astype(np.int32)
-    nuclei, rows = number[nuclei], rows[~lost]
-    # stain
-    grain = noise(rng, size, 2.2)
-    soft = noise(rng, size, 60)
-    gland = epithelium > 0
-    h = np.where(gland, .20 + .03*grain + .03*soft, .10 + .035*fibre)
-    e = np.where(gland, .27 + .05*grain + .04*soft, .42 + .13*fibre)
-    e[(outside > 0) & (outside < 3)] += .12
-    empty = (lumens > 0) | (~gland & (fibre + .5*soft < -2.1))
-    h[empty] = .01; e[empty] = .02
-    dark = np.concatenate([[0], rows[:, 6]]).astype(np.float32)[nuclei]
-    rim = cv2.morphologyEx(nuclei.astype(np.float32), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    inn = nuclei > 0
-    h = np.where(inn, dark*(.8 + .18*grain) + .18*rim, h)
-    e = np.where(inn, .22, e)
-    for x, y in rows[rows[:, 7] > 0][:, :2]: cv2.circle(h, (int(x), int(y)), 2, 1.25, -1)
-    thick = 1 + .1*noise(rng, size, 500)
-    h *= thick; e *= thick
-    h[~tissue] = 0; e[~tissue] = 0
-    h, e = (cv2.GaussianBlur(c.astype(np.float32), (0, 0), .8) for c in (h, e))
-    mask = np.where(gland & tissue, epithelium, tissue).astype(np.uint8)
-    glands = np.where(np.isin(kind, (2, 3, 4))[ids], ids, 0).astype(np.int32)
-    return Truth(mask, glands, cv2.connectedComponents(lumens)[1], nuclei, np.concatenate([[0], rows[:, 5]]).astype(np.uint8), h, e)
+    fits = (at(epithelium, points) == 4) & (at(inside, points) > r + 12)
+    points, r = points[fits], r[fits]
+    shapes = np.column_stack([points, r, r*rng.uniform(.6, 1, len(r)), rng.uniform(0, np.pi, len(r))])
+    fill(lumens, ellipses(rng, shapes), np.ones(len(r)))
+    return lumens
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-010
-@dataclass
-class Stain:
-    "Colours of one slide: optical density per channel (R, G, B) of a unit of each dye."
-    hematoxylin: np.ndarray
-    eosin: np.ndarray
-    glass: np.ndarray # colour of the empty glass, 0-255
-
-def draw_stain(
+def grow(
     rng: np.random.Generator,
-) -> Stain:
-    "A laboratory's stain: dye vectors, their strength and the scanner's white, all jittered."
-    def dye(vector, strength, jitter):
-        v = np.array(vector) + rng.normal(0, jitter, 3)
-        return v/np.linalg.norm(v)*strength
-    return Stain(dye((.58, .72, .38), rng.uniform(.95, 1.5), .045), dye((.17, .86, .47), rng.uniform(.65, 1.3), .045),
-                 np.clip(rng.normal((243, 243, 242), 2.5), 234, 250))
-
-def to_rgb(
-    hematoxylin: np.ndarray, # concentration (h, w)
-    eosin: np.ndarray, # concentration (h, w)
-    stain: Stain,
-    glass=None, # what the light shows without tissue: (3,) or (h, w, 3); `stain.glass` by default
-) -> np.ndarray: # uint8 (h, w, 3)
-    "Light through stained tissue, by Beer and Lambert."
-    glass = stain.glass if glass is None else glass
-    out = np.empty((*hematoxylin.shape, 3), np.uint8)
-    for c in range(3):
-        density = hematoxylin*np.float32(-stain.hematoxylin[c]) - eosin*np.float32(stain.eosin[c])
-        out[..., c] = np.exp(density)*np.asarray(glass[..., c], np.float32)
-    return out
+    regions: np.ndarray, # pattern that grows at each pixel, uint8: 0 = no tissue, else a key of `PATTERNS`
+) -> Tissue:
+    "Grow tissue in the given regions."
+    size, outside = regions.shape, regions == 0
+    discs = place(rng, regions, rng.uniform(5, 18))
+    discs = discs[np.argsort(discs[:, 3], kind="stable")]  # pattern 5 last: its masses are no glands
+    kind = discs[:, 3].astype(int)
+    polygons = np.concatenate([outlines(rng, discs[kind == p, :2], discs[kind == p, 2], g) for p, g in GROWTH.items()])
+    glands, epithelium = np.zeros(size, np.int32), np.zeros(size, np.uint8)
+    fill(glands, polygons[kind < 5], range(1, len(kind) + 1))
+    fill(epithelium, polygons, kind)
+    fibre, angle = fibres(rng, size)
+    singles = cords(rng, regions, epithelium, angle)
+    n = len(singles)
+    fill(epithelium, ellipses(rng, np.column_stack([singles, rng.uniform(11, 14, n), rng.uniform(9, 12, n), rng.uniform(0, 3, n)])), np.full(n, 5))
+    glands[outside], epithelium[outside] = 0, 0
+    inside = cv2.distanceTransform(epithelium, cv2.DIST_L2, 3)
+    lumens = _lumens(rng, epithelium, inside, glands, [GROWTH[k].wall for k in kind[kind < 5]])
+    rows = _nuclei(rng, regions, epithelium, inside, lumens, zip(polygons, kind), singles, angle)
+    nuclei = np.zeros(size, np.int32)
+    fill(nuclei, ellipses(rng, rows[:, :5]), range(1, len(rows) + 1))
+    nuclei[(lumens > 0) | outside] = 0
+    area = np.bincount(nuclei.ravel(), minlength=len(rows) + 1)[1:]
+    kept = area > .55*np.pi*rows[:, 2]*rows[:, 3]  # what is cut or covered by half is no nucleus
+    np.take(np.append(0, np.cumsum(kept)*kept).astype(np.int32), nuclei, out=nuclei, mode="clip")
+    cells = np.vstack([np.zeros(5), rows[kept][:, [0, 1, 5, 6, 7]]]).astype(np.float32)
+    np.maximum(epithelium, regions > 0, out=epithelium)
+    return Tissue(epithelium, glands, cv2.connectedComponents(lumens)[1], nuclei, cells, fibre)
