@@ -40,6 +40,7 @@ bench: .venv/bench.installed .venv/dev.installed ## speed against what one would
 lab: .venv/dev.installed ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
 
+notebooks: export HISTONB_BATCH := 1
 notebooks: .venv/dev.installed ## execute the module notebooks and save their outputs, export, clean
 	@for nb in $(or $(NB),$(MODULES)); do echo $$nb; \
 		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 --log-level=ERROR $$nb || exit 1; done
