@@ -1,0 +1,78 @@
+"""The command as a person uses it."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+HISTONB = str(Path(sys.executable).with_name("histonb"))
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def histonb(*args, cwd=ROOT):
+    return subprocess.run([HISTONB, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [(), ("run",), ("status",), ("doctor",), ("tile",)])
+def test_help_says_what_a_command_does(command):
+    done = histonb(*command, "--help")
+    assert done.returncode == 0 and "Usage: histonb" in done.stdout
+    if command in ((), ("run",), ("tile",)):
+        assert "Examples:" in done.stdout
+
+
+@pytest.mark.parametrize("args, hint", [
+    (["stauts"], "status"),
+    (["run", "runs/x.yaml", "--forse"], "--force"),
+    (["run", "runs/absent.yaml"], "no such file. Give the path of a study"),
+    (["tile", "absent.tiff", "--out", "OUT"], "absent.tiff"),
+])
+def test_mistakes_get_a_hint_and_no_traceback(args, hint, tmp_path):
+    done = histonb(*[str(tmp_path / "out") if a == "OUT" else a for a in args])
+    assert done.returncode == 2
+    assert hint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback():
+    done = histonb("--debug", "run", "runs/absent.yaml")
+    assert done.returncode != 0 and "Traceback" in done.stderr and "BadInput" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["histonb", "histonb.core", "histonb.cli", "histonb.jobs.runs", "histonb.jobs.studies", "histonb.jobs.site"])
+def test_nothing_heavy_is_imported_early(module):
+    code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'pandas', 'papermill', 'nbformat', 'nbconvert', 'matplotlib', 'timm'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_doctor_names_findings_and_remedies():
+    done = histonb("doctor")
+    assert done.returncode == 0, done.stdout
+    for word in ("Python", "torch", "cores", "memory", "disk", "codecs", "git", "kernel", "SLURM", "extra `bench`"):
+        assert word in done.stdout
+    for line, following in zip(done.stdout.splitlines(), done.stdout.splitlines()[1:] + [""], strict=True):
+        if line.startswith(("  note", "  MISSING")):
+            assert "->" in following, f"no remedy after: {line}"
+
+
+def test_status_outside_a_repository_and_without_studies(tmp_path):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").touch()
+    assert "no studies" in histonb("status", cwd=tmp_path).stdout
+
+
+def test_tile_a_cohort_and_single_slides(tmp_path):
+    from histonb.data.phantom import write_cohort
+    write_cohort(tmp_path / "cohort", n_slides=2, shape=(1500, 1200), workers=0)
+    done = histonb("tile", tmp_path / "cohort", "--out", tmp_path / "tiles")
+    assert done.returncode == 0, done.stderr
+    tiles = pd.read_parquet(tmp_path / "tiles/tiles.parquet")
+    assert tiles["slide"].nunique() == 2 and tiles["kept"].any() and (tiles.loc[tiles["kept"], "label"] >= 0).all()
+    slides = sorted((tmp_path / "cohort/train_images").glob("*.tiff"))
+    broken = tmp_path / "broken.tiff"
+    broken.write_bytes(b"")
+    done = histonb("tile", *slides, broken, "--out", tmp_path / "single", "--coordinates-only")
+    assert done.returncode == 0, done.stderr
+    single = pd.read_parquet(tmp_path / "single/tiles.parquet")
+    assert single["kept"].sum() == tiles["kept"].sum() and (single["label"] == -1).all()
+    assert "1 slides in" in done.stdout and "broken" in (tmp_path / "single/quarantine.csv").read_text()

@@ -1,0 +1,290 @@
+"""Studies run through the real command and real kernels: what is skipped, what stops, and what is left behind."""
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from histonb.core import BadInput, read_json
+from histonb.jobs import studies
+from histonb.jobs.site import write_report
+from histonb.jobs.studies import StageFailed, is_running, load_study, run_study, status
+
+HISTONB = str(Path(sys.executable).with_name("histonb"))
+STUDY = """
+study: tiny
+title: Two stages
+stages:
+  first:
+    notebook: 10_first
+    parameters: {n: 4}
+  second:
+    notebook: 20_second
+    parameters: {first: "{first}"}
+"""
+FIRST = ["# First\n\nIt has $n^2$ as its result.", "from histonb.jobs.runs import start\nrun = start(out, {'n': n})",
+         "## Work", "print('working'); run.path('n.txt').write_text(str(n))", "run.finish(n=n, headline={'n squared': n**2})"]
+SECOND = ["# Second", "from pathlib import Path\nfrom histonb.jobs.runs import start\nrun = start(out, {}, inputs={'first': first})",
+          "total = int(Path(first, 'n.txt').read_text()) + 1", "run.finish(total=total)"]
+SLOW = ["# Slow", "import multiprocessing, time\nfrom histonb.core import atomic_path\nfrom histonb.jobs.runs import start\nrun = start(out, {})",
+        "worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(300,)); worker.start()\n"
+        "with atomic_path(run.path('half.txt')) as f:\n    f.write_text('half'); print('worker', worker.pid, flush=True); time.sleep(300)",
+        "run.finish()"]
+
+
+def notebook(root, name, parameters, cells):
+    """Write a report notebook; a cell that begins with # is prose."""
+    cells = [{"cell_type": "markdown" if c.startswith("#") else "code", "metadata": {}, "source": c, "id": f"c{i}"}
+             for i, c in enumerate([parameters, *cells])]
+    for c in cells:
+        if c["cell_type"] == "code":
+            c.update(outputs=[], execution_count=None)
+    cells[0]["metadata"]["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    path = root / f"nbs/reports/{name}.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A repository with a study of two stages."""
+    (tmp_path / "nbs/reports").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "settings.ini").touch()
+    notebook(tmp_path, "10_first", 'out = ""\nn = 1', FIRST)
+    notebook(tmp_path, "20_second", 'out = ""\nfirst = ""', SECOND)
+    (tmp_path / "runs/tiny.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def run(root, *args, **kwargs):
+    return subprocess.run([HISTONB, "run", *args], cwd=root, capture_output=True, text=True, **kwargs)
+
+
+def states(root):
+    return [row["state"] for row in status(root)]
+
+
+def ran(output):
+    """Which stages executed, from the log."""
+    return re.findall(r"^(\w+): finished in", output, re.M)
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_study_runs_once_and_again_only_where_something_changed(root):
+    done = run(root, "runs/tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert ran(done.stdout) == ["first", "second"]
+    assert "first: cell 4/5  Work" in done.stdout and "first | working" in done.stdout
+    assert states(root) == ["finished", "finished"]
+    assert read_json(root / "runs/tiny/second/metrics.json") == {"total": 5}
+    for stage in ("first", "second"):
+        left = {p.name for p in (root / "runs/tiny" / stage).iterdir()}
+        assert {"notebook.ipynb", "metrics.json", "provenance.json", "report.html", "stage.json"} <= left
+    assert ran(run(root, "runs/tiny.yaml").stdout) == []
+    assert ran(run(root, "runs/tiny.yaml", "--only", "first", "--force").stdout) == ["first"]
+    assert states(root) == ["finished", "stale"]  # what it read was made again
+    assert ran(run(root, "runs/tiny.yaml").stdout) == ["second"]
+    (root / "runs/tiny/first/metrics.json").unlink()
+    assert ran(run(root, "runs/tiny.yaml").stdout) == ["first", "second"]
+
+
+def test_records_and_pages_hold_no_path_of_the_machine_and_load_nothing(root):
+    run_study(root / "runs/tiny.yaml")
+    pages = [*root.glob("runs/tiny/*/*.*"), root / "runs/tiny/index.html"]
+    assert len(pages) > 9
+    for page in pages:
+        text = page.read_text()
+        assert str(root) not in text, page
+        if page.suffix == ".html":
+            assert not re.search(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=.?(?:https?:)?//|@import|url\(", text), page
+    index = (root / "runs/tiny/index.html").read_text()
+    assert "first/report.html" in index and "n squared" in index and "2 of 2 stages finished" in index
+
+
+def test_a_failing_stage_stops_the_study_and_leaves_no_success(root):
+    notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:2], "run.finish(n=n)", "## After the end", "raise KeyError('no such slide')"])
+    done = run(root, "runs/tiny.yaml")
+    assert done.returncode == 1
+    assert "KeyError: 'no such slide'" in done.stderr and "runs/tiny/first/notebook.ipynb" in done.stderr
+    assert "Traceback" not in done.stderr.split("raise KeyError")[1]  # the notebook's own traceback, not the runner's
+    assert states(root) == ["failed", "not run"]
+    folder = root / "runs/tiny/first"
+    assert not (folder / "metrics.json").exists() and not (folder / "report.html").exists()
+    assert read_json(folder / "notebook.ipynb")["metadata"]["histonb"] == {"state": "failed"}
+    assert "failed" in (root / "runs/tiny/index.html").read_text()
+    notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
+    assert run(root, "runs/tiny.yaml").returncode == 0
+
+
+def test_a_notebook_that_forgets_to_finish_has_failed(root):
+    notebook(root, "10_first", 'out = ""\nn = 1', FIRST[:-1])
+    with pytest.raises(StageFailed, match="without a metrics.json"):
+        run_study(root / "runs/tiny.yaml")
+
+
+def test_a_fault_in_the_input_is_told_in_one_line(root):
+    notebook(root, "10_first", 'out = ""\nn = 1', ["from histonb.core import BadInput\nraise BadInput('a.tiff', 'it is empty', 'Download it again.')"])
+    with pytest.raises(StageFailed) as e:
+        run_study(root / "runs/tiny.yaml")
+    assert str(e.value).startswith("stage `first` failed in cell 3 of 3: a.tiff: it is empty. Download it again.\n")
+
+
+def test_a_kernel_that_dies_is_a_failure(root):
+    notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:2], "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "run.finish()"])
+    with pytest.raises(StageFailed, match="memory"):
+        run_study(root / "runs/tiny.yaml")
+    book = read_json(root / "runs/tiny/first/notebook.ipynb")
+    assert "failed" in book["cells"][0]["source"]
+    assert [c["metadata"]["papermill"]["status"] for c in book["cells"][-2:]] == ["failed", "pending"]
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_ends_everything_in_order(root, signum, code):
+    notebook(root, "10_first", 'out = ""\nn = 1', SLOW)
+    process = subprocess.Popen([HISTONB, "run", "runs/tiny.yaml"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    worker = next(int(line.split()[-1]) for line in process.stdout if "| worker" in line)
+    assert is_running(root / "runs/tiny") and states(root) == ["running", "not run"]
+    with pytest.raises(BadInput, match=f"run by process {process.pid}"):
+        run_study(root / "runs/tiny.yaml")
+    os.killpg(process.pid, signum)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in message and "goes on from here" in message
+    folder = root / "runs/tiny/first"
+    assert {p.name for p in folder.iterdir()} == {"notebook.ipynb", "stage.json"}  # no half-written file, no metrics
+    assert read_json(folder / "notebook.ipynb")["metadata"]["histonb"] == {"state": "interrupted"}
+    assert not alive(worker)
+    assert not is_running(root / "runs/tiny") and states(root) == ["interrupted", "not run"]
+
+
+def test_a_killed_runner_leaves_no_lock_and_no_kernel(root):
+    notebook(root, "10_first", 'out = ""\nn = 1', [*SLOW[:2], "import os, time; print('kernel', os.getpid(), flush=True); time.sleep(300)"])
+    process = subprocess.Popen([HISTONB, "run", "runs/tiny.yaml"], cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    kernel = next(int(line.split()[-1]) for line in process.stdout if "| kernel" in line)
+    process.kill()
+    process.wait()
+    assert states(root) == ["interrupted", "not run"]
+    for _ in range(150):  # the kernel looks for its parent now and then
+        if not alive(kernel):
+            break
+        time.sleep(.2)
+    assert not alive(kernel)
+    notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
+    assert ran(run(root, "runs/tiny.yaml").stdout) == ["first", "second"]
+
+
+def test_what_a_stopped_stage_had_computed_is_there_when_it_resumes_but_not_when_it_changed(root):
+    resume = [*FIRST[:2], "seen = run.path('part.txt').exists(); run.path('part.txt').write_text('x')\nassert seen, 'first time'", "run.finish(seen=seen)"]
+    notebook(root, "10_first", 'out = ""\nn = 1', resume)
+    assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 1
+    assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 0
+    (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", "n: 5"))
+    assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 1
+
+
+def test_full_disk_while_saving_the_notebook(root, monkeypatch):
+    from papermill import engines
+    saved = engines.write_ipynb
+
+    def full(nb, path):
+        if any(c.metadata.get("papermill", {}).get("status") in ("running", "completed") and "working" in c.source for c in nb.cells):
+            Path(path).write_text('{"cells": [')  # as far as it got
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        saved(nb, path)
+    monkeypatch.setattr(engines, "write_ipynb", full)
+    with pytest.raises(StageFailed, match="No space left on device: notebook.ipynb(.|\n)*Free some disk space"):
+        run_study(root / "runs/tiny.yaml")
+    assert {p.name for p in (root / "runs/tiny/first").iterdir()} == {"stage.json"}  # the torn notebook is gone
+    monkeypatch.undo()
+    run_study(root / "runs/tiny.yaml")
+    assert states(root) == ["finished", "finished"]
+
+
+def test_full_disk_for_the_whole_command(root):
+    disk = root / "runs"
+    plan = (disk / "tiny.yaml").read_text()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        (disk / "tiny.yaml").write_text(plan)
+        notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:2], "with open(run.path('big.bin'), 'wb') as f: f.write(bytes(10**6))", FIRST[-1]])
+        done = run(root, "runs/tiny.yaml")
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr and "Free some disk space" in done.stderr
+        assert not list(disk.rglob("metrics.json"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("right, wrong, message", [
+    ("n: 4", "m: 4", "stage `first`: unknown key `m`"),
+    ("n: 4", "n: 4.5", "`n` is 4.5, not of type int"),
+    ("10_first", "10_frist", "no notebook `10_frist` in nbs/reports. Did you mean `10_first`?"),
+    ("{first}", "{frist}", "`{frist}`, which is no stage. Did you mean `first`?"),
+    ("  first:\n", "  first:\n  first:\n", "`first` is given twice"),
+    ("notebook: 20", "notebok: 20", "unknown key `notebok` in the stage. Did you mean `notebook`?"),
+    ("stages:", "satges:", "unknown key `satges` in the study. Did you mean `stages`?"),
+    ("study: tiny", "study: other", "Name it tiny like its file"),
+])
+def test_mistakes_are_found_before_anything_runs(root, right, wrong, message):
+    path = root / "runs/tiny.yaml"
+    path.write_text(STUDY.replace(right, wrong, 1))
+    with pytest.raises(BadInput) as e:
+        run_study(path)
+    assert message in str(e.value) and "tiny.yaml" in str(e.value)
+    assert not (root / "runs/tiny").exists()
+    assert status(root)[0]["state"] == "unreadable"  # and does not hide the other studies
+
+
+def test_unreadable_study_and_notebook(root):
+    (root / "runs/tiny.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="not readable as YAML"):
+        load_study(root / "runs/tiny.yaml")
+    (root / "runs/tiny.yaml").write_text(STUDY)
+    (root / "nbs/reports/10_first.ipynb").write_text('{"cells": [')
+    with pytest.raises(BadInput, match="10_first.ipynb: not valid JSON"):
+        load_study(root / "runs/tiny.yaml")
+
+
+def test_only_refuses_to_start_what_was_not_asked_for(root):
+    with pytest.raises(BadInput, match="needs `first`, which is not run"):
+        run_study(root / "runs/tiny.yaml", only="second")
+    with pytest.raises(BadInput, match="no stage `frist`. Did you mean `first`?"):
+        run_study(root / "runs/tiny.yaml", only="frist")
+
+
+def test_an_input_file_that_changes_makes_its_stage_stale(root):
+    table = root / "table.csv"
+    table.write_text("1")
+    notebook(root, "10_first", 'out = ""\nn = 1\ntable = ""', FIRST)
+    (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", "n: 4, table: table.csv"))
+    run_study(root / "runs/tiny.yaml")
+    table.write_text("2")
+    assert [(r["state"], r["why"]) for r in status(root)] == [("stale", "changed: inputs table"), ("stale", "first to be run again")]
+
+
+def test_a_changed_library_is_told_but_runs_nothing(root, monkeypatch):
+    run_study(root / "runs/tiny.yaml")
+    monkeypatch.setattr(studies, "library_digest", lambda: "another")
+    assert [(r["state"], r["why"]) for r in status(root)] == [("finished", "the library has changed since")]*2
+
+
+def test_a_notebook_run_by_hand_gets_its_page_too(root):
+    import papermill
+    papermill.execute_notebook(str(root / "nbs/reports/10_first.ipynb"), str(root / "notebook.ipynb"), parameters={"out": str(root)},
+                               kernel_name="python3", progress_bar=False)
+    page = write_report(root).read_text()
+    assert "<h1>First</h1>" in page and "n squared" in page
