@@ -30,7 +30,7 @@ def input_digest(
     records = [path/n for n in ("metrics.json", "provenance.json") if (path/n).is_file()]
     if records: return digest(*records)
     files = (Path(folder, n) for folder, _, names in os.walk(path) for n in names)
-    return digest(sorted((f.relative_to(path).as_posix(), f.stat().st_size) for f in files))
+    return digest(sorted((f.relative_to(path).as_posix(), f.stat().st_size if f.exists() else -1) for f in files)) # -1: a broken link
 
 # %% ../../nbs/jobs/50_runs.ipynb #cell-008
 def git_state() -> dict: # `commit` (None outside a repository) and `dirty`

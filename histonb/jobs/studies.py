@@ -358,7 +358,7 @@ def _run_stage(study, stage, force):
     folder = study.root/stage.folder
     made, old = made_from(study, stage), stage_record(study, stage)
     if old and (force or _differences(old["made_from"], made)): shutil.rmtree(folder) # nothing of another making may mix in
-    (folder/"metrics.json").unlink(missing_ok=True)
+    for name in ("metrics.json", "report.html"): (folder/name).unlink(missing_ok=True)
     record = {"stage": stage.name, "notebook": stage.notebook, "state": "running", "made_from": made, "library": library_digest(),
               "started": datetime.datetime.now(datetime.timezone.utc).isoformat()}
     write_json(folder/"stage.json", record)
