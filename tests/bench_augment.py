@@ -57,7 +57,7 @@ def main():
     pipelines = {"torchvision on PIL, dino": Torchvision(), "histonb, dino": MultiCrop(recipe="dino"), "histonb, histology": MultiCrop()}
     measures = {"tiles_s": lambda c: rate(c, tiles, 0), "tiles_s_cv2_threads": lambda c: rate(c, tiles, 2), "tiles_s_2_workers": lambda c: loaded_rate(c, tiles)}
     runs = {(name, measure): [] for measure in measures for name in pipelines}
-    for _ in range(5):  # in turn, so that a busy moment falls on all alike
+    for _ in range(3):  # in turn, so that a busy moment falls on all alike
         for name, measure in runs: runs[name, measure].append(measures[measure](pipelines[name]))
     rows = [{"pipeline": name, **{m: float(np.median(runs[name, m])) for m in measures}} for name in pipelines]
     for row in rows: row["ratio"], row["ratio_2_workers"] = row["tiles_s"]/rows[0]["tiles_s"], row["tiles_s_2_workers"]/rows[0]["tiles_s_2_workers"]
