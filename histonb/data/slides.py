@@ -12,8 +12,9 @@ import re
 import struct
 import threading
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ import tifffile
 from fastcore.basics import patch
 from ..core import BadInput
 
-# %% ../../nbs/data/02_slides.ipynb #cell-005
+# %% ../../nbs/data/02_slides.ipynb #cell-008
 JPEG = 7
 _INFLATE = {1: None, 5: imagecodecs.lzw_decode, 8: imagecodecs.zlibng_decode, 32946: imagecodecs.zlibng_decode,
             32773: imagecodecs.packbits_decode}
@@ -53,7 +54,7 @@ class Level:
         "Stored height of a row of internal tiles."
         return min(self.tile[0], self.shape[0] - row*self.tile[0]) if self.strips else self.tile[0]
 
-# %% ../../nbs/data/02_slides.ipynb #cell-007
+# %% ../../nbs/data/02_slides.ipynb #cell-010
 _MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 def _jpeg_fault(
@@ -68,7 +69,7 @@ def _jpeg_fault(
     if code == 0xD9: return "" if len(data) - mark.end() <= 64 else "its JPEG stream ends too early"
     return "" if code in (0xC4, 0xDA, 0xDB, 0xDD, 0xFE) else "its JPEG stream holds an impossible marker"
 
-# %% ../../nbs/data/02_slides.ipynb #cell-008
+# %% ../../nbs/data/02_slides.ipynb #cell-011
 def decode(
     level: Level, # where the internal tile belongs
     data: bytes, # its compressed bytes
@@ -93,7 +94,7 @@ def decode(
     pixels = raw[:size].reshape(shape)
     return imagecodecs.delta_decode(pixels, axis=1) if level.predictor == 2 else pixels
 
-# %% ../../nbs/data/02_slides.ipynb #cell-010
+# %% ../../nbs/data/02_slides.ipynb #cell-013
 def _level(
     path, # for errors
     pages, # one TIFF page, or three with one colour each
@@ -122,7 +123,7 @@ def _level(
                  1 if int(page.planarconfig) == 2 else page.samplesperpixel, page.predictor if code in (5, 8, 32946) else 1,
                  page.jpegtables, not page.is_tiled)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-011
+# %% ../../nbs/data/02_slides.ipynb #cell-014
 def _pyramid(tiff) -> list: # lists of pages, one list a level, the largest level first
     "Which pages of a TIFF form the pyramid: reduced pages or SubIFDs of the same field; thumbnails, labels and macros are not."
     def alike(a, b): return a.is_tiled == b.is_tiled and a.samplesperpixel == b.samplesperpixel and a.bitspersample == b.bitspersample
@@ -140,7 +141,7 @@ def _pyramid(tiff) -> list: # lists of pages, one list a level, the largest leve
     step = len(heads)
     return [heads] + sorted((rest[i:i + step] for i in range(0, len(rest), step)), key=lambda p: -p[0].imagelength)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-013
+# %% ../../nbs/data/02_slides.ipynb #cell-019
 _MICRONS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1., "μm": 1., "um": 1., "nm": 1e-3}
 
 def _mpp(tiff) -> float | None: # um per pixel at level 0, None where the file does not say
@@ -155,7 +156,7 @@ def _mpp(tiff) -> float | None: # um per pixel at level 0, None where the file d
         value = unit*d/n if unit and n and d else None
     return value if value and .05 <= value <= 20 else None
 
-# %% ../../nbs/data/02_slides.ipynb #cell-015
+# %% ../../nbs/data/02_slides.ipynb #cell-022
 def _open_tiff(path):
     "Open a TIFF's tags, saying plainly why one cannot be opened."
     path, again = Path(path), "Copy or download it again."
@@ -177,7 +178,7 @@ def _open_tiff(path):
     if beyond: raise BadInput(path, "truncated: a level lies beyond the end of the file", again)
     return tiff
 
-# %% ../../nbs/data/02_slides.ipynb #cell-016
+# %% ../../nbs/data/02_slides.ipynb #cell-023
 class Slide:
     "A slide or its mask: a pyramid of levels. Threads and forked processes may share it; a pickled one opens the file again."
     def __init__(
@@ -224,7 +225,7 @@ def open_slide(
     "Open a slide, or with `mask=True` a label mask. A file that cannot be used raises `BadInput`."
     return Slide(path, mpp, mask)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-018
+# %% ../../nbs/data/02_slides.ipynb #cell-028
 @patch
 def _decode(
     self: Slide,
@@ -277,7 +278,7 @@ def _paste(
             left, right = max(x, column*tw), min(x + w, column*tw + tw, width)
             out[top - y:bottom - y, left - x:right - x] = get(row, column)[top - row*th:bottom - row*th, left - column*tw:right - column*tw]
 
-# %% ../../nbs/data/02_slides.ipynb #cell-019
+# %% ../../nbs/data/02_slides.ipynb #cell-029
 @patch
 def read(
     self: Slide,
@@ -315,7 +316,7 @@ def level(
     height, width = self.shapes[level]
     return self.read(0, 0, width, height, level)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-020
+# %% ../../nbs/data/02_slides.ipynb #cell-034
 @patch
 def read_mpp(
     self: Slide,
@@ -348,25 +349,29 @@ def _resize(pixels, width, height, mask):
     how = cv2.INTER_NEAREST if mask else cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(pixels, (width, height), interpolation=how)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-022
+# %% ../../nbs/data/02_slides.ipynb #cell-037
 class _Tiles:
-    "Decoded internal tiles that several threads share: decoded by the first who asks, recycled after the last who needs them."
+    "Decoded internal tiles that several threads share: each is decoded once, and recycled after the last who needs it."
     def __init__(self, slide, level, corners, size):
         self.slide, self.level, at = slide, level, slide.levels[level]
         (height, width), (th, tw) = at.shape, at.tile
         self.left = Counter((r, c) for x, y in corners for r in _touched(y, size, height, th) for c in _touched(x, size, width, tw))
+        self.todo = OrderedDict.fromkeys(self.left)  # not yet begun, in the order of need
         self.lock, self.held, self.spare, self.shape = threading.Lock(), {}, [], (th, tw, at.samples)
 
     def get(self, row, column):
-        with self.lock:
-            tile = self.held.get((row, column))
-            mine = tile is None
-            if mine:
-                tile = self.held[row, column] = Future()
+        "The decoded internal tile. While another thread decodes it, decode the next one rather than wait."
+        key = row, column
+        while True:
+            with self.lock:
+                tile = self.held.get(key)
+                if tile is not None and (tile.done() or not self.todo): break
+                begun = self.todo.popitem(last=False)[0] if tile is not None else key
+                self.todo.pop(begun, None)
+                mine = self.held[begun] = Future()
                 buffer = self.spare.pop() if self.spare else np.empty(self.shape, np.uint8)
-        if mine:
-            try: tile.set_result((self.slide._decode(self.level, row, column, buffer), buffer))
-            except BaseException as e: tile.set_exception(e)
+            try: mine.set_result((self.slide._decode(self.level, *begun, buffer), buffer))
+            except BaseException as e: mine.set_exception(e)
         return tile.result()[0]
 
     def done(self, row, column):
@@ -374,7 +379,7 @@ class _Tiles:
             self.left[row, column] -= 1
             if not self.left[row, column]: self.spare.append(self.held.pop((row, column)).result()[1])
 
-# %% ../../nbs/data/02_slides.ipynb #cell-023
+# %% ../../nbs/data/02_slides.ipynb #cell-038
 @patch
 def map_tiles(
     self: Slide,
@@ -387,17 +392,17 @@ def map_tiles(
     "Call a function on many tiles of a slide while decoding each internal tile once, band by band."
     at = self.levels[level]
     corners = np.rint(np.asarray(xy, float).reshape(-1, 2)/self.downsamples[level]).astype(int)
-    bands = {}
-    for i in np.lexsort(corners.T): bands.setdefault(corners[i, 1]//size, []).append(int(i))
-    tiles, results, todo = _Tiles(self, level, corners.tolist(), size), [None]*len(corners), iter(list(bands.values()))
+    order = np.lexsort((corners[:, 0], corners[:, 1]//size)).tolist()
+    bands = iter([list(band) for _, band in groupby(order, lambda i: corners[i, 1]//size)])
+    tiles, results = _Tiles(self, level, corners[order].tolist(), size), [None]*len(corners)
     stop, turn = threading.Event(), threading.Lock()
 
     def work():
         tile = np.empty((size, size) if self.mask else (size, size, 3), np.uint8)
         try:
             while True:
-                with turn: band = next(todo, ())
-                if not band: return
+                with turn: band = next(bands, None)
+                if band is None: return
                 for i in band:
                     if stop.is_set(): return
                     x, y = corners[i].tolist()
@@ -415,7 +420,7 @@ def map_tiles(
         finally: stop.set()
     return results
 
-# %% ../../nbs/data/02_slides.ipynb #cell-025
+# %% ../../nbs/data/02_slides.ipynb #cell-044
 _ZIGZAG = sorted(range(64), key=lambda i: (i//8 + i % 8, i//8 if (i//8 + i % 8) % 2 else i % 8))
 
 @dataclasses.dataclass(frozen=True)
