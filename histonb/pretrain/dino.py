@@ -144,12 +144,10 @@ def stack_crops(
     samples: list, # B lists of V crops (3, h, w), the same sizes in the same order in each
 ) -> list: # per run of equal sizes one tensor (v, B, 3, h, w); view-major
     "Collate multi-crop samples: consecutive crops of one size become one tensor."
-    views = [torch.stack([torch.as_tensor(sample[v]) for sample in samples]) for v in range(len(samples[0]))]
-    runs = [[views[0]]]
-    for view in views[1:]:
-        if view.shape == runs[-1][0].shape: runs[-1].append(view)
-        else: runs.append([view])
-    return [torch.stack(run) for run in runs]
+    shapes = [tuple(crop.shape) for crop in samples[0]]
+    starts = [v for v in range(len(shapes)) if v == 0 or shapes[v] != shapes[v - 1]] + [len(shapes)]
+    return [torch.stack([torch.as_tensor(sample[v]) for v in range(a, b) for sample in samples]).unflatten(0, (b - a, len(samples)))
+            for a, b in zip(starts, starts[1:], strict=False)]
 
 class MultiCropNet(nn.Module):
     "Backbone and head over stacked crops: one backbone pass a crop size, one head pass in all."
