@@ -8,7 +8,6 @@ __all__ = ['CONTENTS', 'Phantom', 'grade', 'draw_slide', 'draw_field', 'write_co
 # %% ../../nbs/data/01c_phantom.ipynb #cell-002
 import csv
 import multiprocessing
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from .staining import draw_stain, enlarge, paint
 from .tissue import PATTERNS, grow, noise
 from .writing import write_mask, write_slide
 
-# %% ../../nbs/data/01c_phantom.ipynb #cell-003
+# %% ../../nbs/data/01c_phantom.ipynb #cell-005
 @dataclass
 class Phantom:
     "A drawn slide or field and its truth."
@@ -35,7 +34,7 @@ class Phantom:
     gleason: str # such as "3+4"; "negative" where there is no cancer
     isup: int # ISUP grade group, 0-5
 
-# %% ../../nbs/data/01c_phantom.ipynb #cell-004
+# %% ../../nbs/data/01c_phantom.ipynb #cell-007
 def grade(
     mask: np.ndarray, # Radboud codes
 ) -> tuple[str, int]: # Gleason score and ISUP grade group
@@ -48,7 +47,7 @@ def grade(
     if first + second == 7: return f"{first}+{second}", 2 if first == 3 else 3
     return f"{first}+{second}", {6: 1, 8: 4, 9: 5, 10: 5}[first + second]
 
-# %% ../../nbs/data/01c_phantom.ipynb #cell-005
+# %% ../../nbs/data/01c_phantom.ipynb #cell-010
 def _glass(rng, shape, stain, pen=False):
     "The empty slide as a scanner shows it: off-white, darker towards the borders of its stripes, grain, dust, perhaps a pen mark."
     h, w = shape
@@ -78,7 +77,7 @@ def _pen(rng, shape):
     line = cv2.GaussianBlur(np.float32(line/255), (0, 0), 1)*np.clip(.85 + .1*noise(rng, shape, (60, 6)), 0, 1)
     return 1 - line[..., None]*(1 - ink)
 
-# %% ../../nbs/data/01c_phantom.ipynb #cell-006
+# %% ../../nbs/data/01c_phantom.ipynb #cell-013
 def _core(rng, shape, width, kinds):
     "One core biopsy along y in a box: the pattern that grows at each pixel."
     h, w = shape
@@ -90,7 +89,7 @@ def _core(rng, shape, width, kinds):
     y_end = np.clip(np.minimum(y, h - y) - 10, 0, None)
     half = half - end + np.sqrt(np.clip(end**2 - np.clip(end - y_end, 0, None)**2, 0, None))
     reach = half - np.abs(x - w/2 - np.clip(sway, -.45*(w - width), .45*(w - width))) - 12*(y_end == 0)
-    reach += 20*noise(rng, small, 30) + 6*noise(rng, small, 5)
+    reach += min(20, .05*width)*noise(rng, small, 30) + min(6, .02*width)*noise(rng, small, 5)
     if rng.uniform() < .4:  # the core is broken
         reach -= 3*np.clip(80 - np.abs(y - h*rng.uniform(.3, .7) + 40*noise(rng, small, 60)), 0, None)
     edges = np.linspace(0, h, len(kinds) + 1)[1:-1] + rng.uniform(-200, 200, len(kinds) - 1)
@@ -108,8 +107,8 @@ def _cores(rng, shape, patterns, cover):
     box = int(min(w/n, 1.5*width))
     width = min(width, .8*box)
     heights = [int(h*rng.uniform(.8, .95)) for _ in range(n)]
-    parts = [max(2, round(height/900)) for height in heights]
-    kinds = [2, *patterns]
+    kinds = [2, *patterns]  # each of them grows somewhere
+    parts = [max(2, -(-len(kinds)//n), round(height/900)) for height in heights]
     kinds += rng.choice([1, 2, *patterns*3] if patterns else [1, 2, 2], max(sum(parts) - len(kinds), 0)).tolist()
     rng.shuffle(kinds)
     cores = []
@@ -119,7 +118,7 @@ def _cores(rng, shape, patterns, cover):
         cores.append(((top, left), _core(rng, (heights[i], box), width, mine)))
     return cores
 
-# %% ../../nbs/data/01c_phantom.ipynb #cell-007
+# %% ../../nbs/data/01c_phantom.ipynb #cell-015
 def draw_slide(
     seed, # number or tuple of numbers
     shape: tuple[int, int] = (6000, 4000), # (h, w) in pixels of 0.48 um
@@ -141,7 +140,7 @@ def draw_slide(
         box = (slice(y, y + regions.shape[0]), slice(x, x + regions.shape[1]))
         paint(rng, tissue, stain, image[box])
         mask[box] = tissue.mask
-        for whole, part in zip(maps, (tissue.glands, tissue.lumens, tissue.nuclei)):
+        for whole, part in zip(maps, (tissue.glands, tissue.lumens, tissue.nuclei), strict=True):
             if instances: np.add(part, whole.max(), out=whole[box], where=part > 0)
         types.append(tissue.cells[1:, 2].astype(np.uint8))
     return Phantom(image, mask, *maps, np.concatenate(types), *grade(mask))
@@ -170,11 +169,11 @@ def _renumber(instances):
     return new[1:].reshape(instances.shape).astype(np.int32), old
 
 def _check_drawing(shape, patterns):
-    if len(shape) != 2 or min(shape) < 64: raise BadInput("shape", f"{tuple(shape)} pixels", "Give (h, w), at least 64 x 64.")
+    if len(shape) != 2 or min(shape) < 128: raise BadInput("shape", f"{tuple(shape)} pixels", "Give (h, w), at least 128 x 128.")
     wrong = [p for p in patterns if p not in PATTERNS]
     if wrong: raise BadInput("patterns", f"unknown pattern {wrong[0]!r}", f"Choose from {PATTERNS}.")
 
-# %% ../../nbs/data/01c_phantom.ipynb #cell-008
+# %% ../../nbs/data/01c_phantom.ipynb #cell-019
 CONTENTS = ((3, 4), (4, 5), (), (3, 5), (3,), (4,), (5,))  # Gleason patterns of a cohort's slides, in turn
 
 def _write_one(job):
@@ -224,6 +223,11 @@ def write_cohort(
                 pool.terminate()
                 pool.join()
     else: rows = [_write_one(job) for job in progress(jobs, "phantom", n, "slide")]
-    with atomic_path(root/"train.csv") as p, open(p, "w", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows([("image_id", "data_provider", "isup_grade", "gleason_score"), *rows])
+    defects = [(job[1], "blank" if job[6] else "pen mark") for job in jobs if job[6] or job[7]]
+    if defects: _write_csv(root/"suspicious.csv", ("image_id", "reason"), defects)
+    _write_csv(root/"train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"), rows)
     return root
+
+def _write_csv(path, names, rows):
+    with atomic_path(path) as p, open(p, "w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([names, *rows])

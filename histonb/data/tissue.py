@@ -12,22 +12,22 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-003
+# %% ../../nbs/data/01_tissue.ipynb #cell-006
 MPP = .48  # um per pixel
 PATTERNS = {1: "stroma", 2: "benign", 3: "gleason3", 4: "gleason4", 5: "gleason5"}
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-004
+# %% ../../nbs/data/01_tissue.ipynb #cell-008
 def noise(
     rng: np.random.Generator,
     shape: tuple[int, int], # (h, w) in pixels
     scale, # size of a blob in pixels: one number, or (along y, along x)
-) -> np.ndarray: # float32, mean about 0, standard deviation about 0.75
+) -> np.ndarray: # float32, mean about 0, standard deviation about 0.85
     "A smooth random field: white noise on a coarse grid, enlarged by cubic interpolation."
     (h, w), (sy, sx) = shape, (scale, scale) if np.isscalar(scale) else scale
     grid = rng.standard_normal((int(h/sy) + 4, int(w/sx) + 4), dtype=np.float32)
     return cv2.resize(grid, (w, h), interpolation=cv2.INTER_CUBIC)
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-005
+# %% ../../nbs/data/01_tissue.ipynb #cell-011
 def lattice(
     rng: np.random.Generator,
     shape: tuple[int, int], # (h, w) in pixels
@@ -49,7 +49,7 @@ def at(
     x, y = points[:, :2].astype(np.int32).T
     return field[y.clip(0, field.shape[0] - 1), x.clip(0, field.shape[1] - 1)]
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-006
+# %% ../../nbs/data/01_tissue.ipynb #cell-014
 def fibres(
     rng: np.random.Generator,
     shape: tuple[int, int], # (h, w)
@@ -65,7 +65,7 @@ def fibres(
     slope_y, slope_x = (cv2.Sobel(v[::8, ::8], -1, *d, scale=1/64) for d in ((0, 1), (1, 0)))
     return cv2.remap(texture, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP), np.arctan2(-slope_x, slope_y)
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-007
+# %% ../../nbs/data/01_tissue.ipynb #cell-017
 @dataclass
 class Growth:
     "How one pattern grows; lengths in pixels of 0.48 um."
@@ -96,7 +96,7 @@ def outlines(
     r *= (radius/r.max(1))[:, None]
     return centers[:, None] + r[..., None]*np.stack([np.cos(theta), np.sin(theta)], -1)
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-008
+# %% ../../nbs/data/01_tissue.ipynb #cell-020
 def place(
     rng: np.random.Generator,
     regions: np.ndarray, # pattern that grows at each pixel
@@ -120,14 +120,14 @@ def place(
             n += 1
     return kept[:n]
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-009
+# %% ../../nbs/data/01_tissue.ipynb #cell-023
 def fill(
     canvas: np.ndarray, # map to draw on
     polygons: np.ndarray, # (n, corners, 2) as x, y
     values, # (n,)
 ):
     "Fill polygons, positions exact to 1/16 pixel."
-    for polygon, value in zip(np.round(np.asarray(polygons)*16).astype(np.int32), values):
+    for polygon, value in zip(np.round(np.asarray(polygons)*16).astype(np.int32), values, strict=True):
         cv2.fillPoly(canvas, [polygon], int(value), shift=4)
 
 def ellipses(
@@ -160,7 +160,7 @@ def along(
     return np.column_stack([np.interp(s, length, closed[:, 0]) - np.sin(angle)*depth,
                             np.interp(s, length, closed[:, 1]) + np.cos(angle)*depth, angle])
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-010
+# %% ../../nbs/data/01_tissue.ipynb #cell-026
 def cords(
     rng: np.random.Generator,
     regions: np.ndarray, # pattern that grows at each pixel
@@ -176,7 +176,25 @@ def cords(
     cells = cells + rng.normal(0, 1.5, cells.shape)
     return cells[(at(regions, cells) == 5) & (at(taken, cells) == 0)]
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-011
+# %% ../../nbs/data/01_tissue.ipynb #cell-028
+def _lumens(rng, epithelium, inside, glands, walls):
+    "Lumina: what lies deeper than the gland's wall, and round holes in the masses of pattern 4."
+    wall = np.array([1e9] + [w*rng.uniform(.85, 1.15) if w else 1e9 for w in walls], np.float32)
+    lumens = np.zeros(glands.shape, np.uint8)
+    for top in range(0, len(glands), 512):  # in bands, which fit the processor's cache
+        rows = slice(top, top + 512)
+        h, w = lumens[rows].shape
+        ripple = cv2.resize(noise(rng, (h//2 + 1, w//2 + 1), 7), (w, h))
+        lumens[rows] = inside[rows] > wall[glands[rows]]*(1 + .12*ripple)
+    points = lattice(rng, glands.shape, 46., .3)
+    r = rng.uniform(6, 15, len(points))
+    fits = (at(epithelium, points) == 4) & (at(inside, points) > r + 12)
+    points, r = points[fits], r[fits]
+    shapes = np.column_stack([points, r, r*rng.uniform(.6, 1, len(r)), rng.uniform(0, np.pi, len(r))])
+    fill(lumens, ellipses(rng, shapes), np.ones(len(r)))
+    return lumens
+
+# %% ../../nbs/data/01_tissue.ipynb #cell-030
 EPITHELIAL, LYMPHOCYTE, STROMAL = 1, 2, 3  # types of nuclei
 
 @dataclass
@@ -225,24 +243,7 @@ def _nuclei(rng, regions, epithelium, inside, lumens, glands, singles, angle):
     add(points, (5.6, 5.2), 0., LYMPHOCYTE, 1.25)
     return np.concatenate(rows)
 
-# %% ../../nbs/data/01_tissue.ipynb #cell-012
-def _lumens(rng, epithelium, inside, glands, walls):
-    "Lumina: what lies deeper than the gland's wall, and round holes in the masses of pattern 4."
-    wall = np.array([1e9] + [w*rng.uniform(.85, 1.15) if w else 1e9 for w in walls], np.float32)
-    lumens = np.zeros(glands.shape, np.uint8)
-    for top in range(0, len(glands), 512):  # in bands, which fit the processor's cache
-        rows = slice(top, top + 512)
-        h, w = lumens[rows].shape
-        ripple = cv2.resize(noise(rng, (h//2 + 1, w//2 + 1), 7), (w, h))
-        lumens[rows] = inside[rows] > wall[glands[rows]]*(1 + .12*ripple)
-    points = lattice(rng, glands.shape, 46., .3)
-    r = rng.uniform(6, 15, len(points))
-    fits = (at(epithelium, points) == 4) & (at(inside, points) > r + 12)
-    points, r = points[fits], r[fits]
-    shapes = np.column_stack([points, r, r*rng.uniform(.6, 1, len(r)), rng.uniform(0, np.pi, len(r))])
-    fill(lumens, ellipses(rng, shapes), np.ones(len(r)))
-    return lumens
-
+# %% ../../nbs/data/01_tissue.ipynb #cell-032
 def grow(
     rng: np.random.Generator,
     regions: np.ndarray, # pattern that grows at each pixel, uint8: 0 = no tissue, else a key of `PATTERNS`
@@ -254,7 +255,7 @@ def grow(
     kind = discs[:, 3].astype(int)
     polygons = np.concatenate([outlines(rng, discs[kind == p, :2], discs[kind == p, 2], g) for p, g in GROWTH.items()])
     glands, epithelium = np.zeros(size, np.int32), np.zeros(size, np.uint8)
-    fill(glands, polygons[kind < 5], range(1, len(kind) + 1))
+    fill(glands, polygons[kind < 5], range(1, int((kind < 5).sum()) + 1))
     fill(epithelium, polygons, kind)
     fibre, angle = fibres(rng, size)
     singles = cords(rng, regions, epithelium, angle)
@@ -263,7 +264,7 @@ def grow(
     glands[outside], epithelium[outside] = 0, 0
     inside = cv2.distanceTransform(epithelium, cv2.DIST_L2, 3)
     lumens = _lumens(rng, epithelium, inside, glands, [GROWTH[k].wall for k in kind[kind < 5]])
-    rows = _nuclei(rng, regions, epithelium, inside, lumens, zip(polygons, kind), singles, angle)
+    rows = _nuclei(rng, regions, epithelium, inside, lumens, zip(polygons, kind, strict=True), singles, angle)
     nuclei = np.zeros(size, np.int32)
     fill(nuclei, ellipses(rng, rows[:, :5]), range(1, len(rows) + 1))
     nuclei[(lumens > 0) | outside] = 0

@@ -6,7 +6,6 @@
 __all__ = ['LEVELS', 'CODECS', 'pyramid', 'split_tables', 'write_slide', 'write_mask']
 
 # %% ../../nbs/data/01b_writing.ipynb #cell-002
-import os
 import struct
 
 import cv2
@@ -27,7 +26,7 @@ def pyramid(
     method = cv2.INTER_AREA if image.ndim == 3 else cv2.INTER_NEAREST
     h, w = image.shape[:2]
     out = [image]
-    for before, factor in zip(levels, levels[1:]):
+    for before, factor in zip(levels[:-1], levels[1:], strict=True):
         source = out[-1] if factor%before == 0 else image
         out.append(cv2.resize(source, (max(w//factor, 1), max(h//factor, 1)), interpolation=method))
     return out
@@ -107,7 +106,7 @@ def write_slide(
     _write(path, pyramid(image, levels), mpp, encode, tile, bigtiff, compression="jpeg", photometric="rgb",
            subsampling=subsampling, jpegtables=tables, compressionargs={"outcolorspace": photometric})
 
-# %% ../../nbs/data/01b_writing.ipynb #cell-012
+# %% ../../nbs/data/01b_writing.ipynb #cell-018
 def write_mask(
     path, # TIFF file to write
     mask: np.ndarray, # codes (h, w), uint8
