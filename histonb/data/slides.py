@@ -11,7 +11,6 @@ import os
 import re
 import struct
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
@@ -142,14 +141,15 @@ def _pyramid(tiff) -> list: # lists of pages, one list a level, the largest leve
     return [heads] + sorted((rest[i:i + step] for i in range(0, len(rest), step)), key=lambda p: -p[0].imagelength)
 
 # %% ../../nbs/data/02_slides.ipynb #cell-019
-_MICRONS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1., "μm": 1., "um": 1., "nm": 1e-3}
+_MICRONS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "nm": 1e-3}  # OME's units; without one, or in any spelling of um, 1
 
 def _mpp(tiff) -> float | None: # um per pixel at level 0, None where the file does not say
     "The resolution as the scanner wrote it: Aperio's description, OME's physical size, or the TIFF's resolution tags."
     page, value = tiff.pages[0], None
-    if found := re.search(r"MPP\s*=\s*([\d.]+)", page.description): value = float(found[1])
-    elif tiff.is_ome and (pixels := ElementTree.fromstring(page.description).find(".//{*}Pixels")) is not None and "PhysicalSizeX" in pixels.attrib:
-        value = float(pixels.get("PhysicalSizeX"))*_MICRONS.get(pixels.get("PhysicalSizeXUnit", "µm"), np.nan)
+    if found := re.search(r"MPP\s*=\s*(\d*\.?\d+)", page.description): value = float(found[1])
+    elif tiff.is_ome and (found := re.search(r'PhysicalSizeX="([\d.eE+-]+)"', page.description)):
+        unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', page.description)
+        value = float(found[1])*_MICRONS.get(unit and unit[1], 1.)
     elif "XResolution" in page.tags:
         n, d = page.tags["XResolution"].value
         unit = {2: 25400., 3: 1e4}.get(int(page.tags["ResolutionUnit"].value) if "ResolutionUnit" in page.tags else 2)
@@ -163,7 +163,9 @@ def _open_tiff(path):
     if path.is_dir(): raise BadInput(path, "a folder, not a slide", "Name one TIFF or SVS file in it.")
     if not path.exists(): raise BadInput(path, "no such file", "Check the path.")
     if not path.stat().st_size: raise BadInput(path, "the file is empty (0 bytes)", again)
-    with open(path, "rb") as f: magic = f.read(4)
+    try:
+        with open(path, "rb") as f: magic = f.read(4)
+    except OSError as e: raise BadInput(path, f"cannot be read ({e.strerror})", "Check its permissions and the disk.") from e
     if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         raise BadInput(path, "not a TIFF", "Give a pyramidal TIFF or an Aperio SVS.")
     try:
@@ -268,8 +270,9 @@ def _paste(
     out: np.ndarray, # (height, width[, 3]) uint8, filled in place
     fill: int, # value outside the slide
     get, # (row, column) -> decoded internal tile
-):
+) -> list: # row and column of the internal tiles it touches
     "Assemble a region from the internal tiles it touches."
+    used = []
     (h, w), (height, width), (th, tw) = out.shape[:2], level.shape, level.tile
     if x < 0 or y < 0 or x + w > width or y + h > height: out[:] = fill
     for row in _touched(y, h, height, th):
@@ -277,6 +280,8 @@ def _paste(
         for column in _touched(x, w, width, tw):
             left, right = max(x, column*tw), min(x + w, column*tw + tw, width)
             out[top - y:bottom - y, left - x:right - x] = get(row, column)[top - row*th:bottom - row*th, left - column*tw:right - column*tw]
+            used.append((row, column))
+    return used
 
 # %% ../../nbs/data/02_slides.ipynb #cell-029
 @patch
@@ -406,10 +411,7 @@ def map_tiles(
                 for i in band:
                     if stop.is_set(): return
                     x, y = corners[i].tolist()
-                    used = []
-                    def get(r, c): used.append((r, c)); return tiles.get(r, c)
-                    _paste(at, x, y, tile, self.fill, get)
-                    for key in used: tiles.done(*key)
+                    for row, column in _paste(at, x, y, tile, self.fill, tiles.get): tiles.done(row, column)
                     results[i] = function(i, tile)
         except BaseException:
             stop.set()
