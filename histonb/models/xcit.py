@@ -105,10 +105,9 @@ class XCA(nn.Module):
         x, # (B, N, dim)
         maps: Maps | None = None, # gets this block's map and norm appended
     ): # (B, N, dim)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, N, d) each
-        q_norm, k_norm = (torch.linalg.vector_norm(z, dim=-2, dtype=torch.float32).clamp_min(1e-12) for z in (q, k))
-        cosine = q.transpose(-2, -1) @ k/(q_norm[..., :, None]*k_norm[..., None, :])
-        attention = (self.temperature*cosine).softmax(-1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (B, h, N, d)
+        q_scale, k_scale = (z.float().square().sum(-2).clamp_min(1e-24).rsqrt() for z in (q, k))  # 1/length, (B, h, d)
+        attention = (q.transpose(-2, -1) @ k*(self.temperature*q_scale[..., None])*k_scale[..., None, :]).softmax(-1)
         out = (v @ attention.transpose(-2, -1).to(v.dtype)).transpose(1, 2).flatten(2)
         if maps is not None:
             maps.xca.append(attention)
