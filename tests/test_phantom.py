@@ -148,6 +148,7 @@ def test_same_pixels_as_openslide_reads(tmp_path):
 
 @pytest.mark.parametrize("call", [
     lambda p: phantom.write_cohort(p/"c", n_slides=0),
+    lambda p: phantom.write_cohort(p/"c", seed=-1),
     lambda p: phantom.write_cohort(p/"c", n_slides=2, n_blank=1, n_pen=2),
     lambda p: phantom.write_cohort(p/"c", n_slides=2, karolinska=1.5),
     lambda p: phantom.write_cohort(p/"c", shape=(300, 4000)),

@@ -207,6 +207,7 @@ def write_cohort(
 ) -> Path: # root
     "Write a cohort in PANDA's layout: `train.csv`, `train_images/`, `train_label_masks/`."
     root, n = Path(root), int(n_slides)
+    if seed < 0: raise BadInput("seed", f"{seed} is negative", "Give 0 or more.")
     if n < 1: raise BadInput("n_slides", f"{n_slides} slides", "Ask for at least one.")
     if n_blank < 0 or n_pen < 0 or n_blank + n_pen > n:
         raise BadInput("n_blank, n_pen", f"{n_blank} blank and {n_pen} pen-marked slides among {n}", "Ask for fewer, or for more slides.")
@@ -215,7 +216,7 @@ def write_cohort(
     jobs = [(root, f"phantom{seed}_{i:03d}", (seed, i), tuple(shape), CONTENTS[i%len(CONTENTS)],
              "karolinska" if int((i + 1)*karolinska) > int(i*karolinska) else "radboud",
              i >= n - n_blank, n - n_blank - n_pen <= i < n - n_blank, options) for i in range(n)]
-    (root/"train.csv").unlink(missing_ok=True)
+    for name in ("train.csv", "suspicious.csv"): (root/name).unlink(missing_ok=True)
     if workers > 1:
         with multiprocessing.Pool(min(workers, n), _start_worker) as pool:
             try: rows = list(progress(pool.imap(_write_one, jobs), "phantom", n, "slide"))
