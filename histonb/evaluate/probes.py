@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
@@ -127,7 +128,7 @@ def fit_linear(
     share = 2 if len(np.unique(y_train)) == 2 else 1  # two classes are fitted as one row: the norm counts half
     best, losses = None, {}
     for strength in L2 if l2 is None else (l2,):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore")  # stopped by max_iter: good enough for a probe, and val decides
             model.set_params(C=share/(strength*len(scaled))).fit(scaled, y_train)
         weight, bias = np.zeros((n_classes, x_train.shape[1]), np.float32), np.full(n_classes, -np.inf, np.float32)
