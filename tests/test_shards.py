@@ -1,0 +1,116 @@
+"""Shards: fidelity and size of stored tiles, many processes at once, and damage that is named."""
+import pickle
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from torch.utils.data import DataLoader
+
+from histonb.core import BadInput
+from histonb.data.cohorts import panda
+from histonb.data.phantom import draw_slide, write_cohort
+from histonb.data.shards import SlideTiles, TileShards, encoder, shard_path
+from histonb.data.slides import open_slide
+from histonb.data.tiling import TileRule, tile_cohort
+from histonb.data.writing import write_slide
+
+REAL = Path(__file__).parents[2]/"shared/data"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = write_cohort(tmp_path_factory.mktemp("store")/"cohort", n_slides=2, seed=2, shape=(1800, 1400), workers=1)
+    cohort = panda(root)
+    tile_cohort(cohort, root.parent/"tiles")
+    return root.parent/"tiles", dict(zip(cohort.slides.slide, cohort.slides.image, strict=True))
+
+
+def psnr(a, b):
+    return 10*np.log10(255**2/np.mean((np.stack(a).astype(float) - np.stack(b))**2))
+
+
+def grid(slide):
+    (h, w) = slide.shapes[0]
+    return [slide.read(x, y, 224, 224) for y in range(0, h - 223, 224) for x in range(0, w - 223, 224)]
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 256, "shared_tables": False}, {"photometric": "rgb"}, {"subsampling": (1, 1)},
+                                     {"subsampling": (2, 1)}, {"quality": 90}, {"compression": "lzw"}], ids=str)
+def test_stored_tiles_are_the_slide_s(tmp_path, options):
+    write_slide(tmp_path/"a.tiff", draw_slide(seed=4, shape=(1120, 1120)).image, **options)
+    with open_slide(tmp_path/"a.tiff") as slide: tiles, encode = grid(slide), encoder(slide.jpeg_source(0))
+    jpegs = [encode(t) for t in tiles]
+    back = [imagecodecs.jpeg8_decode(j) for j in jpegs]
+    assert psnr(tiles, back) > (45 if options.get("compression") else 55)
+    if not options: assert np.mean([len(j) for j in jpegs]) < 10_000  # 4:2:0
+
+
+@pytest.mark.skipif(not (REAL/"panda").exists(), reason="no ../shared/data/panda")
+def test_the_real_slide_keeps_its_pixels():
+    path = next((REAL/"panda/train_images").glob("*.tiff"))
+    with open_slide(path) as slide: encode = encoder(slide.jpeg_source(0))
+    pixels = tifffile.imread(path, key=0)
+    tiles = [np.ascontiguousarray(pixels[y:y + 224, x:x + 224]) for y in range(0, 7456, 224) for x in range(0, 1824, 224)]
+    tiles = [t for t in tiles if (t > 230).mean() < .5]
+    assert psnr(tiles, [imagecodecs.jpeg8_decode(encode(t)) for t in tiles]) > 55
+
+
+def test_many_processes_read_what_one_does(store):
+    folder, slides = store
+    shards = TileShards(folder)
+    raw = SlideTiles(shards.table, slides)
+    assert len(shards) == len(raw) == shards.table.kept.sum() > 20
+    shards[0], raw[0]  # files are open in the parent before the workers start
+    for dataset in (shards, raw):
+        alone = [dataset[i] for i in range(len(dataset))]
+        for context in ("fork", "spawn"):
+            loader = DataLoader(dataset, batch_size=8, num_workers=2, multiprocessing_context=context)
+            images, labels = (np.concatenate(part) for part in zip(*((i.numpy(), y.numpy()) for i, y in loader), strict=True))
+            assert np.array_equal(images, np.stack([i for i, _ in alone])) and labels.tolist() == [y for _, y in alone]
+    assert psnr([shards[i][0] for i in range(len(shards))], [raw[i][0] for i in range(len(raw))]) > 55
+    assert shards.labels.tolist() == shards.table.label.tolist()
+
+
+def test_rows_transform_and_pickle(store):
+    folder, slides = store
+    table = TileShards(folder).table.iloc[[7, 3, 7]]
+    for dataset in (TileShards(folder, table, transform=np.mean), SlideTiles(table, slides, transform=np.mean)):
+        assert len(dataset) == 3 and dataset[0] == dataset[2] != dataset[1]
+        assert dataset[-1] == dataset[2]
+        with pytest.raises(IndexError): dataset[3]
+        assert pickle.loads(pickle.dumps(dataset))[1] == dataset[1]
+    with pytest.raises(BadInput, match="path is not given"): SlideTiles(table, {})
+
+
+def test_resampled_tiles(store, tmp_path):
+    folder, slides = store
+    cohort = panda(folder.parent/"cohort")
+    tile_cohort(cohort, tmp_path/"coarse", TileRule(mpp=.8))
+    shards = TileShards(tmp_path/"coarse")
+    raw = SlideTiles(shards.table, slides)
+    assert psnr([shards[i][0] for i in range(len(shards))], [raw[i][0] for i in range(len(raw))]) > 45
+
+
+def test_damage_is_named(store, tmp_path):
+    folder, _ = store
+    table, whole = TileShards(folder).table, shard_path(folder, 0).read_bytes()
+    copy = shard_path(tmp_path, 0)
+    table.assign(kept=True).to_parquet(tmp_path/"tiles.parquet")
+    with pytest.raises(BadInput, match="shard-00000.tiles: the shard is missing"): TileShards(tmp_path).check()
+    at = int(table.offset[9] + table.nbytes[9]//2)
+    copy.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+    damaged = TileShards(tmp_path)
+    damaged[8], damaged[10]  # their neighbours are whole
+    with pytest.raises(BadInput, match="shard-00000.tiles: damaged"): damaged[9]
+    with pytest.raises(BadInput, match="shard-00000.tiles: damaged"): damaged.check()
+    copy.write_bytes(whole[:-1])
+    with pytest.raises(BadInput, match="shard-00000.tiles: truncated"): TileShards(tmp_path).check()
+    copy.write_bytes(b"")
+    with pytest.raises(BadInput, match="shard-00000.tiles: truncated"): TileShards(tmp_path)[0]
+    copy.write_bytes(whole)
+    assert TileShards(tmp_path).check() == len(table)
+    with pytest.raises(BadInput, match="no tile table"): TileShards(tmp_path/"nowhere")
+    with pytest.raises(BadInput, match="1 of 1 tiles of the table are not stored"): TileShards(tmp_path, pd.DataFrame(table[:1]).assign(shard=-1))

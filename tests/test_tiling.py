@@ -1,0 +1,299 @@
+"""Tiling: the real slides against an independent reading, interruptions, and every kind of bad input."""
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+
+from histonb.core import BadInput, read_jsonl
+from histonb.data import tiling
+from histonb.data.cohorts import Cohort, panda
+from histonb.data.criteria import FRACTIONS, METRICS, metrics
+from histonb.data.labels import IGNORE
+from histonb.data.phantom import write_cohort
+from histonb.data.shards import TileShards
+from histonb.data.slides import open_slide
+from histonb.data.tiling import TileRule, apply_rule, tile_cohort, tile_slide
+from histonb.data.writing import write_mask, write_slide
+
+REAL = Path(__file__).parents[2]/"shared/data"
+PANDA_ID = "006f6aa35a78965c92fffd1fbd53a058"
+needs_panda = pytest.mark.skipif(not (REAL/"panda").exists(), reason="no ../shared/data/panda")
+EMPTY = pd.DataFrame(columns=["slide", "path", "fault", "remedy"])
+
+
+def real_slide():
+    return REAL/f"panda/train_images/{PANDA_ID}.tiff", REAL/f"panda/train_label_masks/{PANDA_ID}_mask.tiff"
+
+
+def tissue(shape, seed=0):
+    "Pixels with nuclei and grain, of about the brightness of stained tissue."
+    rng = np.random.default_rng(seed)
+    small = rng.normal(0, 1, (shape[0]//8 + 1, shape[1]//8 + 1)).astype(np.float32)
+    grain = cv2.resize(small, shape[::-1], interpolation=cv2.INTER_CUBIC)[..., None]*45 + rng.normal(0, 6, (*shape, 3))
+    return np.clip(np.array([205, 150, 190]) + grain, 0, 255).astype(np.uint8)
+
+
+def half_slide(path, mpp=.5, shape=(896, 896), seed=0, **options):
+    "A slide whose left half is tissue, and its mask: rows of tiles of classes 1, 3, 4 and 0."
+    image = np.full((*shape, 3), 244, np.uint8)
+    image[:, :shape[1]//2] = tissue((shape[0], shape[1]//2), seed)
+    mask = np.zeros(shape, np.uint8)
+    for row, code in enumerate((1, 3, 4, 0)): mask[224*row:224*row + 224, :shape[1]//2] = code
+    write_slide(path, image, mpp=mpp, tile=256, **options)
+    mask_path = path.with_name(path.stem + "_mask.tiff")
+    write_mask(mask_path, mask, mpp=mpp, tile=256)
+    return path, mask_path
+
+
+def cohort_of(rows):
+    table = pd.DataFrame(rows, columns=["slide", "image", "mask", "codes"]).astype(str)
+    return Cohort("test", table.assign(cohort="test", case=table.slide, provider="", isup=0, gleason=""), EMPTY)
+
+
+def content(folder):
+    "The bytes of every file of a result but its journal."
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "journal.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    root = write_cohort(tmp_path_factory.mktemp("phantoms")/"cohort", n_slides=4, seed=1, shape=(1800, 1400), workers=1)
+    return panda(root)
+
+
+@needs_panda
+def test_labels_of_the_real_slide_against_the_whole_mask():
+    slide, mask = real_slide()
+    table, _ = tile_slide(slide, mask, "radboud")
+    codes = tifffile.imread(mask, key=0)[..., 0]
+    to_class = {0: 0, 1: 1, 2: 1, 3: 2, 4: 3, 5: 4}
+    for row in table.itertuples():
+        values, counts = np.unique(codes[row.y:row.y + 224, row.x:row.x + 224], return_counts=True)
+        fractions = dict.fromkeys(range(5), 0)
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True): fractions[to_class[value]] += count/224**2
+        assert row.label == max(to_class[v] for v in values.tolist())
+        assert np.allclose([row.f0, row.f1, row.f2, row.f3, row.f4], list(fractions.values()), atol=1e-6)
+    assert set(table.label[table.kept]) >= {1, 2}
+
+
+@needs_panda
+@pytest.mark.parametrize("rule", [TileRule(), TileRule(max_emptiness=.95, min_edges=.005, max_homogeneity=.98)], ids=["default", "loose"])
+def test_prefilter_drops_nothing_that_the_real_slide_keeps(rule):
+    path, mask = real_slide()
+    pixels = tifffile.imread(path, key=0)
+    table, account = tile_slide(path, mask, "radboud", rule)
+    measured = {}
+    for y in range(0, pixels.shape[0] - 223, 224):
+        for x in range(0, pixels.shape[1] - 223, 224): measured[x, y] = metrics(np.ascontiguousarray(pixels[y:y + 224, x:x + 224]))
+    assert set(zip(table.x[table.kept], table.y[table.kept], strict=True)) == {k for k, m in measured.items() if rule.passes(*m)}
+    assert account.background.sum() > 100  # and it does reject glass
+    assert np.allclose(table[METRICS], [measured[t.x, t.y] for t in table.itertuples()], atol=.01)
+
+
+@pytest.mark.skipif(not (REAL/"slides").exists(), reason="no ../shared/data/slides")
+def test_a_slide_of_one_level_is_read_in_full():
+    path = REAL/"slides/CMU-1-Small-Region.svs"
+    table, account = tile_slide(path)
+    with open_slide(path) as slide: assert len(slide.shapes) == 1
+    assert account.background.sum() == 0 and account.candidates.sum() == -(-2967//224)*-(-2220//224)
+    assert table.kept.mean() > .5 and set(table.label) == {-1}
+    coarse, _ = tile_slide(path, rule=TileRule(mpp=1.))
+    assert coarse.mpp.eq(1).all() and len(coarse) == (2967//449)*(2220//449)  # 224 px of 1 um are 449 px of 0.499 um
+
+
+def test_thin_biopsies_survive(tmp_path):
+    image = np.full((1792, 1792, 3), 244, np.uint8)
+    for x in (100, 700, 1500): image[:, x:x + 32] = tissue((1792, 32), x)  # cores of 16 um, 14% of a tile
+    write_slide(tmp_path/"thin.tiff", image, mpp=.5)
+    table, account = tile_slide(tmp_path/"thin.tiff")
+    assert table.kept.sum() == 3*8 and account.background.sum() == 5*8
+
+
+def test_prefilter_agrees_with_full_resolution_on_phantoms(phantoms):
+    for row in phantoms.slides.itertuples():
+        every, _ = tile_slide(row.image, row.mask, row.codes, TileRule(background=1., max_emptiness=.9999))
+        table, account = tile_slide(row.image, row.mask, row.codes)
+        kept = apply_rule(every, TileRule())
+        assert set(map(tuple, kept[kept.kept][["x", "y"]].to_numpy())) == set(map(tuple, table[table.kept][["x", "y"]].to_numpy()))
+        assert account.background.sum() > 0
+
+
+def test_ignored_tissue_is_dropped_and_accounted(tmp_path):
+    slide, mask = half_slide(tmp_path/"a.tiff")
+    table, account = tile_slide(slide, mask, {0: 0, 1: 1, 3: IGNORE, 4: 3})
+    assert table.why.value_counts().to_dict() == {"": 6, "ignored": 2}
+    assert table.label[table.why == "ignored"].eq(IGNORE).all() and table.fignore[table.why == "ignored"].eq(1).all()
+    assert account.set_index("label").loc[IGNORE, "ignored"] == 2 and account.candidates.sum() == 16
+
+
+def test_levels_and_resolutions_read_the_same_mask_pixels(tmp_path):
+    image, mask = tissue((1803, 2011)), np.zeros((1803, 2011), np.uint8)
+    mask[700, 900] = 5  # one pixel, which no downsampled mask shows
+    mask[mask == 0] = 1
+    write_slide(tmp_path/"a.tiff", image, mpp=.5)
+    write_mask(tmp_path/"a_mask.tiff", mask, mpp=.5)
+    for rule, extent in ((TileRule(), 224), (TileRule(level=1), 896), (TileRule(mpp=1.), 448), (TileRule(mpp=1.3), 582), (TileRule(mpp=2.), 896)):
+        table, _ = tile_slide(tmp_path/"a.tiff", tmp_path/"a_mask.tiff", "radboud", rule)
+        hit = table[table.label == 4]
+        assert len(hit) == 1, rule
+        assert hit.x.item() <= 900 < hit.x.item() + extent + 1 and hit.y.item() <= 700 < hit.y.item() + extent + 1
+        assert hit.f4.item() == pytest.approx(1/extent**2, rel=.02)
+    padded, _ = tile_slide(tmp_path/"a.tiff", tmp_path/"a_mask.tiff", "radboud", TileRule(edge="pad"))
+    corner = padded[(padded.x == 224*8) & (padded.y == 224*8)].iloc[0]
+    assert corner.emptiness > 1 - (2011 - 224*8)*(1803 - 224*8)/224**2 - 1e-9  # white beyond the border
+    assert corner.f1 == pytest.approx((2011 - 224*8)*(1803 - 224*8)/224**2)
+
+
+def test_result_does_not_depend_on_the_workers(phantoms, tmp_path):
+    one = tile_cohort(phantoms, tmp_path/"one", workers=1)
+    for workers in (2, 4): tile_cohort(phantoms, tmp_path/str(workers), workers=workers)
+    assert content(tmp_path/"one") == content(tmp_path/"2") == content(tmp_path/"4")
+    assert TileShards(tmp_path/"4").check() == one.kept.sum() == len(TileShards(tmp_path/"one"))
+    assert list(one.columns) == ["slide", "x", "y", "level", "mpp", *METRICS, "kept", "why", "label", *FRACTIONS, "cohort", "case", "split",
+                                 "shard", "offset", "nbytes"]
+    bare = tile_cohort(phantoms, tmp_path/"bare", store=False)
+    assert set(bare["shard"]) == {-1} and not list((tmp_path/"bare").glob("*.tiles"))
+    pd.testing.assert_frame_equal(bare.drop(columns=["shard", "offset", "nbytes"]), one.drop(columns=["shard", "offset", "nbytes"]))
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGKILL", 2), ("SIGINT", 2), ("SIGINT", 4), ("SIGTERM", 4)])
+def test_killed_and_run_again(phantoms, tmp_path, name, workers):
+    rows = [(f"{r.slide}_{i}", r.image, r.mask, r.codes) for i in range(6) for r in phantoms.slides.itertuples()]
+    cohort = cohort_of(rows)
+    whole = tile_cohort(cohort, tmp_path/"whole")
+    cohort.slides.to_parquet(tmp_path/"slides.parquet")
+    code = ("import sys, pandas as pd; from histonb.data.cohorts import Cohort; from histonb.data.tiling import tile_cohort\n"
+            "if __name__ == '__main__':\n"
+            "    slides = pd.read_parquet(sys.argv[1] + '/slides.parquet')\n"
+            "    tile_cohort(Cohort('test', slides, pd.DataFrame(columns=['slide', 'path', 'fault', 'remedy'])), sys.argv[1] + '/killed', workers=int(sys.argv[2]))\n")
+    (tmp_path/"job.py").write_text(code)
+    job = subprocess.Popen([sys.executable, tmp_path/"job.py", tmp_path, str(workers)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           start_new_session=True)
+    journal, end = tmp_path/"killed/journal.jsonl", time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2): assert time.monotonic() < end and job.poll() is None
+    os.killpg(job.pid, getattr(signal, name))
+    job.wait(60)
+    assert not (tmp_path/"killed/tiles.parquet").exists()  # it was caught half-way
+    if name == "SIGINT": assert not [p for p in (tmp_path/"killed").rglob(".*")]  # nothing half-written stays
+    done = len(read_jsonl(journal))
+    assert 2 <= done < len(rows)
+    again = tile_cohort(cohort, tmp_path/"killed")
+    assert content(tmp_path/"killed") == content(tmp_path/"whole")
+    assert TileShards(tmp_path/"killed").check() == whole.kept.sum() == again.kept.sum()
+    assert len(read_jsonl(journal)) == len(rows)  # no slide was done twice
+
+
+def test_bad_slides_are_quarantined_and_the_rest_goes_on(tmp_path):
+    good, good_mask = half_slide(tmp_path/"good.tiff")
+    whole = good.read_bytes()
+    (tmp_path/"empty.tiff").write_bytes(b"")
+    (tmp_path/"cut.tiff").write_bytes(whole[:len(whole)//2])
+    (tmp_path/"text.tiff").write_text("this is not a slide"*100)
+    with open_slide(good) as slide: at = int(slide.levels[0].offsets[0, 1, 0])
+    (tmp_path/"stream.tiff").write_bytes(whole[:at] + b"\0"*200 + whole[at + 200:])
+    nomask, _ = half_slide(tmp_path/"nomask.tiff")
+    nompp, nompp_mask = half_slide(tmp_path/"nompp.tiff", mpp=None)
+    write_mask(tmp_path/"small_mask.tiff", np.ones((448, 448), np.uint8))
+    write_mask(tmp_path/"codes_mask.tiff", np.full((896, 896), 9, np.uint8))
+    write_mask(tmp_path/"void_mask.tiff", np.zeros((896, 896), np.uint8))
+    write_slide(tmp_path/"glass.tiff", np.full((896, 896, 3), 245, np.uint8))
+    rows = [("good", good, good_mask, "radboud"), ("empty", tmp_path/"empty.tiff", good_mask, "radboud"), ("cut", tmp_path/"cut.tiff", good_mask, "radboud"),
+            ("text", tmp_path/"text.tiff", good_mask, "radboud"), ("gone", tmp_path/"gone.tiff", good_mask, "radboud"),
+            ("stream", tmp_path/"stream.tiff", good_mask, "radboud"), ("nomask", nomask, "", "radboud"), ("nompp", nompp, nompp_mask, "radboud"),
+            ("lostmask", good, tmp_path/"lost_mask.tiff", "radboud"), ("small", good, tmp_path/"small_mask.tiff", "radboud"),
+            ("codes", good, tmp_path/"codes_mask.tiff", "radboud"), ("void", good, tmp_path/"void_mask.tiff", "radboud"),
+            ("glass", tmp_path/"glass.tiff", "", "radboud"), ("last", good, good_mask, "radboud")]
+    expected = {"empty": "empty (0 bytes)", "cut": "truncated", "text": "not a TIFF", "gone": "no such file", "stream": "damaged internal tile",
+                "lostmask": "no such file", "small": "448x448 pixels, its slide 896x896", "codes": "mask values 9 are not among",
+                "void": "marks nothing", "glass": "no tissue"}
+    for workers in (2, 4):
+        table = tile_cohort(cohort_of(rows), tmp_path/f"out{workers}", workers=workers)
+        assert table.slide.unique().tolist() == ["good", "nomask", "nompp", "last"]
+        assert table.groupby("slide").kept.sum().to_dict() == dict.fromkeys(["good", "nomask", "nompp", "last"], 8)
+        assert set(table.label[table.slide == "nomask"]) == {-1} and table.mpp[table.slide == "nompp"].isna().all()
+        assert table.label[table.slide == "good"].value_counts().to_dict() == {0: 2, 1: 2, 2: 2, 3: 2}
+        quarantine = pd.read_csv(tmp_path/f"out{workers}/quarantine.csv").set_index("slide")
+        assert list(quarantine.index) == list(expected)
+        for slide, fault in expected.items(): assert fault in quarantine.fault[slide] and quarantine.remedy[slide]
+        assert not (tmp_path/f"out{workers}/parts").exists()
+        TileShards(tmp_path/f"out{workers}").check()
+    with pytest.raises(BadInput, match="empty.tiff"): tile_cohort(cohort_of(rows), tmp_path/"strict", strict=True)
+    scaled = tile_cohort(cohort_of(rows[6:8]), tmp_path/"scaled", TileRule(mpp=.5))  # here a slide needs its resolution
+    assert set(scaled.slide) == {"nomask"}
+    assert "how many microns" in pd.read_csv(tmp_path/"scaled/quarantine.csv").fault[0]
+    known = cohort_of(rows[7:8])
+    known.slides["mpp"] = .5  # which the cohort may give
+    assert tile_cohort(known, tmp_path/"known", TileRule(mpp=.5)).mpp.eq(.5).all()
+
+
+def test_what_a_folder_is_protected_from(phantoms, tmp_path):
+    tile_cohort(phantoms, tmp_path/"out")
+    before = content(tmp_path/"out")
+    with pytest.raises(BadInput, match="another rule .size 224 -> 256"): tile_cohort(phantoms, tmp_path/"out", TileRule(size=256))
+    with pytest.raises(BadInput, match="store True -> False"): tile_cohort(phantoms, tmp_path/"out", store=False)
+    with pytest.raises(BadInput, match="occur twice"):
+        tile_cohort(Cohort("twins", pd.concat([phantoms.slides]*2), EMPTY), tmp_path/"out")
+    assert content(tmp_path/"out") == before
+    shard = tmp_path/"out/shard-00000.tiles"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(BadInput, match="shard-00000.tiles: truncated"): tile_cohort(phantoms, tmp_path/"out")
+
+
+def test_two_jobs_in_one_folder(phantoms, tmp_path, monkeypatch):
+    def meanwhile(*args, **kwargs):
+        with pytest.raises(BadInput, match="another process"): tile_cohort(phantoms, tmp_path/"out")
+        return EMPTY
+    monkeypatch.setattr(tiling, "_run", meanwhile)
+    tile_cohort(phantoms, tmp_path/"out")
+
+
+@pytest.mark.parametrize("where", ["part", "shard", "journal", "table"])
+def test_full_disk(phantoms, tmp_path, monkeypatch, where):
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, "No space left on device")
+    first = Cohort("test", phantoms.slides[:2], EMPTY)
+    tile_cohort(first, tmp_path/"out")
+    before = content(tmp_path/"out")
+    with monkeypatch.context() as patch:
+        if where == "part": patch.setattr(pd.DataFrame, "to_parquet", full)
+        if where == "shard": patch.setattr("histonb.data.shards.shutil.copyfileobj", full)
+        if where == "journal": patch.setattr(tiling, "append_jsonl", full)
+        if where == "table": patch.setattr(tiling, "_assemble", full)
+        with pytest.raises(BadInput, match="the disk is full"): tile_cohort(phantoms, tmp_path/"out")
+    after = content_of_files(tmp_path/"out")
+    if where in ("part", "shard"): assert after == before  # the old state is intact
+    assert after["tiles.parquet"] == before["tiles.parquet"] and TileShards(tmp_path/"out").check()
+    tile_cohort(phantoms, tmp_path/"out")
+    tile_cohort(phantoms, tmp_path/"whole")
+    assert content(tmp_path/"out") == content(tmp_path/"whole")
+
+
+def content_of_files(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file() and p.name != "journal.jsonl"}
+
+
+def test_a_changed_slide_is_done_again_and_a_mended_one_joins(phantoms, tmp_path):
+    rows = [(r.slide, tmp_path/Path(r.image).name, r.mask, r.codes) for r in phantoms.slides.itertuples()]
+    for (_, image, _, _), source in zip(rows, phantoms.slides.image, strict=True): shutil.copy(source, image)
+    whole = rows[1][1].read_bytes()
+    rows[1][1].write_bytes(whole[:1000])
+    cohort = cohort_of(rows)
+    assert tile_cohort(cohort, tmp_path/"out").slide.nunique() == 3
+    rows[1][1].write_bytes(whole)  # downloaded again
+    shutil.copy(phantoms.slides.image[0], rows[2][1])  # and another was replaced
+    table = tile_cohort(cohort, tmp_path/"out")
+    assert table.slide.unique().tolist() == [r[0] for r in rows] and pd.read_csv(tmp_path/"out/quarantine.csv").empty
+    fresh = tile_cohort(cohort, tmp_path/"fresh")
+    pd.testing.assert_frame_equal(table.drop(columns=["offset"]), fresh.drop(columns=["offset"]))
+    TileShards(tmp_path/"out").check()
+    fewer = tile_cohort(Cohort("fewer", cohort.slides[:1], EMPTY), tmp_path/"out")  # a slide taken off the list leaves the table
+    assert fewer.slide.unique().tolist() == [rows[0][0]]
