@@ -13,7 +13,7 @@ import timm
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import BadInput, atomic_path, nearest, read_json, write_json
+from ..core import BadInput, atomic_path, digest, nearest, read_json, write_json
 from .xcit import XCIT, xcit
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-005
@@ -40,7 +40,8 @@ def save(
     folder = Path(folder)
     with atomic_path(folder/"backbone.safetensors") as p:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, p, {"format": "pt"})
-    write_json(folder/"backbone.json", {"name": name, "mean": list(mean), "std": list(std), **extra})
+    write_json(folder/"backbone.json", {"name": name, "in_chans": getattr(model, "in_chans", 3), "mean": list(mean),
+                                        "std": list(std), "weights": digest(folder/"backbone.safetensors"), **extra})
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-013
 def load(
@@ -58,6 +59,8 @@ def load(
     try: state = load_file(weights)
     except (safetensors.SafetensorError, OSError) as e:
         raise BadInput(weights, f"not a whole safetensors file ({e})", "Copy it again, or save the backbone again.") from e
+    if info.get("weights") not in (None, digest(weights)):
+        raise BadInput(weights, f"not the weights that {about.name} describes", "Copy both files again, from one run.")
     model = backbone(info["name"], **({"in_chans": info["in_chans"]} if "in_chans" in info else {}))
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

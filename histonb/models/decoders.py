@@ -6,6 +6,8 @@
 __all__ = ['MLPClassifier']
 
 # %% ../../nbs/models/13_decoders.ipynb #cell-002
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ class MLPClassifier(nn.Sequential):
         hidden: tuple[int, ...] = (2048, 512, 128), # widths between
     ):
         widths = [dim, *hidden, n_classes]
-        layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
         super().__init__(*layers[:-1])
 
     def forward(
