@@ -128,7 +128,7 @@ def tile_cohort(
     jobs = [_Job(r.slide, r.image, r.mask or None, r.codes, getattr(r, "mpp", None), rule, parts, store, threads)
             for r in slides.itertuples(index=False)]
     try:
-        parts.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         with open(out/"journal.jsonl", "ab") as lock:
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
@@ -139,6 +139,16 @@ def tile_cohort(
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         raise BadInput(out, "the disk is full", "Free some space and run again: finished slides are kept.") from e
 
+@contextlib.contextmanager
+def _parts(out, keep):
+    "The folder of parts without what an earlier job left half-done, and, if this one is stopped, without what it leaves."
+    parts = out/"parts"
+    parts.mkdir(exist_ok=True)
+    for path in set(parts.iterdir()) - keep: path.unlink()
+    try: yield
+    finally:
+        for path in parts.glob(".*"): path.unlink()
+
 def _run(cohort, out, jobs, processes, store, strict):
     journal = out/"journal.jsonl"
     rows = read_jsonl(journal)
@@ -147,14 +157,13 @@ def _run(cohort, out, jobs, processes, store, strict):
     last, keys = {row["slide"]: row for row in rows}, {job.slide: job.key for job in jobs}
     done = {job.slide: last[job.slide] for job in jobs if last.get(job.slide, {}).get("key") == keys[job.slide]
             and (job.slide in in_table or job.part(".parquet").exists())}
-    keep = {job.part(".parquet") for job in jobs if job.slide in done}
-    for path in set((out/"parts").iterdir()) - keep: path.unlink()
     sizes = {}
     for row in rows:
         if store: sizes[row["shard"]] = max(row["end"], sizes.get(row["shard"], 0))
     writer = ShardWriter(out, sizes)
     todo, bad = [job for job in jobs if job.slide not in done], []
-    with progress(desc="tiling", total=len(jobs), unit="slide") as bar, contextlib.closing(_results(todo, processes)) as results:
+    with (_parts(out, {job.part(".parquet") for job in jobs if job.slide in done}),
+          progress(desc="tiling", total=len(jobs), unit="slide") as bar, contextlib.closing(_results(todo, processes)) as results):
         if done: bar.update(len(done), f"{len(done)} done before")
         for job, result in results:
             if isinstance(result, BadInput):
