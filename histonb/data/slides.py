@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 import struct
+import tempfile
 import threading
 from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -115,7 +116,7 @@ def _level(
     offsets, counts = [np.concatenate([np.asarray(getattr(p, k), np.int64) for p in pages]) for k in ("dataoffsets", "databytecounts")]
     if len(offsets) != np.prod(grid) or len(counts) != len(offsets):
         raise BadInput(path, f"damaged: {len(offsets)} internal tiles are listed in place of {np.prod(grid)}", "Copy or download it again.")
-    size = os.path.getsize(path)
+    size = page.parent.filehandle.size
     if (end := int((offsets + counts)[counts > 0].max(initial=0))) > size:
         raise BadInput(path, f"truncated: its tiles reach to byte {end}, the file ends at {size}", "Copy or download it again.")
     return Level((page.imagelength, page.imagewidth), tile, offsets.reshape(grid), counts.reshape(grid), code, photometric,
@@ -156,20 +157,39 @@ def _mpp(tiff) -> float | None: # um per pixel at level 0, None where the file d
         value = unit*d/n if unit and n and d else None
     return value if value and .05 <= value <= 20 else None
 
-# %% ../../nbs/data/02_slides.ipynb #cell-022
-def _open_tiff(path):
-    "Open a TIFF's tags, saying plainly why one cannot be opened."
+# %% ../../nbs/data/02_slides.ipynb #cell-023
+_PLAIN = {b"BM": imagecodecs.bmp_decode, b"\x89PNG": imagecodecs.png_decode, b"\xff\xd8\xff": imagecodecs.jpeg8_decode}
+
+def _open_file(path):
+    "Open a slide's file, a plain image as a TIFF, saying plainly why one cannot be opened."
     path, again = Path(path), "Copy or download it again."
     if path.is_dir(): raise BadInput(path, "a folder, not a slide", "Name one TIFF or SVS file in it.")
     if not path.exists(): raise BadInput(path, "no such file", "Check the path.")
     if not path.stat().st_size: raise BadInput(path, "the file is empty (0 bytes)", again)
     try:
-        with open(path, "rb") as f: magic = f.read(4)
+        file = open(path, "rb")
+        magic = file.read(4)
     except OSError as e: raise BadInput(path, f"cannot be read ({e.strerror})", "Check its permissions and the disk.") from e
-    if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        raise BadInput(path, "not a TIFF", "Give a pyramidal TIFF or an Aperio SVS.")
+    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return file
+    plain = [decode for start, decode in _PLAIN.items() if magic.startswith(start)]
+    with file:
+        if not plain: raise BadInput(path, "not a TIFF, nor a BMP, PNG or JPEG image", "Give a pyramidal TIFF, an Aperio SVS or a plain image.")
+        data = magic + file.read()
     try:
-        tiff = tifffile.TiffFile(path)
+        if plain[0] is imagecodecs.jpeg8_decode and (fault := _jpeg_fault(data)): raise ValueError(fault)
+        pixels = plain[0](data)
+    except (ValueError, RuntimeError) as e: raise BadInput(path, f"truncated or damaged: it cannot be decoded ({e})", again) from e
+    with tempfile.TemporaryDirectory() as folder:  # an open file outlives its name
+        unpacked = Path(folder)/"plain.tiff"
+        tifffile.imwrite(unpacked, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack", metadata=None, rowsperstrip=256)
+        return open(unpacked, "rb")
+
+def _open_tiff(path, file):
+    "Open a TIFF's tags, saying plainly why they cannot be read."
+    again = "Copy or download it again."
+    try:
+        file.seek(0)
+        tiff = tifffile.TiffFile(file)
         last = list(tiff.pages)[-1]
         kind, f = tiff.tiff, tiff.filehandle
         f.seek(last.offset)
@@ -180,17 +200,18 @@ def _open_tiff(path):
     if beyond: raise BadInput(path, "truncated: a level lies beyond the end of the file", again)
     return tiff
 
-# %% ../../nbs/data/02_slides.ipynb #cell-023
+# %% ../../nbs/data/02_slides.ipynb #cell-024
 class Slide:
     "A slide or its mask: a pyramid of levels. Threads and forked processes may share it; a pickled one opens the file again."
     def __init__(
         self,
-        path, # pyramidal TIFF or Aperio SVS
+        path, # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
         mpp: float | None = None, # um per pixel at level 0, in place of what the file says
         mask: bool = False, # read label codes: the red or the only channel, (height, width)
     ):
         self.path, self.mask, self._given = Path(path), mask, mpp
-        with _open_tiff(path) as tiff:
+        self._file, self._constant = _open_file(path), {}
+        with _open_tiff(path, self._file) as tiff:
             self.levels = [_level(path, pages) for pages in _pyramid(tiff)]
             self._mpp = mpp or _mpp(tiff)
         colors = max(self.levels[0].samples, len(self.levels[0].offsets))
@@ -200,7 +221,6 @@ class Slide:
         (h, w) = self.shapes[0]
         self.downsamples = [(h/a + w/b)/2 for a, b in self.shapes]
         self.fill = 0 if mask else 255
-        self._file, self._constant = open(path, "rb"), {}
 
     @property
     def mpp(self):
@@ -220,14 +240,14 @@ class Slide:
     def __repr__(self): return f"Slide({self.path.name}, {' '.join(f'{w}x{h}' for h, w in self.shapes)})"
 
 def open_slide(
-    path, # pyramidal TIFF or Aperio SVS
+    path, # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
     mpp: float | None = None, # um per pixel at level 0, in place of what the file says
     mask: bool = False, # read label codes: the red or the only channel, (height, width)
 ) -> Slide: # the open slide; use it in a `with` block or close it
     "Open a slide, or with `mask=True` a label mask. A file that cannot be used raises `BadInput`."
     return Slide(path, mpp, mask)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-028
+# %% ../../nbs/data/02_slides.ipynb #cell-030
 @patch
 def _decode(
     self: Slide,
@@ -283,7 +303,7 @@ def _paste(
             used.append((row, column))
     return used
 
-# %% ../../nbs/data/02_slides.ipynb #cell-029
+# %% ../../nbs/data/02_slides.ipynb #cell-031
 @patch
 def read(
     self: Slide,
@@ -321,7 +341,7 @@ def level(
     height, width = self.shapes[level]
     return self.read(0, 0, width, height, level)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-034
+# %% ../../nbs/data/02_slides.ipynb #cell-036
 @patch
 def read_mpp(
     self: Slide,
@@ -354,7 +374,7 @@ def _resize(pixels, width, height, mask):
     how = cv2.INTER_NEAREST if mask else cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(pixels, (width, height), interpolation=how)
 
-# %% ../../nbs/data/02_slides.ipynb #cell-037
+# %% ../../nbs/data/02_slides.ipynb #cell-039
 class _Tiles:
     "Decoded internal tiles that several threads share: each is decoded once, and recycled after the last who needs it."
     def __init__(self, slide, level, corners, size):
@@ -384,7 +404,7 @@ class _Tiles:
             self.left[row, column] -= 1
             if not self.left[row, column]: self.spare.append(self.held.pop((row, column)).result()[1])
 
-# %% ../../nbs/data/02_slides.ipynb #cell-038
+# %% ../../nbs/data/02_slides.ipynb #cell-040
 @patch
 def map_tiles(
     self: Slide,
@@ -422,7 +442,7 @@ def map_tiles(
         finally: stop.set()
     return results
 
-# %% ../../nbs/data/02_slides.ipynb #cell-044
+# %% ../../nbs/data/02_slides.ipynb #cell-046
 _ZIGZAG = sorted(range(64), key=lambda i: (i//8 + i % 8, i//8 if (i//8 + i % 8) % 2 else i % 8))
 
 @dataclasses.dataclass(frozen=True)
