@@ -81,7 +81,7 @@ def histoprep_python(folder):
     if not (folder/"venv/done").exists():
         try:
             subprocess.run([sys.executable, "-m", "venv", folder/"venv"], check=True, capture_output=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", "histoprep", "openslide-bin"], check=True, capture_output=True, timeout=900)
+            subprocess.run([python, "-m", "pip", "install", "-q", "histoprep", "openslide-bin", "numpy<2", "opencv-python-headless<4.12"], check=True, capture_output=True, timeout=900)
         except (subprocess.SubprocessError, OSError) as e:
             print(f"HistoPrep is left out: it could not be installed ({e})")
             return None

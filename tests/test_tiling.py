@@ -111,6 +111,28 @@ def test_a_slide_of_one_level_is_read_in_full():
     assert coarse.mpp.eq(1).all() and len(coarse) == (2967//449)*(2220//449)  # 224 px of 1 um are 449 px of 0.499 um
 
 
+@pytest.mark.skipif(not (REAL/"GlaS").exists(), reason="no ../shared/data/GlaS")
+def test_plain_images_are_slides_of_one_level(tmp_path):
+    for path in (REAL/"GlaS/train_1.bmp", next((REAL/"EBHI-SEG/Normal/image").glob("*.png")), next((REAL/"SICAPv2/images").glob("*.jpg"))):
+        pixels = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        with open_slide(path) as slide:
+            assert slide.shapes == [pixels.shape[:2]]
+            assert np.array_equal(slide.level(0), pixels) or path.suffix == ".jpg"
+        table, account = tile_slide(path)
+        assert len(table) == (pixels.shape[0]//224)*(pixels.shape[1]//224) and table.kept.any()
+        assert np.allclose(table[METRICS], [metrics(pixels[t.y:t.y + 224, t.x:t.x + 224].copy()) for t in table.itertuples()], atol=.02)
+        (tmp_path/path.name).write_bytes(path.read_bytes()[:path.stat().st_size//2])
+        with pytest.raises(BadInput, match="truncated or damaged"): open_slide(tmp_path/path.name)
+    image = next((REAL/"gleason_pairs/images").glob("*.jpg"))
+    mask = REAL/f"gleason_pairs/masks/{image.stem}.png"
+    table, _ = tile_slide(image, mask, {0: 2, 1: 3, 2: 4, 3: 1, 4: 1})
+    codes = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
+    to_class = np.array([2, 3, 4, 1, 1])
+    for t in table.itertuples(): assert t.label == to_class[codes[t.y:t.y + 224, t.x:t.x + 224]].max()
+    table = tile_cohort(cohort_of([("a", image, "", "histonb")]), tmp_path/"out")
+    assert TileShards(tmp_path/"out").check() == table.kept.sum() > 0
+
+
 def test_thin_biopsies_survive(tmp_path):
     image = np.full((1792, 1792, 3), 244, np.uint8)
     for x in (100, 700, 1500): image[:, x:x + 32] = tissue((1792, 32), x)  # cores of 16 um, 14% of a tile
@@ -134,6 +156,17 @@ def test_ignored_tissue_is_dropped_and_accounted(tmp_path):
     assert table.kept.sum() == 6 and (table.why == "ignored").sum() == 2
     assert table.label[table.why == "ignored"].eq(IGNORE).all() and table.fignore[table.why == "ignored"].eq(1).all()
     assert account.set_index("label").loc[IGNORE, "ignored"] == 2 and account.candidates.sum() == 16
+
+
+def test_both_providers_in_one_cohort(tmp_path):
+    root = write_cohort(tmp_path/"cohort", n_slides=4, seed=0, shape=(1800, 1400), karolinska=.5, workers=1)
+    cohort = panda(root)
+    table = tile_cohort(cohort, tmp_path/"tiles").merge(cohort.slides[["slide", "codes"]])
+    assert set(table.codes) == {"radboud", "karolinska"}
+    swedish = table[table.codes == "karolinska"]
+    assert set(swedish.label) <= {0, 1, IGNORE} and swedish.label[swedish.kept].le(1).all()
+    assert (swedish.fignore[swedish.kept] == 0).all()  # no kept tile holds ungraded cancer
+    assert table.fignore[table.codes == "radboud"].eq(0).all()
 
 
 def test_levels_and_resolutions_read_the_same_mask_pixels(tmp_path):
