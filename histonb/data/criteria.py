@@ -57,7 +57,7 @@ def metrics(
     g = grey(tile)
     return emptiness(g, white), edges(g, gradient), homogeneity(g)
 
-# %% ../../nbs/data/02b_criteria.ipynb #cell-022
+# %% ../../nbs/data/02b_criteria.ipynb #cell-024
 FRACTIONS = [*(f"f{c}" for c in LABELS), "fignore"]
 
 def code_matrix(
@@ -91,7 +91,7 @@ def fractions(
                        "Choose the code table of this cohort, or list these values in it.")
     return pixels[:-1]/mask.size
 
-# %% ../../nbs/data/02b_criteria.ipynb #cell-025
+# %% ../../nbs/data/02b_criteria.ipynb #cell-027
 def highest(
     fractions: np.ndarray, # shape (n, 6): f0 ... f4, fignore
     min_coverage: float = 0., # least fraction of the tile a class must cover to count, 0 to 1
