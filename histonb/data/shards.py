@@ -7,6 +7,7 @@ __all__ = ['HEADER', 'encoder', 'record', 'read_record', 'shard_path', 'ShardWri
            'SlideTiles']
 
 # %% ../../nbs/data/04_shards.ipynb #cell-002
+import functools
 import io
 import os
 import shutil
@@ -25,15 +26,25 @@ from ..core import BadInput
 from .slides import open_slide
 
 # %% ../../nbs/data/04_shards.ipynb #cell-005
+@functools.cache
+def _qualities():
+    "The standard's quantisation tables at each quality, luma and chroma, row by row."
+    blank = np.zeros((8, 8, 3), np.uint8)
+    streams = {q: io.BytesIO(imagecodecs.jpeg8_encode(blank, level=q)) for q in range(1, 101)}
+    return {q: [list(table) for table in Image.open(stream).quantization.values()] for q, stream in streams.items()}
+
 def encoder(
     source=None, # `Slide.jpeg_source(level)`: the source's tables, subsampling and colour space; None where it has none
 ): # a function: RGB tile, uint8, shape (h, w, 3) -> bytes of a JPEG file
     "How to store tiles of a slide: as the source has them, or at quality 95 without subsampling."
-    if source is None: options = {"quality": 95, "subsampling": 0}
-    else: options = {"qtables": source.tables, "subsampling": source.subsampling, "keep_rgb": source.colorspace == "RGB"}
+    tables, subsampling, space = (None, "4:4:4", "YCbCr") if source is None else (source.tables, source.subsampling, source.colorspace)
+    level = 95 if source is None else next((q for q, standard in _qualities().items() if standard[:len(tables)] == tables), None)
+    if level is not None:
+        return lambda tile: imagecodecs.jpeg8_encode(tile, level=level, colorspace="RGB", outcolorspace=space, subsampling=subsampling.replace(":", ""))
+
     def encode(tile):
         out = io.BytesIO()
-        Image.fromarray(tile).save(out, "JPEG", **options)
+        Image.fromarray(tile).save(out, "JPEG", qtables=tables, subsampling=subsampling, keep_rgb=space == "RGB")
         return out.getvalue()
     return encode
 
@@ -140,7 +151,7 @@ class TileShards:
     def __getstate__(self): return {**self.__dict__, "files": {}}
 
     def __del__(self):
-        for file in self.__dict__.get("files", {}).values(): os.close(file)
+        for file, _ in self.__dict__.get("files", {}).values(): os.close(file)
 
     def jpeg(
         self,
@@ -148,11 +159,12 @@ class TileShards:
     ) -> bytes: # the encoded tile
         "Read one tile without decoding it; its checksum is verified."
         shard, offset, nbytes = self.where[i].tolist()
-        path = shard_path(self.folder, shard)
         if shard not in self.files:
+            path = shard_path(self.folder, shard)
             if not path.exists(): raise BadInput(path, "the shard is missing", "Copy it again, or tile the cohort again.")
-            self.files[shard] = os.open(path, os.O_RDONLY)
-        return read_record(self.files[shard], offset, nbytes, path)
+            self.files[shard] = os.open(path, os.O_RDONLY), path
+        file, path = self.files[shard]
+        return read_record(file, offset, nbytes, path)
 
     def check(self) -> int: # number of tiles that were checked
         "Read every tile in the order of the disk; the first truncated or damaged shard is a `BadInput`."
