@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODULES := $(filter-out nbs/reports/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 export NO_ALBUMENTATIONS_UPDATE := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs bench lab notebooks readme check clean
+.PHONY: help demo test test-all docs bench lab notebooks readme publish check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -50,6 +50,11 @@ notebooks: .venv/dev.installed ## execute the module notebooks and save their ou
 
 readme: .venv/dev.installed ## README.md from nbs/index.ipynb
 	$(BIN)/python -m histonb.jobs.readme
+
+publish: ## keep the figures of the last demo in runs/published, from which README takes its results
+	@for stage in runs/demo/*/metrics.json; do kept=runs/published/demo/$$(basename $$(dirname $$stage)); mkdir -p $$kept; \
+		cp $$stage $$(dirname $$stage)/provenance.json $$kept; done
+	cp runs/demo/compare/report.html runs/published/demo/compare
 
 check: .venv/dev.installed ## quick: lint, and notebooks, library and README in step
 	$(BIN)/ruff check .

@@ -179,7 +179,6 @@ CONTENTS = ((3, 4), (4, 5), (), (3, 5), (3,), (4,), (5,))  # Gleason patterns of
 def _write_one(job):
     "Draw and write one slide with its mask; return its row of train.csv."
     root, name, seed, shape, patterns, provider, blank, pen, options = job
-    cv2.setNumThreads(1)
     phantom = draw_slide(seed, shape, patterns, blank=blank, pen=pen, instances=False)
     mask, gleason = phantom.mask, phantom.gleason
     if provider == "karolinska":
@@ -217,6 +216,7 @@ def write_cohort(
              "karolinska" if int((i + 1)*karolinska) > int(i*karolinska) else "radboud",
              i >= n - n_blank, n - n_blank - n_pen <= i < n - n_blank, options) for i in range(n)]
     for name in ("train.csv", "suspicious.csv"): (root/name).unlink(missing_ok=True)
+    cv2.setNumThreads(1)  # slides run in parallel, and a fork would break OpenCV's own threads
     if workers > 1:
         with multiprocessing.Pool(min(workers, n), _start_worker) as pool:
             try: rows = list(progress(pool.imap(_write_one, jobs), "phantom", n, "slide"))
