@@ -1,4 +1,5 @@
 """Sphinx settings: the site is the notebooks themselves, read through nbdev's own filters, with their saved outputs."""
+import importlib
 import json
 import os
 import re
@@ -25,18 +26,21 @@ def read_notebook(app, docname, source):
         return
     notebook = dict2nb(json.loads(source[0]))
     notebook.path_ = path
+    module = re.search(r"#\|\s*default_exp\s+([\w.]+)", source[0])
+    module = module and importlib.import_module(f"{cfg['lib_path']}.{module[1]}")
     exported = {c.id for c in notebook.cells if re.match(r"#\|\s*export", c.source)}
     filters = [f for f in FilterDefaults().procs() if f.__name__ not in SKIPPED]
     NBProcessor(nb=notebook, procs=filters).process()
     for cell in notebook.cells:
         cell.pop("has_sd", None)  # a note of nbdev's to itself, which the notebook format does not know
-    notebook = tidy(nbformat.reads(json.dumps(nb2dict(notebook)), as_version=4), exported)
+    notebook = tidy(nbformat.reads(json.dumps(nb2dict(notebook)), as_version=4), exported, module)
     if docname == "index":
         notebook.cells.append(nbformat.v4.new_markdown_cell(contents()))
     source[0] = nbformat.writes(notebook)
 
 
-SKIPPED = {"FrontmatterProc", "add_links", "add_fold", "mv_exports", "rm_export", "insert_warning"}  # Quarto's, or done in tidy
+# Quarto's own, or done in `tidy`. The cells are not executed again: their saved outputs are shown.
+SKIPPED = {"FrontmatterProc", "add_links", "add_fold", "mv_exports", "rm_export", "insert_warning", "exec_show_docs"}
 
 
 ROOMS = {"Data": "data", "Models": "models", "Pre-training": "pretrain", "Evaluation": "evaluate",
@@ -50,18 +54,20 @@ def contents():
     return "\n\n".join(f"```{{toctree}}\n:hidden:\n:glob:\n:caption: {t}\n\n{g}\n```" for t, g in rooms.items())
 
 
-def tidy(notebook, exported):
+def tidy(notebook, exported, module):
     """A page for reading: signatures as text, the code they stand for folded under them, no directives."""
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
+            if re.search(r"^#\|\s*echo:\s*false", cell.source, flags=re.M):
+                cell.metadata["tags"] = ["remove-input"]
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
             if cell.id in exported:
                 if re.fullmatch(r"((from|import) .*\n?|\s+|\)|    .*\n?)*", cell.source):
                     continue  # imports only
             if cell.source.startswith("show_doc("):
                 cells[-1].metadata["tags"] = ["hide-input"]
-                cells.insert(len(cells) - 1, nbformat.v4.new_markdown_cell(signature(cell)))
+                cells.insert(len(cells) - 1, nbformat.v4.new_markdown_cell(signature(cell.source, module)))
                 continue
         if cell.source.strip() or cell.get("outputs"):
             cells.append(cell)
@@ -70,9 +76,12 @@ def tidy(notebook, exported):
     return notebook
 
 
-def signature(cell):
-    """What show_doc printed, without Quarto's rule and link attributes."""
-    text = "".join(o["data"].get("text/markdown", "") for o in cell.outputs if "data" in o)
+def signature(source, module):
+    """What show_doc says of a symbol of the library, without Quarto's rule and link attributes."""
+    from nbdev.showdoc import show_doc
+
+    name = re.match(r"show_doc\(([\w.]+)", source)[1]
+    text = show_doc(eval(name, vars(module)))._repr_markdown_()
     return re.sub(r"^---\n+(\[source\].*\n+)?", "", text)
 
 
@@ -80,6 +89,7 @@ project, author, copyright, version = cfg["title"], cfg["author"], cfg["copyrigh
 extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 exclude_patterns = ["**/.ipynb_checkpoints", "_*"]
 myst_enable_extensions = ["dollarmath", "amsmath"]

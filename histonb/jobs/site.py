@@ -157,6 +157,7 @@ def _body(book):
     shown = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
     exporter = HTMLExporter(config=Config({"NbConvertBase": {"display_data_priority": shown}}), template_file="report.html.j2",
                             extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})], exclude_anchor_links=True)
+    exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)  # a log is one block
     exporter.log.setLevel("ERROR")
     return exporter.from_notebook_node(book)[0]
 
