@@ -146,6 +146,7 @@ def _programs():
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     try:
         python = KernelSpecManager().get_kernel_spec("python3").argv[0]
+        if python in ("python", "python3"): python = sys.executable  # as Jupyter does when it starts the kernel
         found = subprocess.run([python, "-c", "import ipykernel, sys; print(sys.prefix)"], capture_output=True, text=True)
         same = found.stdout.strip() == sys.prefix
         yield ("ok", "notebook kernel python3", "") if same else (
