@@ -95,7 +95,7 @@ def status():
     print(table(rows) if len(rows) > 1 else "no studies: runs/ has no .yaml file")
 
 # %% ../nbs/60_cli.ipynb #cell-012
-_EXTRAS = {"dev": "JupyterLab, tests, and exporting the notebooks", "docs": "`make docs`, and formulas on report pages",
+_EXTRAS = {"dev": "JupyterLab, tests, and exporting the notebooks", "docs": "`make docs`",
            "bench": "`make bench`: comparison with openslide"}
 
 def _packages():

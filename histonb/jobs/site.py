@@ -39,8 +39,7 @@ def take_math(
     found: list, # formulas so far, as MathML; those of `text` are appended
 ) -> str: # Markdown with a placeholder for each formula
     "Set the formulas of a Markdown text aside as MathML."
-    try: from latex2mathml.converter import convert
-    except ImportError: return text
+    from latex2mathml.converter import convert
     def one(match):
         latex = match[1] or match[2]
         if latex is None: return match[0]
