@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = [p for p in NOTEBOOKS if p.parent.name != "reports" and p.name != "index.ipynb"]
 REPORTS = [p for p in NOTEBOOKS if p.parent.name == "reports"]
-ROOMS = {"data": set(), "models": set(), "pretrain": {"data", "models"}, "evaluate": {"data", "models"},
+ROOMS = {"data": set(), "models": set(), "pretrain": {"data", "models", "evaluate"}, "evaluate": {"data", "models"},
          "multitask": {"data", "models", "evaluate"}, "jobs": set()}
 
 

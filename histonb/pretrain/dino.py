@@ -110,19 +110,20 @@ class DINOLoss(nn.Module):
         student: torch.Tensor, # (V, B, K) scores, global views first; with one global view (L, B, K), the local ones
         teacher: torch.Tensor, # (G, B, K) scores
         teacher_temp: float = .04, # tau_t
-    ) -> torch.Tensor: # scalar, float32
+        first: int = 0, # where `student` holds only some of the views: the place of its first one
+    ) -> torch.Tensor: # scalar, float32; the parts that the views of a batch make in turn add up to the loss
         q = self.teacher_probs(teacher, teacher_temp)
         logp = F.log_softmax(student.float()/self.student_temp, dim=-1)
         ce = -torch.einsum("gbk,vbk->gv", q, logp)/student.shape[1]
-        return ce[self.pairs].mean()
+        return ce[self.pairs[:, first:first + len(student)]].sum()/self.pairs.sum()
 
     @torch.no_grad()
     def update_center(
         self,
-        teacher: torch.Tensor, # (G, B, K) scores of the step just taken
+        teacher: torch.Tensor, # (..., K) scores of the step just taken, or their mean
     ):
         "Move the centre towards the batch's mean score; call it after the loss."
-        self.center.lerp_(teacher.float().mean(dim=(0, 1)), 1 - self.center_momentum)
+        self.center.lerp_(teacher.float().reshape(-1, len(self.center)).mean(0), 1 - self.center_momentum)
 
 # %% ../../nbs/pretrain/20_dino.ipynb #cell-030
 @torch.no_grad()
