@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core import BadInput, atomic_path, digest, nearest, read_json, write_json
+from .vit import VIT, vit
 from .xcit import XCIT, xcit
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-005
@@ -23,9 +24,9 @@ def backbone(
 ) -> nn.Module: # images (B, C, H, W) -> features (B, D); random weights
     "Make a backbone by name; an unknown one is a `BadInput` that names the nearest."
     if name in XCIT: return xcit(name, **kwargs)
+    if name in VIT: return vit(name, **kwargs)
     if not timm.is_model(name): raise BadInput(name, "no such backbone", nearest(name, [*XCIT, *timm.list_models()]))
-    sized = {"dynamic_img_size": True} if name.startswith("vit_") else {}
-    return timm.create_model(name, num_classes=0, **sized, **kwargs)
+    return timm.create_model(name, num_classes=0, **kwargs)
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-008
 def save(

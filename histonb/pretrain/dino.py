@@ -197,7 +197,7 @@ def param_groups(
     "Split the trainable parameters into those that decay and those that do not."
     groups = [{"params": [], "decay": True}, {"params": [], "decay": False, "weight_decay": 0.}]
     for name, p in module.named_parameters():
-        if p.requires_grad: groups[p.squeeze().ndim < 2 or "pos_embed" in name]["params"].append(p)
+        if p.requires_grad: groups[p.squeeze().ndim < 2 or "pos_embed" in name or "reg_token" in name]["params"].append(p)
     return groups
 
 # %% ../../nbs/pretrain/20_dino.ipynb #cell-043

@@ -1,0 +1,131 @@
+"ViT: timm's outputs at its own size, this library's rule for other sizes, the attention, and training with DINO."
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from histonb.core import BadInput, read_jsonl
+from histonb.models.backbones import backbone
+from histonb.models.vit import VIT, class_attention, vit
+from histonb.models.xcit import xcit
+from histonb.pretrain import trainer
+from histonb.pretrain.dino import DINOHead, MultiCropNet, param_groups
+from histonb.pretrain.trainer import PretrainConfig, Trainer, load_backbone, pretrain, settle
+
+SMALL = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pair(name, **kwargs):
+    "Ours and timm's with the same uneven weights."
+    torch.manual_seed(0)
+    ours, theirs = vit(name, **kwargs), timm.create_model(name, num_classes=0, **kwargs)
+    with torch.no_grad():
+        for p in ours.parameters(): p.add_(.02*torch.randn_like(p))
+    theirs.load_state_dict(ours.state_dict())
+    return ours.eval(), theirs.eval()
+
+
+@pytest.mark.parametrize("name, kwargs", [(SMALL, {"depth": 3}), (SMALL, {"depth": 2, "reg_tokens": 4}), ("test_vit", {}),
+                                          ("vit_small_patch14_reg4_dinov2", {"depth": 2, "img_size": 224})], ids=str)
+def test_native_size_equals_timm(name, kwargs):
+    ours, theirs = pair(name, **kwargs)
+    x = torch.randn(2, 3, *ours.patch_embed.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.forward_features(x), theirs.forward_features(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (96, 160), (100, 70), (224, 230)], ids=str)
+def test_sizes_follow_the_rule_of_xcit(size):
+    ours, _ = pair(SMALL, depth=2)
+    x, (h, w) = torch.randn(2, 3, *size), (size[0]//16*16, size[1]//16*16)
+    with torch.no_grad():
+        assert ours.forward_features(x).shape == (2, 1 + h*w//256, 192) == (2, *xcit("xcit_tiny_12_p16").eval().forward_features(x).shape[1:])
+        assert torch.equal(ours(x), ours(x[..., :h, :w]))
+        assert not torch.equal(ours(x), ours(x.flip(-1)))
+    for model in (ours, xcit("xcit_nano_12_p16")):
+        with pytest.raises(BadInput, match="8x32 px is smaller than a patch"): model(torch.zeros(2, 3, 8, 32))
+
+
+def test_position_codes_are_interpolated_not_cut():
+    model, _ = pair(SMALL, depth=1)
+    with torch.no_grad():
+        model.pos_embed[:, 1:] = torch.linspace(0, 1, 14).repeat_interleave(14)[None, :, None]  # grows from row to row
+        found = model._pos_embed(torch.zeros(1, 6, 6, 192))[0, 1:, 0].view(6, 6)
+    assert torch.allclose(found, found[:, :1].expand(-1, 6), atol=1e-5)
+    assert (found[1:, 0] > found[:-1, 0]).all() and found[0, 0] < .15 and found[-1, 0] > .85
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 4}, {"qk_norm": True}], ids=str)
+def test_class_attention_is_that_of_unfused_timm(kwargs):
+    model, _ = pair(SMALL, depth=2, **kwargs)
+    x, seen, attn = torch.randn(2, 3, 96, 64), [], model.blocks[-1].attn
+    with torch.no_grad():
+        tokens, ours = class_attention(model, x)
+        assert torch.equal(tokens, model.forward_features(x)) and not attn._forward_pre_hooks
+        attn.fused_attn = False
+        attn.attn_drop.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(x)
+    torch.testing.assert_close(ours, seen[0][:, :, 0], atol=1e-6, rtol=1e-5)
+    assert ours.shape == (2, 3, model.num_prefix_tokens + 24)
+
+
+def test_backbone_makes_vits_and_others():
+    assert torch.equal(*(m(torch.ones(1, 3, 50, 40)) for m in [backbone("test_vit").eval()]*2))
+    assert backbone("resnet18")(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
+    with pytest.raises(BadInput, match="vit_tiny_patch16_224"): vit("vit_tini_patch16_224")
+    assert SMALL in VIT and "resnet18" not in VIT
+
+
+def test_what_weight_decay_leaves_alone():
+    backbone = vit(SMALL, depth=2, reg_tokens=4, init_values=1e-5)
+    net = MultiCropNet(backbone, DINOHead(192, 32, 32, 16))
+    names = {id(p): name for name, p in net.named_parameters()}
+    decay, rest = ({names[id(p)] for p in group["params"]} for group in param_groups(net))
+    assert {"backbone.pos_embed", "backbone.cls_token", "backbone.reg_token", "backbone.blocks.0.ls1.gamma", "backbone.norm.weight"} <= rest
+    assert {"backbone." + n for n in backbone.no_weight_decay() if getattr(backbone, n, None) is not None} <= rest
+    assert all(n.endswith(".weight") or n.endswith("original1") for n in decay) and "backbone.patch_embed.proj.weight" in decay
+    assert decay | rest | {"head.last_layer.parametrizations.weight.original0"} == set(names.values())
+
+
+def test_checkpointing_gives_the_same_gradient():
+    gradients = []
+    for saving in (False, True):
+        torch.manual_seed(0)
+        model = vit(SMALL, depth=3, drop_path_rate=.4).train()
+        model.set_grad_checkpointing(saving)
+        model(torch.randn(4, 3, 48, 32)).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, expected in gradients[0].items(): torch.testing.assert_close(gradients[1][name], expected)
+
+
+class Tiles:
+    "Eight noisy tiles of four colours."
+    def __len__(self): return 8
+    def __getitem__(self, i):
+        rng = np.random.default_rng(i)
+        return np.clip(np.array([200, 100 + 20*(i % 4), 160]) + 20*rng.standard_normal((64, 64, 3)), 0, 255).astype(np.uint8), i % 4
+
+
+@pytest.mark.parametrize("sizes", [(224, 96), (32, 16)], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_trains(tmp_path, sizes, precision, monkeypatch):
+    monkeypatch.setattr(trainer.backbones, "backbone", partial(backbone, depth=2))
+    config = PretrainConfig(str(tmp_path), arch=SMALL, out_dim=32, hidden=32, bottleneck=16, n_local=2, global_size=sizes[0], local_size=sizes[1],
+                            batch_size=4, steps=4, precision=precision, device="cpu", workers=0, log_every=1)
+    start = {n: p.clone() for n, p in Trainer(settle(config, 8), 8).student.backbone.named_parameters()}
+    run = pretrain(config, Tiles())
+    assert all(math.isfinite(row["loss"]) for row in read_jsonl(run/"log.jsonl") if "loss" in row)
+    teacher = load_backbone(run)
+    assert not torch.equal(teacher.pos_embed, start["pos_embed"]) and teacher(torch.zeros(1, 3, 48, 32)).shape == (1, 192)
