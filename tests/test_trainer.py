@@ -1,22 +1,31 @@
-"Pre-training runs: continued runs equal whole ones, and what happens when something goes wrong."
+"Pre-training runs: cut into parts, spread over processes, killed and continued, they stay the same run; and what happens when something goes wrong."
 import dataclasses
+import json
 import math
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from histonb.core import BadInput, read_jsonl
-from histonb.pretrain.trainer import Diverged, PretrainConfig, Trainer, crop_loader, load_backbone, pretrain, settle
+from histonb.pretrain import ranks
+from histonb.pretrain.checkpoints import checkpoints, read_checkpoint
+from histonb.pretrain.config import PretrainConfig, settle
+from histonb.pretrain.loading import Batches, crop_loader
+from histonb.pretrain.trainer import Diverged, Stopped, Trainer, load_backbone, pretrain
 
 TINY = dict(out_dim=32, hidden=32, bottleneck=16, n_local=2, global_size=32, local_size=16, batch_size=4, steps=6, warmup_epochs=1.,
             lr=4e-3, momentum=.9, precision="fp32", device="cpu", workers=0, log_every=1, checkpoint_every=2)
+NO_BN = dict(arch="vit_tiny_patch16_224", drop_path=0., freeze_last_epochs=0., warmup_epochs=0., lr=1e-3)
+SPEED = "images_per_s", "data_wait", "memory"
 
 class Tiles:
     "Twelve noisy tiles of three colours."
@@ -24,6 +33,12 @@ class Tiles:
     def __getitem__(self, i):
         rng = np.random.default_rng(i)
         return np.clip(np.array([200, 120, 160]) + 20*(i % 3) + 20*rng.standard_normal((48, 48, 3)), 0, 255).astype(np.uint8), i % 3
+
+class Killer(Tiles):
+    "The same, but a worker that loads the seventh tile dies."
+    def __getitem__(self, i):
+        if i == 7: os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -33,65 +48,189 @@ def one_thread():
     torch.set_num_threads(before)
 
 def config(folder, **changes): return PretrainConfig(str(folder), **(TINY | changes))
-def losses(folder): return [row["loss"] for row in read_jsonl(folder/"log.jsonl") if "loss" in row]
+def log(folder): return [{k: v for k, v in row.items() if k not in SPEED} for row in read_jsonl(Path(folder)/"log.jsonl")]
+def losses(folder): return [row["loss"] for row in log(folder) if "loss" in row]
+def last_state(folder): return read_checkpoint(checkpoints(folder)[0][1])
+
+def assert_same_run(a, b):
+    assert log(a) == log(b)
+    a, b = last_state(a), last_state(b)
+    assert a["step"] == b["step"]
+    for part in ("student", "teacher", "loss"): assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    for p, q in zip(a["optimiser"]["state"].values(), b["optimiser"]["state"].values(), strict=True): assert all(torch.equal(p[k], q[k]) for k in p)
 
 def stop_after(step):
-    "An `on_epoch` that presses Ctrl-C; an epoch has three steps."
+    "An `on_epoch` that presses Ctrl-C; an epoch has three steps. The press is noticed at the end of the next step."
     def press(now, backbone):
         if now == step: signal.raise_signal(signal.SIGINT)
     return press
 
-def test_continued_run_equals_the_whole_one(tmp_path):
-    pretrain(config(tmp_path/"whole"), Tiles())
-    with pytest.raises(KeyboardInterrupt, match="step 3 of 6"): pretrain(config(tmp_path/"parts"), Tiles(), on_epoch=stop_after(3))
-    assert losses(tmp_path/"parts") == losses(tmp_path/"whole")[:3]
-    pretrain(config(tmp_path/"parts", workers=1), Tiles())  # the number of workers does not matter
-    assert losses(tmp_path/"parts") == losses(tmp_path/"whole")
-    a, b = (torch.load(tmp_path/name/"state.pt", weights_only=True) for name in ("whole", "parts"))
-    for part in ("student", "teacher", "loss"):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+PROGRAM = ("import json, sys; sys.path.insert(0, sys.argv[2]); from test_trainer import *; torch.set_num_threads(1); "
+           "pretrain(config(sys.argv[1], **json.loads(sys.argv[3])), {tiles}(), elastic={elastic})")
 
-def test_rows_after_the_checkpoint_are_not_logged_twice(tmp_path):
-    c = settle(config(tmp_path), 12)
-    with pytest.raises(KeyboardInterrupt): pretrain(c, Tiles(), on_epoch=stop_after(3))
-    with open(tmp_path/"log.jsonl", "a") as f: f.write('{"step": 4, "loss": 0.5}\n')  # as after a kill between checkpoints
-    pretrain(c, Tiles())
-    assert [row["step"] for row in read_jsonl(tmp_path/"log.jsonl") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+def child(folder, processes=1, tiles="Tiles", elastic=False, **changes):
+    "Start the run as a program of its own, of one or more processes."
+    program = Path(folder).parent/f"{Path(folder).name}.py"
+    program.write_text(PROGRAM.format(tiles=tiles, elastic=elastic))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, str(program), str(folder), os.path.dirname(__file__), json.dumps(changes)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HISTONB_BATCH": "1"})
+
+def finished(process):
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return out
+
+def wait_for_steps(process, folder, steps):
+    path = Path(folder)/"log.jsonl"
+    while not path.exists() or sum("loss" in line for line in path.read_text().splitlines()) < steps:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(.02)
+
+# One run, however it is computed
+
+def trained(**changes):
+    c = settle(config("", **{**NO_BN, "steps": 20, "batch_size": 8, **changes}), 12)
+    trainer, loader = Trainer(c, 12), iter(crop_loader(Tiles(), c))
+    rows = [trainer.train_step(loader) for _ in range(c.steps)]
+    return [row["loss"] for row in rows], torch.cat([p.flatten() for p in trainer.student.parameters()]), trainer.loss.center
+
+def test_four_micro_batches_equal_one_batch():
+    whole, parts = trained(), trained(micro_batch=2)
+    for a, b in zip(whole, parts, strict=True): assert torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1e-5)
+    assert not torch.equal(whole[1], trained(seed=1)[1])
+
+@pytest.mark.parametrize("changes", [dict(per_crop_backward=True), dict(n_global=1, n_local=3, micro_batch=4, per_crop_backward=True)])
+def test_one_backward_a_crop_equals_one_in_all(changes):
+    whole, parts = trained(**changes | dict(micro_batch=0, per_crop_backward=False)), trained(**changes)
+    for a, b in zip(whole, parts, strict=True): assert torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1e-5)
+
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
+    changes = {**NO_BN, "steps": 20, "batch_size": 8, "checkpoint_every": 100}
+    two = child(tmp_path/"two", processes=2, **changes)
+    pretrain(config(tmp_path/"one", **changes), Tiles())
+    finished(two)
+    assert np.allclose(losses(tmp_path/"one"), losses(tmp_path/"two"), rtol=0, atol=1e-5)
+    one, two = last_state(tmp_path/"one"), last_state(tmp_path/"two")
+    for part in ("student", "teacher", "loss"): assert all(torch.allclose(one[part][k], two[part][k], rtol=0, atol=1e-5) for k in one[part])
+    assert (one["world"], two["world"]) == (1, 2)
+
+def test_processes_share_an_epoch_without_overlap():
+    seen = [{key for batch in Batches(12, 4, 0, 0, 3, parts=2, rank=rank, world=2) for key in batch} for rank in (0, 1)]
+    assert not seen[0] & seen[1] and {index for _, index in seen[0] | seen[1]} == set(range(12))
+
+def test_processes_keep_one_model_with_batch_norm(tmp_path):
+    finished(child(tmp_path/"two", processes=2, teacher_bn="ema", batch_size=4, steps=3))
+    state = last_state(tmp_path/"two")
+    assert all(torch.isfinite(v).all() for v in state["teacher"].values()) and len(losses(tmp_path/"two")) == 3
+    means = [k for k in state["student"] if k.endswith("running_mean")]
+    assert means and not any(torch.equal(state["student"][k], state["teacher"][k]) for k in means)
+
+def test_teacher_differs_from_student_and_keeps_its_own_statistics(tmp_path):
+    state = last_state(pretrain(config(tmp_path), Tiles()))
+    means = [k for k in state["student"] if k.endswith("running_mean")]
+    assert means and not any(torch.equal(state["student"][k], state["teacher"][k]) for k in means)
+    ema = Trainer(settle(config(tmp_path, teacher_bn="ema"), 12), 12)
+    assert not ema.teacher.training and ema.student.training
+    before = {k: v.clone() for k, v in ema.teacher.state_dict().items() if k.endswith("running_mean")}
+    student = {k: v.clone() for k, v in before.items()}
+    ema.train_step(crop_loader(Tiles(), ema.config))
+    after = ema.student.state_dict()
+    momentum = ema.schedules["momentum"][0]
+    for k, v in before.items():
+        assert not torch.equal(after[k], student[k])
+        assert torch.allclose(ema.teacher.state_dict()[k], momentum*v + (1 - momentum)*after[k], atol=1e-6)
+
+def test_activation_checkpointing_changes_nothing():
+    def run(**changes):
+        c = settle(config("", drop_path=.2, steps=3, **changes), 12)
+        trainer, loader = Trainer(c, 12), iter(crop_loader(Tiles(), c))
+        return [trainer.train_step(loader)["loss"] for _ in range(3)], trainer.student.state_dict()
+    (a, plain), (b, recomputed) = run(), run(activation_checkpointing=True)
+    assert np.allclose(a, b, rtol=0, atol=1e-6)
+    assert all(torch.allclose(plain[k].float(), recomputed[k].float(), atol=1e-5) for k in plain)
 
 def test_one_global_crop_trains(tmp_path):
     run = pretrain(config(tmp_path, n_global=1, n_local=5), Tiles())
     assert all(math.isfinite(x) for x in losses(run))
     assert load_backbone(run)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
 
-def test_teacher_differs_from_student_and_keeps_its_own_statistics(tmp_path):
-    state = torch.load(pretrain(config(tmp_path), Tiles())/"state.pt", weights_only=True)
-    means = [k for k in state["student"] if k.endswith("running_mean")]
-    assert means and not any(torch.equal(state["student"][k], state["teacher"][k]) for k in means)
-    with torch.random.fork_rng():
-        ema = Trainer(settle(config(tmp_path, teacher_bn="ema"), 12), 12)
-    assert not ema.teacher.training and ema.student.training
+# Stopped, killed, continued
+
+def test_continued_run_equals_the_whole_one(tmp_path):
+    pretrain(config(tmp_path/"whole"), Tiles())
+    with pytest.raises(Stopped, match="step 4 of 6"): pretrain(config(tmp_path/"parts"), Tiles(), on_epoch=stop_after(3))
+    assert losses(tmp_path/"parts") == losses(tmp_path/"whole")[:4]
+    assert (tmp_path/"parts"/"stopped").exists()
+    pretrain(config(tmp_path/"parts", workers=1), Tiles())  # the number of workers does not matter
+    assert_same_run(tmp_path/"whole", tmp_path/"parts")
+    assert not (tmp_path/"parts"/"stopped").exists()
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_run_equals_the_whole_one(tmp_path, processes):
+    changes = dict(steps=14, checkpoint_every=3, drop_path=.2, workers=1)
+    finished(child(tmp_path/"whole", processes, **changes))
+    for step in sorted(random.Random(processes).sample(range(1, 12), 3)):
+        run = child(tmp_path/"killed", processes, **changes)
+        wait_for_steps(run, tmp_path/"killed", step)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    finished(child(tmp_path/"killed", processes, **changes))
+    assert_same_run(tmp_path/"whole", tmp_path/"killed")
+
+@pytest.mark.parametrize("how", ["file", "terminate"])
+def test_two_processes_stop_together(tmp_path, how):
+    changes = dict(steps=100_000, checkpoint_every=100_000)
+    run = child(tmp_path/"run", 2, **changes)
+    wait_for_steps(run, tmp_path/"run", 2)
+    if how == "file": (tmp_path/"run"/"stop").touch()
+    else: os.killpg(run.pid, signal.SIGTERM)
+    error = run.communicate(timeout=120)[1]
+    stopped = json.loads((tmp_path/"run"/"stopped").read_text())["step"]
+    assert "stopped at step" in error or how == "terminate"
+    assert last_state(tmp_path/"run")["step"] == stopped == len(losses(tmp_path/"run")) and not (tmp_path/"run"/"stop").exists()
+
+def test_other_number_of_processes(tmp_path):
+    with pytest.raises(Stopped): pretrain(config(tmp_path/"run"), Tiles(), on_epoch=stop_after(3))
+    refused = child(tmp_path/"run", 2)
+    assert "a run of 1 processes, continued on 2" in refused.communicate()[1] and refused.returncode
+    out = finished(child(tmp_path/"run", 2, elastic=True))
+    assert "continues on 2 processes a run of 1: not bit for bit" in out
+    assert len(losses(tmp_path/"run")) == 6 and last_state(tmp_path/"run")["world"] == 2
+
+def test_rows_after_the_checkpoint_are_not_logged_twice(tmp_path):
+    c = settle(config(tmp_path), 12)
+    with pytest.raises(Stopped): pretrain(c, Tiles(), on_epoch=stop_after(3))
+    with open(tmp_path/"log.jsonl", "a") as f: f.write('{"step": 5, "loss": 0.5}\n')  # as after a kill between checkpoints
+    pretrain(c, Tiles())
+    assert [row["step"] for row in read_jsonl(tmp_path/"log.jsonl") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 def test_finished_run_is_returned_and_other_parameters_are_refused(tmp_path):
     pretrain(config(tmp_path), Tiles())
-    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.name != "config.json"}
+    def times(): return {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "config.json"}
+    before = times()
     pretrain(config(tmp_path, workers=2), Tiles())
-    assert before == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.name != "config.json"}
+    assert before == times()
     with pytest.raises(BadInput, match="out_dim 32 -> 64"): pretrain(config(tmp_path, out_dim=64), Tiles())
     pretrain(config(tmp_path, out_dim=64, steps=1), Tiles(), restart=True)
     assert len(losses(tmp_path)) == 1
 
 def test_ctrl_c_leaves_a_checkpoint(tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv[2]); from test_trainer import *; torch.set_num_threads(1); "
-            "pretrain(config(sys.argv[1], steps=100_000, workers=1, checkpoint_every=100_000), Tiles())")
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), os.path.dirname(__file__)], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log = tmp_path/"log.jsonl"
-    while not (log.exists() and log.stat().st_size):
-        assert child.poll() is None, child.stderr.read()
-        time.sleep(.2)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the training process and its worker alike
-    error = child.communicate()[1]
-    assert child.returncode != 0 and "KeyboardInterrupt: stopped at step" in error
-    assert torch.load(tmp_path/"state.pt", weights_only=True)["step"] >= 1
+    run = child(tmp_path/"run", steps=100_000, workers=1, checkpoint_every=100_000)
+    wait_for_steps(run, tmp_path/"run", 1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the training process and its worker alike
+    error = run.communicate()[1]
+    assert run.returncode != 0 and "Stopped: stopped at step" in error
+    assert last_state(tmp_path/"run")["step"] >= 1
+
+def test_last_checkpoints_and_the_best_are_kept(tmp_path):
+    scores = {3: .5, 6: .9, 9: .7, 12: .8}
+    run = pretrain(config(tmp_path, steps=12, keep=2), Tiles(), on_epoch=lambda step, backbone: {"knn": scores[step]})
+    assert [(step, best) for step, _, best in checkpoints(run)] == [(12, False), (10, False), (6, True)]
+    assert load_backbone(run/"best")(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    assert json.loads((run/"best"/"backbone.json").read_text())["step"] == 6
+
+# What goes wrong
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -100,28 +239,59 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     try:
         with pytest.raises(BadInput, match="checkpoint of step 4 cannot be written"): pretrain(config(tmp_path), Tiles(), on_epoch=fill)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert torch.load(tmp_path/"state.pt", weights_only=True)["step"] == 2
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # nothing half-written beside it
+    assert last_state(tmp_path)["step"] == 2
+    assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == [checkpoints(tmp_path)[0][1].name]  # nothing half-written beside it
     pretrain(config(tmp_path), Tiles())
     assert len(losses(tmp_path)) == 6
 
-def test_broken_checkpoint_is_named(tmp_path):
-    with pytest.raises(KeyboardInterrupt): pretrain(config(tmp_path), Tiles(), on_epoch=stop_after(3))
-    state = tmp_path/"state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(BadInput, match="not a readable checkpoint"): pretrain(config(tmp_path), Tiles())
+def test_spoilt_checkpoint_is_passed_over(tmp_path):
+    pretrain(config(tmp_path/"whole"), Tiles())
+    with pytest.raises(Stopped): pretrain(config(tmp_path/"run"), Tiles(), on_epoch=stop_after(3))
+    (latest, path, _), (before, *_) = checkpoints(tmp_path/"run")
+    assert (latest, before) == (4, 2)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="checkpoint passed over: .*not a whole checkpoint"): pretrain(config(tmp_path/"run"), Tiles())
+    assert_same_run(tmp_path/"whole", tmp_path/"run")
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/"pwned"),)
+    torch.save({"step": Evil()}, tmp_path/"foreign.pt")
+    with pytest.raises(BadInput, match="not a whole checkpoint"): read_checkpoint(tmp_path/"foreign.pt")
+    assert not (tmp_path/"pwned").exists()
+
+def test_checkpoint_of_another_network_is_named(tmp_path):
+    run = pretrain(config(tmp_path/"a"), Tiles())
+    other = Trainer(settle(config("", out_dim=64, arch="vit_tiny_patch16_224"), 12), 12)
+    with pytest.raises(BadInput, match="(?s)Missing key.*backbone.cls_token|backbone.*vit_tiny"): other.load_state_dict(last_state(run))
 
 def test_not_finite_is_named():
     c = settle(config("unused"), 12)
     trainer = Trainer(c, 12)
     crops = next(iter(crop_loader(Tiles(), c)))
     crops[1][0, 0] = math.nan
-    with pytest.raises(Diverged, match="step 1: the loss is not finite; first not finite: crops of \\(16, 16\\) pixels"): trainer.train_step(crops)
+    with pytest.raises(Diverged, match="step 1: the loss is not finite; first not finite: crops of \\(16, 16\\) pixels"): trainer.train_step([crops])
 
-@pytest.mark.parametrize("changes, message", [(dict(batch_size=13), "13 with 12 tiles"), (dict(n_global=1, n_local=0), "no pair"), (dict(steps=0, epochs=0.), "no step")])
+def test_dead_worker_is_named(tmp_path):
+    with pytest.raises(BadInput, match="workers: a process that makes crops died"): pretrain(config(tmp_path, workers=1), Killer())
+
+def test_dead_process_ends_the_others(tmp_path):
+    run = child(tmp_path/"run", 2, tiles="Killer")  # without workers, the process itself dies
+    error = run.communicate(timeout=120)[1]
+    assert run.returncode != 0 and "Signal 9" in error
+
+@pytest.mark.parametrize("changes, message", [(dict(batch_size=13), "13 with 12 tiles"), (dict(n_global=1, n_local=0), "no pair"),
+    (dict(steps=0, epochs=0.), "no step"), (dict(micro_batch=3), "does not divide"), (dict(sync_bn="yes"), "does not exist on cpu")])
 def test_impossible_parameters(tmp_path, changes, message):
     with pytest.raises(BadInput, match=message): pretrain(config(tmp_path, **changes), Tiles())
-    assert not (tmp_path/"state.pt").exists()
+    assert not checkpoints(tmp_path)
+
+def test_batch_that_processes_cannot_share(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "announced", lambda: 3)
+    with pytest.raises(BadInput, match="4 tiles cannot be shared by 3 processes. Choose 3 or 6"): pretrain(config(tmp_path), Tiles())
+
+def test_tiles_that_are_no_pictures(tmp_path):
+    with pytest.raises(BadInput, match="tile .: an array of float64"): pretrain(config(tmp_path), [(np.full((48, 48, 3), np.nan), 0)]*12)
 
 def test_no_tiles(tmp_path):
     with pytest.raises(BadInput, match="no tiles"): pretrain(dataclasses.replace(config(tmp_path)), [])
