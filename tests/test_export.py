@@ -1,0 +1,140 @@
+"Export: timm alone loads it and computes the same; the card tells the truth; nothing half-written is left behind."
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import timm
+import torch
+
+from histonb.core import BadInput, append_jsonl, digest, read_json, write_json
+from histonb.models import backbones
+from histonb.pretrain.config import PRESETS, preset
+from histonb.pretrain.export import card, export, last_figures, nearest_preset, origin, timm_config
+
+MEAN, STD = (.71, .58, .72), (.19, .23, .18)
+
+LOAD = """
+import sys
+sys.modules["histonb"] = None
+import json, timm, torch
+torch.set_num_threads(1)
+work, out = sys.argv[1], {}
+images = torch.load(work + "/images.pt", weights_only=True)
+for folder, (name, kwargs) in json.loads(sys.argv[2]).items():
+    loaded = [timm.create_model(f"local-dir:{work}/{folder}", pretrained=True).eval(),
+              timm.create_model(name, num_classes=0, checkpoint_path=f"{work}/{folder}/model.safetensors", **kwargs).eval()]
+    data = timm.data.resolve_model_data_config(loaded[0])
+    with torch.inference_mode(): features = [[m(x) for x in images] for m in loaded]
+    out[folder] = {"features": features, "mean": list(data["mean"]), "std": list(data["std"]), "size": list(data["input_size"]),
+                   "dim": loaded[0].num_features, "crop": data["crop_pct"]}
+torch.save(out, work + "/found.pt")
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def finished(folder, arch="xcit_nano_12_p16_224", step=10, **changes):
+    "A run's folder as the trainer leaves it, without the training; weights and statistics uneven."
+    config = preset("cpu", out=str(folder), arch=arch, **changes)
+    torch.manual_seed(0)
+    model = backbones.backbone(arch)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point(): value.add_(.05*torch.rand_like(value))
+    folder.mkdir()
+    backbones.save(model, folder, arch, MEAN, STD, step=step, steps=10)
+    write_json(folder/"config.json", vars(config) | {"n_images": 1234})
+    for s, loss in ((5, 6.), (10, 5.5)): append_jsonl(folder/"log.jsonl", {"step": s, "loss": loss, "entropy": 2.})
+    append_jsonl(folder/"log.jsonl", {"step": 10, "epoch": 1., "rankme": 17.25, "knn": .5625})
+    return folder
+
+
+def test_timm_alone_computes_the_same(tmp_path):
+    names = {"xcit_nano_12_p16_224": ("xcit_nano_12_p16_224", {}), "xcit_nano_12_p16": ("xcit_nano_12_p16_224", {}),
+             "vit_tiny_patch16_224": ("vit_tiny_patch16_224", {"dynamic_img_size": True}), "resnet18": ("resnet18", {})}
+    for arch in names: export(finished(tmp_path/f"run-{arch}", arch), tmp_path/arch)
+    images = [torch.randn(1, 3, 224, 224), torch.randn(2, 3, 96, 64)]
+    torch.save(images, tmp_path/"images.pt")
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path, json.dumps(names)], check=True, capture_output=True, timeout=300)
+    for arch, found in torch.load(tmp_path/"found.pt", weights_only=True).items():
+        model = backbones.load(tmp_path/f"run-{arch}")[0]
+        with torch.inference_mode():
+            for loaded in found["features"]:
+                for x, theirs in zip(images, loaded, strict=True): torch.testing.assert_close(theirs, model(x), atol=1e-4, rtol=1e-4)
+        assert (found["mean"], found["std"], found["size"], found["crop"]) == (list(MEAN), list(STD), [3, 112, 112], 1.)
+        assert found["dim"] == model.num_features == read_json(tmp_path/arch/"config.json")["num_features"]
+
+
+def test_channels_are_kept(tmp_path):
+    model, out = backbones.backbone("xcit_nano_12_p16_224", in_chans=4).eval(), tmp_path/"run"
+    finished(out)
+    backbones.save(model, out, "xcit_nano_12_p16_224", [.5]*4, [.2]*4, step=10, steps=10)
+    loaded = timm.create_model(f"local-dir:{export(out, tmp_path/'out')}", pretrained=True).eval()
+    x = torch.randn(1, 4, 64, 64)
+    with torch.inference_mode(): torch.testing.assert_close(loaded(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_card_says_what_is_known(tmp_path):
+    run = finished(tmp_path/"run")
+    text = (export(run, tmp_path/"out", licence="CC BY-NC-SA 4.0")/"README.md").read_text()
+    for part in ("| rankme | 17.25 |", "| knn | 0.5625 |", "| loss | 5.5 |", "1,234 tiles", "10 of 10", "preset `cpu` |", "commit not recorded",
+                 "CC BY-NC-SA 4.0", str(MEAN), str(STD), '"local-dir:out"', "Not a medical device", digest(run/"backbone.safetensors")):
+        assert part in text, part
+    assert "unfinished" not in text and str(tmp_path) not in text
+    assert "None is stated" in card(run, read_json(tmp_path/"out"/"config.json"))
+
+
+def test_origin_names_tiles_commit_and_resolution(tmp_path):
+    store = tmp_path/"tiles"
+    store.mkdir()
+    pd.DataFrame({"mpp": [.48, .5, .48]}).to_parquet(store/"tiles.parquet")
+    run = finished(tmp_path/"run", tiles=str(store))
+    write_json(run/"provenance.json", {"git": {"commit": "abc123", "dirty": True}})
+    assert origin(run) == {"commit": "abc123 with local changes", "tiles": digest(store/"tiles.parquet"), "mpp": .48, "images": 1234}
+    text = card(run, timm_config(*backbones.load(run)))
+    assert "commit abc123 with local changes" in text and "0.48 um/px" in text and str(store) not in text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_recognised(name):
+    config = json.loads(json.dumps(vars(preset(name, out="x", tiles="y", device="cpu", workers=3)))) | {"precision": "bf16"}
+    assert nearest_preset(config) == (name, {})
+    assert nearest_preset(config | {"lr": 1.5}) == (name, {"lr": 1.5})
+
+
+def test_unfinished_existing_and_broken_are_refused(tmp_path):
+    run = finished(tmp_path/"run", step=7)
+    with pytest.raises(BadInput, match="step 7 of 10"): export(run, tmp_path/"out")
+    assert "7 of 10, 32 tiles each (**unfinished**)" in (export(run, tmp_path/"out", unfinished=True)/"README.md").read_text()
+    with pytest.raises(BadInput, match="exists already"): export(run, tmp_path/"out", unfinished=True)
+    with pytest.raises(BadInput, match="no such file"): export(tmp_path, tmp_path/"other")
+    (run/"config.json").unlink()
+    with pytest.raises(BadInput, match="no config.json"): export(run, tmp_path/"other", unfinished=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_difference_in_timm_leaves_nothing_behind(tmp_path, monkeypatch):
+    run = finished(tmp_path/"run")
+    create = timm.create_model
+    def other(*args, **kwargs):
+        model = create(*args, **kwargs)
+        with torch.no_grad(): model.norm.bias.add_(1.)
+        return model
+    monkeypatch.setattr(timm, "create_model", other)
+    with pytest.raises(AssertionError): export(run, tmp_path/"out")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_log_without_rows(tmp_path):
+    run = finished(tmp_path/"run")
+    (run/"log.jsonl").unlink()
+    assert last_figures(run) == {}
+    assert "| figure at the end |" in card(run, timm_config(*backbones.load(run)))
