@@ -157,7 +157,8 @@ def curves(
     if fig is None:
         import matplotlib.pyplot as plt
         fig = plt.figure()
-    fig.set(size_inches=(10, 6), layout_engine="constrained")
+    fig.set_size_inches(10, 6)
+    fig.subplots_adjust(left=.045, right=.99, top=.96, bottom=.07, hspace=.42, wspace=.22)  # a layout engine would draw twice
     for ax, (name, title) in zip(fig.subplots(4, 4).flat, PANELS.items(), strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if name == "grad_norm" and any(0 < y < math.inf for _, y in points): ax.set_yscale("log")
