@@ -156,7 +156,7 @@ def test_ctrl_c_ends_everything_in_order(root, signum, code):
     process = subprocess.Popen([HISTONB, "run", "runs/tiny.yaml"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     worker = next(int(line.split()[-1]) for line in process.stdout if "| worker" in line)
-    assert is_running(root / "runs/tiny") and states(root) == ["running", "not run"]
+    assert is_running(root / "runs/tiny/first") and states(root) == ["running", "not run"]
     with pytest.raises(BadInput, match=f"run by process {process.pid}"):
         run_study(root / "runs/tiny.yaml")
     os.killpg(process.pid, signum)
@@ -167,7 +167,7 @@ def test_ctrl_c_ends_everything_in_order(root, signum, code):
     assert {p.name for p in folder.iterdir()} == {"notebook.ipynb", "stage.json"}  # no half-written file, no metrics
     assert read_json(folder / "notebook.ipynb")["metadata"]["histonb"] == {"state": "interrupted"}
     assert not alive(worker)
-    assert not is_running(root / "runs/tiny") and states(root) == ["interrupted", "not run"]
+    assert not is_running(root / "runs/tiny/first") and states(root) == ["interrupted", "not run"]
 
 
 def test_a_killed_runner_leaves_no_lock_and_no_kernel(root):
