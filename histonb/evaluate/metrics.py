@@ -97,6 +97,12 @@ def _interval(draws, axis=0):
         warnings.simplefilter("ignore", RuntimeWarning)  # no draw exists: NaN
         return np.nanquantile(draws, [.025, .975], axis=axis)
 
+def _draws(by_group, n_boot, seed, complete):
+    "Resamples; a resample that lacks a class which the cohort has becomes NaN where only complete ones count."
+    drawn = resample(by_group, n_boot, seed)
+    if complete: drawn[(drawn.sum(-1) == 0).any(-1, where=by_group.sum((0, 2)) > 0)] = np.nan
+    return drawn
+
 def _note(n_groups):
     if n_groups == 1: return "One slide only: how the figures vary between slides cannot be known, so there is no interval."
     if n_groups < 10: return f"{n_groups} slides only: read the intervals as too narrow."
@@ -109,21 +115,33 @@ def classification(
     classes, # C class names in the order of the ids, or a dict of id to name such as `LABELS`
     n_boot: int = 1000, # bootstrap resamples
     seed: int = 0, # of the resamples
-) -> dict: # each of `METRICS` as `value, low, high`; `recall` by class name; `confusion`; `classes`, `n`, `n_groups`, `n_boot`, `note`
+    repeat=None, # (N,) number of the repeat, where each tile was called in R repeats of a cross-validation; None: once
+    complete: bool = False, # leave out resamples that lack a class: where a class has few groups
+) -> dict: # each of `METRICS` as `value, low, high`; `recall` by class name; `confusion`; `classes`, `n`, `n_groups`, `n_boot`, `note`; with repeats `repeats`
     "Figures of a classification with 95% bootstrap intervals by group. Unusable input is a `BadInput`."
     classes = [classes[i] for i in range(len(classes))]
+    repeated = {} if repeat is None else _repeats(*map(np.asarray, (y, predicted, groups, repeat)), len(classes))
     by_group = confusion_by_group(y, predicted, groups, len(classes))
     total, n_groups = by_group.sum(0), len(by_group)
-    value, draws = scores(total), scores(resample(by_group, n_boot, seed))
+    value, draws = scores(total), scores(_draws(by_group, n_boot, seed, complete))
     def entry(v, d):
         low, high = _interval(d) if n_groups > 1 else (np.nan, np.nan)
         return {"value": float(v), "low": float(low), "high": float(high)}
     result = {m: entry(value[m], draws[m]) for m in METRICS}
     result["recall"] = {c: entry(value["recall"][i], draws["recall"][:, i]) for i, c in enumerate(classes)}
     return result | {"confusion": total.tolist(), "classes": classes, "n": int(total.sum()),
-                     "n_groups": n_groups, "n_boot": n_boot, "note": _note(n_groups)}
+                     "n_groups": n_groups, "n_boot": n_boot, "note": _note(n_groups)} | repeated
 
-# %% ../../nbs/evaluate/34_metrics.ipynb #cell-031
+def _repeats(y, predicted, groups, repeat, n_classes):
+    "The figures of each repeat alone, and tiles counted once: the confusion matrix is the mean over repeats."
+    names, times = np.unique(repeat, return_counts=True)
+    if len({*times}) > 1 or len(repeat) != len(y):
+        raise BadInput("repeat", f"repeats of {sorted({*times.tolist()})} tiles for {len(y)} calls", "Each repeat must call every tile once.")
+    each = scores(np.stack([confusion_by_group(y[repeat == r], predicted[repeat == r], groups[repeat == r], n_classes).sum(0) for r in names]))
+    confusion = confusion_by_group(y, predicted, groups, n_classes).sum(0)/len(names)
+    return {"repeats": {m: each[m].tolist() for m in METRICS}, "confusion": confusion.round(2).tolist(), "n": int(times[0])}
+
+# %% ../../nbs/evaluate/34_metrics.ipynb #cell-035
 def difference(
     y, # (N,) true class ids
     first, # (N,C) probabilities or (N,) class ids of one encoder
@@ -132,17 +150,18 @@ def difference(
     n_classes: int, # number of classes
     n_boot: int = 1000, # bootstrap resamples
     seed: int = 0, # of the resamples
+    complete: bool = False, # leave out resamples that lack a class
 ) -> dict: # each of `METRICS` as `value, low, high` of first minus second
     "How much better `first` is than `second` on the same tiles, with a paired 95% bootstrap interval by group."
     both = [confusion_by_group(y, p, groups, n_classes) for p in (first, second)]
     value = [scores(c.sum(0)) for c in both]
-    draws = [scores(resample(c, n_boot, seed)) for c in both]
+    draws = [scores(_draws(c, n_boot, seed, complete)) for c in both]
     def entry(m):
         low, high = _interval(draws[0][m] - draws[1][m]) if len(both[0]) > 1 else (np.nan, np.nan)
         return {"value": float(value[0][m] - value[1][m]), "low": float(low), "high": float(high)}
     return {m: entry(m) for m in METRICS}
 
-# %% ../../nbs/evaluate/34_metrics.ipynb #cell-034
+# %% ../../nbs/evaluate/34_metrics.ipynb #cell-038
 def _cell(entry):
     if np.isnan(entry["value"]): return "-"
     if np.isnan(entry["low"]): return f"{entry['value']:.3f}"
@@ -158,7 +177,7 @@ def table(
             for name, r in results.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../../nbs/evaluate/34_metrics.ipynb #cell-038
+# %% ../../nbs/evaluate/34_metrics.ipynb #cell-042
 def plot_confusion(
     result: dict, # from `classification`
     ax=None, # matplotlib axes; new ones by default
@@ -170,7 +189,7 @@ def plot_confusion(
     share = m/np.maximum(m.sum(1, keepdims=True), 1)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.ndindex(*m.shape):
-        ax.text(j, i, f"{m[i, j]}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > .5 else "black")
+        ax.text(j, i, f"{m[i, j]:.4g}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > .5 else "black")
     ax.set_xticks(range(len(names)), names, rotation=35, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="called", ylabel="truth", title=title)

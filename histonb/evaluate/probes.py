@@ -86,9 +86,10 @@ def _scale(x):
 # %% ../../nbs/evaluate/32_probes.ipynb #cell-021
 L2 = (10., 1., .1, .01, .001, .0001) # strengths tried on val, strong to weak
 
-def _cross_entropy(p, y):
-    "Mean negative log probability of the true class; a class with probability zero costs that of 1e-7."
-    return float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-7, None)).mean())
+def _cross_entropy(p, y, balanced=False):
+    "Mean negative log probability of the true class, over tiles or over classes; a class with probability zero costs that of 1e-7."
+    loss = -np.log(np.clip(p[np.arange(len(y)), y], 1e-7, None))
+    return float(np.average(loss, weights=1/np.bincount(y)[y] if balanced else None))
 
 @dataclasses.dataclass
 class LinearProbe:
@@ -110,8 +111,10 @@ def fit_linear(
     y_train, # (N,) their classes
     x_val=None, # (V,D) features on which the strength is chosen
     y_val=None, # (V,) their classes
-    l2: float | None = None, # strength of the penalty; None: the best of `L2` on val
+    l2: float | None = None, # strength of the penalty; None: the best of `strengths` on val
     n_classes: int | None = None, # number of classes C; by default the highest training label + 1
+    balanced: bool = False, # let each class weigh alike, however few its tiles
+    strengths: tuple = L2, # that are tried on val
     max_iter: int = 300, # L-BFGS iterations for each strength
 ) -> LinearProbe:
     "Fit a linear probe. Raises `BadInput` for unusable features or labels, and where neither val nor a strength is given."
@@ -124,10 +127,10 @@ def fit_linear(
     if x_val is not None:
         x_val = _features(x_val, "val features", x_train.shape[1])
         y_val = _classes(y_val, n_classes, len(x_val), "val labels")
-    model = LogisticRegression(warm_start=True, max_iter=max_iter, tol=1e-4)
+    model = LogisticRegression(warm_start=True, max_iter=max_iter, tol=1e-4, class_weight="balanced" if balanced else None)
     share = 2 if len(np.unique(y_train)) == 2 else 1  # two classes are fitted as one row: the norm counts half
     best, losses = None, {}
-    for strength in L2 if l2 is None else (l2,):
+    for strength in strengths if l2 is None else (l2,):
         with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore")  # stopped by max_iter: good enough for a probe, and val decides
             model.set_params(C=share/(strength*len(scaled))).fit(scaled, y_train)
@@ -136,7 +139,7 @@ def fit_linear(
             weight[model.classes_[1]], bias[model.classes_] = model.coef_[0], (0, model.intercept_[0])
         else: weight[model.classes_], bias[model.classes_] = model.coef_, model.intercept_
         probe = LinearProbe(weight, bias, mean, std, strength, losses)
-        if l2 is None: losses[strength] = _cross_entropy(probe(x_val), y_val)
+        if l2 is None: losses[strength] = _cross_entropy(probe(x_val), y_val, balanced)
         if best is None or losses[strength] < losses[best.l2]: best = probe
     return best
 
@@ -144,12 +147,12 @@ def linear(
     x_train, # (N,D) features of the training tiles
     y_train, # (N,) their classes
     x_test, # (M,D) features of the tiles to classify
-    **kwargs, # of `fit_linear`: x_val and y_val, or l2; n_classes
+    **kwargs, # of `fit_linear`: x_val and y_val, or l2; n_classes, balanced
 ) -> np.ndarray: # (M,C) probabilities, float32
     "Fit a linear probe and apply it."
     return fit_linear(x_train, y_train, **kwargs)(x_test)
 
-# %% ../../nbs/evaluate/32_probes.ipynb #cell-030
+# %% ../../nbs/evaluate/32_probes.ipynb #cell-032
 @dataclasses.dataclass
 class MLPProbe:
     "A fitted MLP probe; call it on features (N,D) for probabilities (N,C)."
@@ -163,7 +166,7 @@ class MLPProbe:
         x = torch.from_numpy((_features(x, "features", len(self.mean)) - self.mean)/self.std)
         with torch.inference_mode(): return torch.cat([self.model(part).softmax(1) for part in x.split(8192)]).numpy()
 
-# %% ../../nbs/evaluate/32_probes.ipynb #cell-031
+# %% ../../nbs/evaluate/32_probes.ipynb #cell-033
 def fit_mlp(
     x_train, # (N,D) features of the training tiles
     y_train, # (N,) their classes
