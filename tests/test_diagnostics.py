@@ -14,9 +14,11 @@ from torch import nn
 from histonb.core import BadInput, append_jsonl, write_json
 from histonb.data.shards import ShardWriter, record
 from histonb.models.backbones import backbone
-from histonb.pretrain.diagnostics import LiveCurves, collapse, curves
+from histonb.pretrain.config import PretrainConfig, settle
+from histonb.pretrain.diagnostics import LiveCurves, collapse, curves, suspect
+from histonb.pretrain.loading import crop_loader
 from histonb.pretrain.online import OnlineKNN, voters_and_asked
-from histonb.pretrain.trainer import PretrainConfig, Trainer, crop_loader, settle
+from histonb.pretrain.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -104,8 +106,8 @@ def run(**changes):
     "Rows of a short run, one a step."
     c = settle(PretrainConfig("unused", **(TINY | changes)), 64)
     with torch.random.fork_rng():
-        trainer = Trainer(c, 64)
-        return [{"step": step, **trainer.train_step(crops)} for step, crops in enumerate(crop_loader(Waves(), c), 1)]
+        trainer, batches = Trainer(c, 64), iter(crop_loader(Waves(), c))
+        return [{"step": step, **trainer.train_step(batches)} for step in range(1, c.steps + 1)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes,expected", [({}, None), ({"center_momentum": 1.}, "constant"), ({"teacher_temp_start": .2, "teacher_temp": .2}, "log K"), ({"lr": 100.}, "constant")])
@@ -221,3 +223,12 @@ def test_both_sides_share_no_case_and_are_bounded(tmp_path):
 def test_table_without_labels_is_named(tmp_path, labels, message):
     with pytest.raises(BadInput, match=message) as e: OnlineKNN(a_store(tmp_path/"tiles", labels))
     assert str(tmp_path/"tiles") in str(e.value) and "knn_tiles" in str(e.value)
+
+# ---- numbers that are none
+
+def test_suspect_names_a_parameter():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with torch.no_grad(): model[1].weight[0, 0] = 3e20
+    assert suspect(model.named_parameters()) == "all finite so far, the largest value 3.0e+20 in 1.weight"
+    with torch.no_grad(): model[1].bias[1] = math.inf
+    assert suspect([*model.named_parameters(), ("none", None)]) == "first not finite: 1.bias"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'NARROW', 'MEMORIES', 'PANELS', 'rankme', 'feature_std', 'entropy', 'teacher_entropy', 'kl', 'information',
-           'Collapse', 'collapse', 'curves', 'LiveCurves']
+           'Collapse', 'collapse', 'suspect', 'curves', 'LiveCurves']
 
 # %% ../../nbs/pretrain/22_diagnostics.ipynb #cell-002
 import dataclasses
@@ -93,7 +93,7 @@ def _lasting(rows, name, limit, floor, patience):
 def _silent(tail, log_k):
     "Name the collapse of a teacher that gives all images one answer."
     last, since = tail[-1], tail[0]["step"]
-    seen = (f"since step {since} the teacher tells all images the same: information {last['information']:.1e} nats "
+    seen = (f"since step {since} the teacher tells all images the same: information {max(last['information'], 0.):.1e} nats "
             f"(a healthy run has above {SILENT}), entropy {last['entropy']:.3f} of log K = {log_k:.3f}, loss {last['loss']:.3f}")
     if min(row["entropy"] for row in tail) > .9*log_k:
         return Collapse("log K", since, f"Stuck at log K: {seen}. Every prototype is as likely as any other: lower teacher_temp "
@@ -125,6 +125,17 @@ def collapse(
                     "all features lie along one line. Lower lr or weight_decay_end, use stronger or more crops, a larger batch, or more varied tiles.", False) if tail else None
 
 # %% ../../nbs/pretrain/22_diagnostics.ipynb #cell-031
+def suspect(
+    named, # pairs (name, tensor or None), in the order of the network
+) -> str: # who is to blame, in words
+    "The first tensor that is not finite; where all are, the one with the largest value."
+    named = [(name, x.detach()) for name, x in named if x is not None]
+    broken = next((name for name, x in named if not torch.isfinite(x).all()), None)
+    if broken: return f"first not finite: {broken}"
+    size, name = max((x.abs().max().item(), name) for name, x in named)
+    return f"all finite so far, the largest value {size:.1e} in {name}"
+
+# %% ../../nbs/pretrain/22_diagnostics.ipynb #cell-034
 PANELS = { # name in the log -> title
     "loss": "loss (dotted: log K)", "entropy": "teacher entropy", "kl": "KL(teacher || student)", "information": "information",
     "knn": "online kNN", "feature_std": "feature std", "rankme": "RankMe", "center_norm": "centre norm",
@@ -166,7 +177,7 @@ def curves(
     fig.supxlabel("step", fontsize=8)
     return fig
 
-# %% ../../nbs/pretrain/22_diagnostics.ipynb #cell-036
+# %% ../../nbs/pretrain/22_diagnostics.ipynb #cell-039
 class LiveCurves:
     "Keeps a run's figure fresh: `curves.png` in its folder, and the output of a notebook's cell."
     def __init__(
