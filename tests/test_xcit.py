@@ -131,3 +131,40 @@ def test_bad_names_and_sizes():
     with pytest.raises(BadInput, match="Did you mean `xcit_small_12_p16`"): xcit("xcit_smal_12_p16")
     with pytest.raises(BadInput, match="smaller than a patch"): xcit("xcit_nano_12_p16")(torch.zeros(1, 3, 15, 64))
     with pytest.raises(BadInput, match="Use 8 or 16"): xcit("xcit_nano_12_p16", patch_size=14)
+
+
+@pytest.mark.parametrize("drop_path", [0., .3])
+def test_checkpointing_changes_nothing_but_memory(drop_path):
+    found = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = xcit("xcit_nano_12_p16", drop_path_rate=drop_path).train()
+        model.set_grad_checkpointing(enable)
+        x = torch.randn(4, 3, 64, 64)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t): out = model(x)
+        out.square().sum().backward()
+        found.append((sum(sizes), out, torch.rand(1), {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())))
+    (plain, *expected, values), (less, *out, again) = found
+    assert less < plain/2
+    assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True))  # output, and the random numbers that follow
+    assert values.keys() == again.keys() and all(torch.equal(values[k], again[k]) for k in values)
+
+
+def test_a_step_left_out_for_all_images_still_has_gradients():
+    model = xcit("xcit_nano_12_p16", drop_path_rate=.999).train()
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_dropped_images_are_as_if_the_branch_were_zero():
+    torch.manual_seed(0)
+    block, x = xcit("xcit_nano_12_p16", drop_path_rate=.5).blocks[0].train(), torch.randn(6, 16, 128)
+    torch.manual_seed(1)
+    got = block(x, (4, 4))
+    torch.manual_seed(1)
+    want = x
+    for gamma, branch in ((block.gamma1, lambda z: block.attn(block.norm1(z))), (block.gamma3, lambda z: block.local_mp(block.norm3(z), (4, 4), torch.ones(128))),
+                          (block.gamma2, lambda z: block.mlp(block.norm2(z)))):
+        want = want + (torch.rand(6, 1, 1) < .5)/.5*gamma*branch(want)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,211 @@
+"""Speed and memory of one DINO training step beside a plain transcription of the paper's loop over timm's XCiT.
+
+    python tests/bench_step.py [--models xcit_nano_12_p16_224 ...] [--rounds 5] [--threads 2] [--batch 16]
+
+Both train the same model with the same head on the same 2 x 224 + 6 x 96 crops, step by step in turn in one process; a
+ratio is the median over the rounds' pairs. Peak memory is that of a process that trains nothing else. Prints Markdown
+tables and writes runs/bench/step.json.
+"""
+import argparse
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from histonb.core import repo_root, write_json
+from histonb.pretrain.trainer import PretrainConfig, Trainer, settle
+
+K, TEACHER_TEMP, STUDENT_TEMP, MOMENTUM, LR, WEIGHT_DECAY, CLIP, DROP_PATH = 4096, .04, .1, .996, 3e-5, .04, 3., .1
+
+
+# the paper's loop: algorithm 1 and appendix C of Caron et al. 2021, with the multi-crop of section 3.1
+
+class PlainHead(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 256))
+        for m in self.mlp:
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=.02)
+                nn.init.zeros_(m.bias)
+        self.last_layer = nn.utils.parametrizations.weight_norm(nn.Linear(256, K, bias=False))
+        self.last_layer.parametrizations.weight.original0.data.fill_(1.)
+        self.last_layer.parametrizations.weight.original0.requires_grad_(False)
+
+    def forward(self, x): return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class PlainNet(nn.Module):
+    def __init__(self, name, drop_path):
+        super().__init__()
+        self.backbone = timm.create_model(name, num_classes=0, drop_path_rate=drop_path)
+        self.head = PlainHead(self.backbone.num_features)
+
+    def forward(self, crops):
+        sizes, counts = torch.unique_consecutive(torch.tensor([x.shape[-1] for x in crops]), return_counts=True)
+        tokens, start = [], 0
+        for count in counts.tolist():
+            tokens.append(self.backbone(torch.cat(crops[start:start + count])))
+            start += count
+        return self.head(torch.cat(tokens))
+
+
+class Plain:
+    "Student, teacher, centre and optimiser, and the step, as the paper writes them."
+    def __init__(self, name, bf16):
+        self.bf16, self.center = bf16, torch.zeros(1, K)
+        self.student, self.teacher = PlainNet(name, DROP_PATH), PlainNet(name, 0.)
+        self.teacher.load_state_dict(self.student.state_dict())
+        for p in self.teacher.parameters(): p.requires_grad = False
+        decayed = [p for p in self.student.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in self.student.parameters() if p.requires_grad and p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.}], lr=LR, weight_decay=WEIGHT_DECAY)
+
+    def loss(self, student, teacher):
+        student = (student/STUDENT_TEMP).chunk(self.n_crops)
+        teacher = F.softmax((teacher - self.center)/TEACHER_TEMP, dim=-1).detach().chunk(2)
+        total, terms = 0, 0
+        for g, q in enumerate(teacher):
+            for v, s in enumerate(student):
+                if v == g: continue
+                total += torch.sum(-q*F.log_softmax(s, dim=-1), dim=-1).mean()
+                terms += 1
+        return total/terms
+
+    def step(self, crops):
+        crops = [crop for stacked in crops for crop in stacked]
+        self.n_crops = len(crops)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            teacher = self.teacher(crops[:2])
+            student = self.student(crops)
+            loss = self.loss(student, teacher)
+        if not math.isfinite(loss.item()): sys.exit(f"loss is {loss.item()}")
+        self.optimiser.zero_grad()
+        loss.backward()
+        for p in self.student.parameters():
+            if p.grad is not None:
+                factor = CLIP/(p.grad.norm(2) + 1e-6)
+                if factor < 1: p.grad.mul_(factor)
+        self.optimiser.step()
+        with torch.no_grad():
+            self.center = self.center*.9 + teacher.float().mean(0, keepdim=True)*.1
+            for s, t in zip(self.student.parameters(), self.teacher.parameters(), strict=True): t.mul_(MOMENTUM).add_((1 - MOMENTUM)*s)
+        return loss.item()
+
+
+# ours
+
+class Ours:
+    def __init__(self, name, precision, batch, **kwargs):
+        config = PretrainConfig(out="unused", arch=name, drop_path=DROP_PATH, out_dim=K, n_local=6, batch_size=batch, steps=10_000, warmup_epochs=0,
+                                freeze_last_epochs=0, lr=LR*256/batch, device="cpu", precision=precision, **kwargs)
+        self.trainer = Trainer(settle(config, 100*batch), 100*batch)
+
+    def step(self, crops): return self.trainer.train_step([crops])["loss"]
+
+
+def sides(name, batch):
+    return {"paper fp32": lambda: Plain(name, False), "paper bf16": lambda: Plain(name, True),
+            "ours fp32": lambda: Ours(name, "fp32", batch), "ours bf16": lambda: Ours(name, "bf16", batch)}
+
+def make_crops(batch):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(v, batch, 3, size, size, generator=generator) for v, size in ((2, 224), (6, 96))]
+
+def seconds(side, crops):
+    start = time.perf_counter()
+    side.step(crops)
+    return time.perf_counter() - start
+
+def peak_memory():
+    "Largest resident size of this process so far, GiB."
+    with open("/proc/self/status") as f: return next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))/2**20
+
+def gemm_peak(dtype, n=1536, repeats=6):
+    "Best rate of a square matrix product, GFLOP/s."
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2*n**3/best/1e9
+
+def step_flops(name, batch):
+    "Multiplications and additions of the matrix products and convolutions of one step."
+    from torch.utils.flop_counter import FlopCounterMode
+    side = Ours(name, "fp32", batch)
+    with FlopCounterMode(display=False) as counter: side.step(make_crops(batch))
+    return counter.get_total_flops()
+
+def table(header, rows):
+    print("\n| " + " | ".join(header) + " |\n|" + "---|"*len(header))
+    for row in rows: print("| " + " | ".join(map(str, row)) + " |")
+    print(flush=True)
+
+def measure(name, batch, rounds):
+    names = list(sides(name, batch))
+    made, crops = {n: make() for n, make in sides(name, batch).items()}, make_crops(batch)
+    for n in names: made[n].step(crops)
+    times = {n: [] for n in names}
+    for i in range(rounds):
+        for n in (names if i % 2 else names[::-1]): times[n].append(seconds(made[n], crops))
+    times = {n: np.array(t) for n, t in times.items()}
+    memory = {n: float(subprocess.run([sys.executable, __file__, "--peak", n, "--models", name, "--batch", str(batch), "--threads", str(torch.get_num_threads())],
+                                      check=True, capture_output=True, text=True).stdout.split()[-1]) for n in names}
+    return [dict(model=name, side=n, images_per_s=batch/float(np.median(times[n])), gib=memory[n],
+                 times_fp32=float(np.median(times["paper fp32"]/times[n])), times_bf16=float(np.median(times["paper bf16"]/times[n]))) for n in names]
+
+KINDS = {  # what an operator's time counts as; the first match counts
+    "matrix products": ("mm", "linear", "bmm", "matmul"), "convolutions": ("conv",), "optimiser, EMA, clipping": ("adam", "foreach", "lerp"),
+    "norms": ("norm",), "GELU": ("gelu",), "softmax, loss": ("softmax",), "copies": ("copy", "cat", "contiguous", "clone", "fill", "zero"),
+}
+
+def profile(name, batch, top=12):
+    "Where the time of our step goes: by kind of operator, and the largest operators."
+    side, crops = Ours(name, "bf16", batch), make_crops(batch)
+    side.step(crops)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p: side.step(crops)
+    own = sorted(((e.key, e.self_cpu_time_total/1e6, e.count) for e in p.key_averages()), key=lambda e: -e[1])
+    whole, kinds = sum(seconds for _, seconds, _ in own), {}
+    for key, seconds, _ in own:
+        kind = next((k for k, words in KINDS.items() if any(w in key.lower() for w in words)), "other elementwise")
+        kinds[kind] = kinds.get(kind, 0.) + seconds
+    table(["operator", "calls", "ms", "share"], [(k, c, f"{1000*s:.0f}", f"{s/whole:.0%}") for k, s, c in own[:top]])
+    table(["kind", "ms", "share"], [(k, f"{1000*s:.0f}", f"{s/whole:.0%}") for k, s in sorted(kinds.items(), key=lambda kv: -kv[1])])
+    return {k: s/whole for k, s in kinds.items()}
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=["xcit_nano_12_p16_224", "xcit_small_12_p16_224"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak", help="one side: print the peak memory of three steps")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.peak:
+        side, crops = sides(args.models[0], args.batch)[args.peak](), make_crops(args.batch)
+        for _ in range(3): side.step(crops)
+        return print(peak_memory())
+    peaks = {"fp32": gemm_peak(torch.float32), "bf16": gemm_peak(torch.bfloat16)}
+    results = []
+    for name in args.models:
+        rows = measure(name, args.batch, args.rounds)
+        flops = step_flops(name, args.batch)
+        table([f"{name}, {args.threads} threads", "images/s", "times paper fp32", "times paper bf16", "GFLOP/s", "share of matrix-product peak", "peak memory"],
+              [(r["side"], f"{r['images_per_s']:.2f}", f"{r['times_fp32']:.2f}", f"{r['times_bf16']:.2f}", f"{flops*r['images_per_s']/args.batch/1e9:.0f}",
+                f"{flops*r['images_per_s']/args.batch/1e9/peaks[r['side'][-4:]]:.0%}", f"{r['gib']:.2f} GiB") for r in rows])
+        results.append(dict(rows=rows, flops=flops, profile=profile(name, args.batch)))
+    write_json(repo_root()/"runs"/"bench"/"step.json", dict(threads=args.threads, batch=args.batch, torch=torch.__version__, timm=timm.__version__,
+                                                           gflops_peak=peaks, results=results))
+
+
+if __name__ == "__main__": main()
