@@ -169,10 +169,12 @@ def curves(
         import matplotlib.pyplot as plt
         fig = plt.figure()
     fig.set_size_inches(10, 6)
-    fig.subplots_adjust(left=.045, right=.99, top=.96, bottom=.07, hspace=.42, wspace=.22)  # a layout engine would draw twice
+    fig.subplots_adjust(left=.055, right=.99, top=.96, bottom=.07, hspace=.42, wspace=.25)  # a layout engine would draw twice
     for ax, (name, title) in zip(fig.subplots(4, 4).flat, PANELS.items(), strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
-        if name == "grad_norm" and any(0 < y < math.inf for _, y in points): ax.set_yscale("log")
+        wide = [y for _, y in points if 0 < y < math.inf] if name == "grad_norm" else []
+        if wide and max(wide) > 30*min(wide): ax.set_yscale("log")
+        else: ax.ticklabel_format(axis="y", useOffset=False)
         _panel(ax, points, title, log_k if name in ("loss", "entropy") else None)
     fig.supxlabel("step", fontsize=8)
     return fig
