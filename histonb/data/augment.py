@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'STAINS', 'RECIPES', 'to_tensor', 'channel_stats', 'eval_transform', 'hed_from_rgb', 'rgb_from_hed',
-           'jitter_stains', 'HEDJitter', 'Turn', 'dino', 'histology', 'MultiCrop']
+           'jitter_stains', 'HEDJitter', 'Turn', 'dino', 'histology', 'histology_strong', 'MultiCrop']
 
 # %% ../../nbs/data/07_augment.ipynb #cell-003
 import os
@@ -165,8 +165,22 @@ def histology(
         A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2), p=.4),
     ]
 
+# %% ../../nbs/data/07_augment.ipynb #cell-strong
+def histology_strong(
+    view: int, # 0: first global view, 1: a further global view, 2: a local view; all are treated alike
+) -> list: # albumentations transforms, to follow the crop
+    "The transforms for small sets of stained tissue, where colour must not be the answer."
+    return [
+        Turn(p=1.),
+        HEDJitter(sigma=.08),
+        A.ColorJitter(brightness=(.7, 1.3), contrast=(.7, 1.3), saturation=(.7, 1.3), hue=(-.06, .06), p=.8),
+        A.ToGray(p=.2),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2), p=.3),
+    ]
+
 RECIPES = {  # the transforms, the global and local shares of area, and the range of aspect ratios
     "histology": (histology, (.4, 1.), (.1, .4), (.9, 1/.9)),
+    "histology-strong": (histology_strong, (.4, 1.), (.1, .4), (.9, 1/.9)),
     "dino": (dino, (.4, 1.), (.05, .4), (3/4, 4/3)),
 }
 

@@ -29,6 +29,7 @@ class PretrainConfig:
     hidden: int = 2048 # width of the head's hidden layers
     bottleneck: int = 256 # width before the head's last layer
     norm_last_layer: bool = True # keep the prototypes at length 1
+    head_bn: bool = False # batch norm in the head: helps short runs on small sets off log K
     # crops
     recipe: str = "histology" # augmentations, a name of `histonb.data.augment.RECIPES`
     n_global: int = 2 # large crops, seen by teacher and student
@@ -54,7 +55,8 @@ class PretrainConfig:
     clip_how: Literal["tensor", "global"] = "tensor" # each tensor by itself (DINO) or all together (DINOv2)
     freeze_last_epochs: float = 1. # the prototypes stand still so long
     # teacher
-    momentum: float = .996 # of the teacher's average, first step; 1 at the last
+    momentum: float = .996 # of the teacher's average, first step
+    momentum_end: float = 1. # last step
     teacher_bn: Literal["own", "ema"] = "own" # batch-norm statistics: its own in train mode (DINO), or the student's averaged
     teacher_temp_start: float = .04
     teacher_temp: float = .07 # after the rise
@@ -154,6 +156,6 @@ def schedules(
     return {
         "lr": cosine_schedule(c.lr*c.batch_size/256, c.min_lr, c.steps, round(c.warmup_epochs*per_epoch)),
         "weight_decay": cosine_schedule(c.weight_decay, c.weight_decay_end, c.steps),
-        "momentum": cosine_schedule(c.momentum, 1., c.steps),
+        "momentum": cosine_schedule(c.momentum, c.momentum_end, c.steps),
         "teacher_temp": linear_schedule(c.teacher_temp_start, c.teacher_temp, c.steps, round(c.teacher_temp_epochs*per_epoch)),
     }

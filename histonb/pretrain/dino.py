@@ -27,13 +27,11 @@ class DINOHead(nn.Module):
         hidden: int = 2048, # width of the two hidden layers
         bottleneck: int = 256, # width before the last layer
         norm_last_layer: bool = True, # freeze the rows of the last layer at length 1
+        batch_norm: bool = False, # normalise the hidden layers over the batch: scores then differ between images from the start
     ):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden), nn.GELU(),
-            nn.Linear(hidden, hidden), nn.GELU(),
-            nn.Linear(hidden, bottleneck),
-        )
+        def layer(n): return [nn.Linear(n, hidden), *[nn.BatchNorm1d(hidden)]*batch_norm, nn.GELU()]
+        self.mlp = nn.Sequential(*layer(in_dim), *layer(hidden), nn.Linear(hidden, bottleneck))
         self.last_layer = nn.Linear(bottleneck, out_dim, bias=False)
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -48,7 +46,7 @@ class DINOHead(nn.Module):
         self,
         z: torch.Tensor, # (..., D) class tokens
     ) -> torch.Tensor: # (..., K) scores, float32
-        z = self.mlp(z)
+        z = self.mlp(z.reshape(-1, z.shape[-1])).view(*z.shape[:-1], -1)
         with torch.autocast(z.device.type, enabled=False):
             return self.last_layer(F.normalize(z.float(), dim=-1))
 

@@ -52,7 +52,7 @@ def networks(
     c = config
     def build_one(drop_path):
         backbone = backbones.backbone(c.arch, drop_path_rate=drop_path)
-        net = MultiCropNet(backbone, DINOHead(backbone.num_features, c.out_dim, c.hidden, c.bottleneck, c.norm_last_layer))
+        net = MultiCropNet(backbone, DINOHead(backbone.num_features, c.out_dim, c.hidden, c.bottleneck, c.norm_last_layer, c.head_bn))
         return (nn.SyncBatchNorm.convert_sync_batchnorm(net) if c.sync_bn == "yes" else net).to(device)
     student, teacher = build_one(c.drop_path), build_one(0.)
     teacher.load_state_dict(student.state_dict())
