@@ -61,7 +61,7 @@ SlurmctldParameters=preempt_send_user_signal
 GresTypes=gpu
 NodeName=127.0.0.11 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=4 RealMemory=4000 Gres=gpu:2
 NodeName=127.0.0.12 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=4 RealMemory=4000 Gres=gpu:2
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=30
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=2 PreemptMode=OFF
 CONF
 }

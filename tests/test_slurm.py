@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from histonb.core import BadInput, read_json
+from histonb.core import BadInput, read_json, read_jsonl
 from histonb.jobs.slurm import load_profile, submit
 from histonb.jobs.studies import load_study, run_study, stage_states
 
@@ -182,6 +182,30 @@ def test_container_recipe():
     assert sections["post"][0] == "set -e"
 
 
+def test_ranks_end_with_their_notebook_however_it_ends(root):
+    (root / "run").mkdir()
+    code = "from histonb.jobs.slurm import launch; launch(['run', 6000, 0.1, -1], 2, module='standin')"
+    process = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=root, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root), "HISTONB_STAGE": str(root / "run")})
+    assert any("step 5" in line for line in process.stdout)
+    process.kill()
+    end = time.monotonic() + 90
+    while time.monotonic() < end and processes(root):
+        time.sleep(.3)
+    assert not processes(root)
+
+
+def processes(root):
+    """Processes whose command line or environment names a folder."""
+    found = []
+    for p in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(root).encode() in (p / "cmdline").read_bytes() + (p / "environ").read_bytes() and int(p.name) != os.getpid():
+                found.append(int(p.name))
+        except OSError:
+            pass
+    return found
+
+
 # On the cluster
 
 @pytest.fixture(scope="module")
@@ -249,7 +273,7 @@ def steps(path, stage="train"):
     return max(map(int, re.findall(r"step (\d+)", log(path, stage))), default=0)
 
 
-def test_a_study_on_two_nodes_stops_is_requeued_and_ends_as_if_never_interrupted(root, cluster):
+def test_a_study_on_two_nodes_is_preempted_requeued_and_ends_as_if_never_interrupted(root, cluster):
     path = study(root, TRAIN)
     done = histonb(root, "run", path, "--on", "slurm")
     assert done.returncode == 0, done.stderr
@@ -263,7 +287,7 @@ def test_a_study_on_two_nodes_stops_is_requeued_and_ends_as_if_never_interrupted
     assert f"train: running, job {jobs['train']}" in again.stdout and "first: finished before" in again.stdout and "sbatch" not in again.stdout
     with pytest.raises(BadInput, match="being run by process|running on the cluster"):
         run_study(path, only="train")
-    subprocess.run(["scancel", "--signal=USR1", "--batch", jobs["train"]], check=True)
+    subprocess.run(["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"], cwd=root, check=True)
     until(lambda: states(path)["train"] == "requeued", path)
     until(lambda: states(path)["last"] == "finished", path)
     assert states(path) == dict.fromkeys(jobs, "finished")
@@ -324,15 +348,31 @@ def test_an_array_and_a_job_that_waits_for_it(root, cluster):
     assert [len(r["starts"]) for r in ranks] == [1, 2]
 
 
-def test_preemption(root, cluster):
-    path = study(root, "  train: {notebook: 20_train, parameters: {steps: 50, pause: 0.1}, resources: {gpus: 1}}\n")
-    number = submit(path)["train"]
-    until(lambda: steps(path) >= 10, path)
-    subprocess.run(["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"], cwd=root, check=True)
+def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weights(root, cluster):
+    from histonb.data.example import example_tiles
+    tiles = example_tiles(root / "tiles", n_slides=3, seed=0)
+    config = {"preset": "tiny", "tiles": str(tiles), "steps": 20, "batch_size": 8, "log_every": 1, "checkpoint_every": 1000, "workers": 0}
+    notebook(root, "21_dino", 'out = ""', START, f"from histonb.core import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
+             "from histonb.jobs.slurm import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)", "run.finish()")
+    path = study(root, "  train: {notebook: 21_dino, resources: {gpus: 2}}\n")
+    number, folder = submit(path)["train"], path.with_suffix("") / "train"
+    until(lambda: len(losses(folder)) >= 2, path)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", number], check=True)  # as SLURM does by itself, five minutes before
+    (root / "whole.json").write_text(json.dumps(config | {"out": "whole"}))  # meanwhile, the same without interruption
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "histonb.cli", "pretrain", "whole.json"],
+                   cwd=root, check=True, capture_output=True, timeout=300)
     until(lambda: states(path)["train"] == "finished", path)
-    rank = read_json(path.with_suffix("") / "train/rank-0.json")
-    assert rank["sums"] == sums(1, 50) and len(rank["starts"]) == 2 and rank["starts"][1][2] >= 10
-    assert int(job(number)["Restarts"]) >= 1
+    assert job(number)["Restarts"] == "1" and "back into the queue" in log(path, "train")
+    assert len(losses(folder)) == 20 and losses(folder) == losses(root / "whole")
+    weights = sorted(p.name for p in folder.glob("*.safetensors"))
+    assert weights
+    for name in weights:
+        assert (folder / name).read_bytes() == (root / "whole" / name).read_bytes(), name
+
+
+def losses(folder):
+    rows = read_jsonl(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_cancelling_ends_everything_and_two_jobs_of_a_stage_exclude_each_other(root, cluster):
@@ -350,4 +390,4 @@ def test_cancelling_ends_everything_and_two_jobs_of_a_stage_exclude_each_other(r
     subprocess.run(["scancel", jobs["train"]], check=True)
     until(lambda: states(path) == {"train": "interrupted", "last": "not run"}, path)
     until(lambda: job(jobs["last"])["JobState"] == "CANCELLED", path)
-    until(lambda: not subprocess.run(["pgrep", "-f", str(root)], capture_output=True).stdout, path)
+    until(lambda: not processes(root), path)

@@ -86,7 +86,7 @@ class Resources:
     gpus: int = 0 # of each node
     cpus: int = 0 # cores of each node; 0: what the site's profile gives with each GPU, or else the site's default
     memory: str = "" # of each node, such as 64G; empty: the site's default
-    time: str = "" # longest duration, such as 24:00:00 or 2-00:00:00; empty: the site's default
+    time: str = "" # longest duration, such as 24:00:00 or 2-00:00:00, of which the last five minutes are for a checkpoint; empty: the site's default
     partition: str = "" # instead of the profile's
     qos: str = "" # instead of the profile's
 
