@@ -1,5 +1,6 @@
 """Cross-validation: cases stay together, nothing of the test is learnt, all encoders meet the same folds, intervals hold the truth."""
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,8 @@ def test_a_case_in_two_folds_and_an_unknown_probe_are_refused():
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear", "mlp"])
-def test_out_of_fold_equals_a_probe_that_never_saw_the_fold(probe):
+def test_out_of_fold_equals_a_probe_that_never_saw_the_fold(probe, monkeypatch):
+    monkeypatch.setattr(crossval, "mlp", partial(crossval.mlp, hidden=(16, 8), epochs=4))  # one that is quickly trained
     x, y, case = cohort(16, tiles=5)
     folds = case_folds(y, case, 3, 2)
     p = cross_validate(probe, x, y, case, folds, 3)
@@ -85,18 +87,24 @@ def test_scale_and_strength_come_from_the_training_cases(monkeypatch):
     "What is fitted in a fold sees training cases only, and the strength is chosen on cases it was not fitted on."
     x, y, case = cohort()
     row = {tuple(v): c for v, c in zip(x.tolist(), case)}
-    seen, fit = [], crossval.fit_linear
-    def spy(x_train, y_train, x_val, y_val, **options):
-        assert {row[tuple(v)] for v in x_train.tolist()}.isdisjoint({row[tuple(v)] for v in x_val.tolist()})
-        seen.append({row[tuple(v)] for v in np.vstack([x_train, x_val]).tolist()})
-        return fit(x_train, y_train, x_val, y_val, **options)
-    monkeypatch.setattr(crossval, "fit_linear", spy)
+    seen, held, sweep = [], [], crossval.sweep
+    def spy(x_train, y_train, *options, **more):
+        seen.append({row[tuple(v)] for v in x_train.tolist()})
+        for probe in sweep(x_train, y_train, *options, **more):
+            assert np.allclose(probe.mean, x_train.mean(0), atol=1e-4)
+            yield watched(probe)
+    def watched(probe):
+        def call(x_out):
+            held.append({row[tuple(v)] for v in x_out.tolist()})
+            assert held[-1].isdisjoint(seen[-1])
+            return probe(x_out)
+        call.l2 = probe.l2
+        return call
+    monkeypatch.setattr(crossval, "sweep", spy)
     fold = case_folds(y, case, 3, 1)
     cross_validate("linear", x, y, case, fold, 3)
-    assert len(seen) >= 3*2*crossval.INNER and len(seen) % crossval.INNER == 0
-    outer = [set(case[fold[0] != k]) for k in range(3)]
-    for cases in seen: assert cases in outer
-    for cases in outer: assert seen.count(cases) >= 2*crossval.INNER  # several strengths, each on all inner folds
+    assert len(seen) == 3*crossval.INNER and len(held) == len(seen)*len(crossval.STRENGTHS)
+    for i, cases in enumerate(seen): assert cases | held[i*len(crossval.STRENGTHS)] == set(case[fold[0] != i//crossval.INNER])
 
 
 @pytest.mark.parametrize("probe, trials", [("knn", 8), ("linear", 2)])

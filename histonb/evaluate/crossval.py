@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ..core import BadInput, nearest, progress
-from .probes import fit_linear, knn, linear, mlp
+from .probes import knn, linear, mlp, selection_loss, sweep
 
 # %% ../../nbs/evaluate/32a_crossval.ipynb #cell-005
 def case_folds(
@@ -39,17 +39,18 @@ def _divide(y, cases, n_folds, seed):
     return fold
 
 # %% ../../nbs/evaluate/32a_crossval.ipynb #cell-010
-INNER = 4 # folds in which the training cases are divided for the choice
-STRENGTHS = tuple((10**np.arange(2, -4.5, -.5)).tolist()) # penalties of the linear probe, tried from strong to weak
+INNER = 3 # folds in which the training cases are divided for the choice
+STRENGTHS = tuple((10**np.arange(1, -3, -.5)).tolist()) # penalties of the linear probe that are tried
 
 def _linear(x, y, cases, x_test, n_classes, seed, balanced, k):
-    fold, losses = _divide(y, cases, INNER, seed), {}
+    fold = _divide(y, cases, INNER, seed)
     outs = [out for out in (fold == part for part in range(INNER)) if out.any() and len(np.unique(y[~out])) > 1]
     if not outs: raise BadInput("training cases", "too few to choose a strength on", "Use fewer folds, or more cases.")
-    for l2 in STRENGTHS:
-        probes = [fit_linear(x[~out], y[~out], x[out], y[out], n_classes=n_classes, balanced=balanced, strengths=(l2,)) for out in outs]
-        losses[l2] = sum(p.val_loss[l2]*out.sum() for p, out in zip(probes, outs, strict=True))
-        if losses[l2] > min(losses.values()): break
+    tried = {l2: np.full((len(y), n_classes), np.nan, np.float32) for l2 in STRENGTHS}
+    for out in outs:
+        for probe in sweep(x[~out], y[~out], STRENGTHS, n_classes, balanced, max_iter=100): tried[probe.l2][out] = probe(x[out])
+    seen = np.any(outs, axis=0)
+    losses = {l2: selection_loss(p[seen], y[seen], balanced) for l2, p in tried.items()}
     return linear(x, y, x_test, l2=min(losses, key=losses.get), n_classes=n_classes, balanced=balanced)
 
 def _mlp(x, y, cases, x_test, n_classes, seed, balanced, k):

@@ -189,7 +189,7 @@ def plot_confusion(
     share = m/np.maximum(m.sum(1, keepdims=True), 1)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.ndindex(*m.shape):
-        ax.text(j, i, f"{m[i, j]:.4g}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > .5 else "black")
+        ax.text(j, i, f"{m[i, j]:.0f}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > .5 else "black")
     ax.set_xticks(range(len(names)), names, rotation=35, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="called", ylabel="truth", title=title)
