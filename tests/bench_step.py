@@ -1,10 +1,11 @@
 """Speed and memory of one DINO training step beside a plain transcription of the paper's loop over timm's XCiT.
 
-    python tests/bench_step.py [--models xcit_nano_12_p16_224 ...] [--rounds 5] [--threads 2] [--batch 16]
+    python tests/bench_step.py [--models xcit_nano_12_p16_224 ...] [--rounds 5] [--threads 2] [--batch 16] [--clock cpu]
 
-Both train the same model with the same head on the same 2 x 224 + 6 x 96 crops, step by step in turn in one process; a
-ratio is the median over the rounds' pairs. Peak memory is that of a process that trains nothing else. Prints Markdown
-tables and writes runs/bench/step.json.
+Both train the same model with the same head on the same 2 x 224 + 6 x 96 crops, each in a process of its own, step by step
+in turn; a ratio is the median over the rounds' pairs, and peak memory that of the process. Then: where the time of our step
+goes, and what share of the machine's matrix-product peak is reached (counted for the whole network, also where ours leaves
+work out). Prints Markdown tables and writes runs/bench/step.json.
 """
 import argparse
 import math
@@ -21,6 +22,7 @@ from torch import nn
 from histonb.core import repo_root, write_json
 from histonb.pretrain.trainer import PretrainConfig, Trainer, settle
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 K, TEACHER_TEMP, STUDENT_TEMP, MOMENTUM, LR, WEIGHT_DECAY, CLIP, DROP_PATH = 4096, .04, .1, .996, 3e-5, .04, 3., .1
 
 
@@ -110,64 +112,66 @@ class Ours:
     def step(self, crops): return self.trainer.train_step([crops])["loss"]
 
 
-def sides(name, batch):
-    return {"paper fp32": lambda: Plain(name, False), "paper bf16": lambda: Plain(name, True),
-            "ours fp32": lambda: Ours(name, "fp32", batch), "ours bf16": lambda: Ours(name, "bf16", batch)}
+SIDES = {"paper fp32": lambda name, batch: Plain(name, False), "paper bf16": lambda name, batch: Plain(name, True),
+         "ours fp32": lambda name, batch: Ours(name, "fp32", batch), "ours bf16": lambda name, batch: Ours(name, "bf16", batch)}
 
 def make_crops(batch):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(v, batch, 3, size, size, generator=generator) for v, size in ((2, 224), (6, 96))]
 
-def seconds(side, crops):
-    start = time.perf_counter()
-    side.step(crops)
-    return time.perf_counter() - start
+def serve(side, name, batch, clock):
+    "Be one side: take a step for each line read, and answer with its seconds and the largest memory so far, in GiB."
+    trained, crops = SIDES[side](name, batch), make_crops(batch)
+    for _ in sys.stdin:
+        start = CLOCKS[clock]()
+        trained.step(crops)
+        seconds = CLOCKS[clock]() - start
+        with open("/proc/self/status") as f: peak = next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))/2**20
+        print(seconds, peak, flush=True)
 
-def peak_memory():
-    "Largest resident size of this process so far, GiB."
-    with open("/proc/self/status") as f: return next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))/2**20
+def measure(name, batch, rounds, threads, clock):
+    "Steps of all sides in turn, each side a process of its own, which waits while the others work."
+    command = [sys.executable, __file__, "--models", name, "--batch", str(batch), "--threads", str(threads), "--clock", clock, "--serve"]
+    children = {n: subprocess.Popen([*command, n], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) for n in SIDES}
+    times, peak = {n: [] for n in SIDES}, {}
+    for i in range(rounds + 1):  # the first round warms up
+        for n in (list(SIDES) if i % 2 else list(SIDES)[::-1]):
+            children[n].stdin.write("step\n")
+            seconds, peak[n] = map(float, children[n].stdout.readline().split())
+            if i: times[n].append(seconds)
+    for child in children.values(): child.communicate()
+    times = {n: np.array(t) for n, t in times.items()}
+    return [dict(model=name, side=n, images_per_s=batch/float(np.median(times[n])), gib=peak[n],
+                 times_fp32=float(np.median(times["paper fp32"]/times[n])), times_bf16=float(np.median(times["paper bf16"]/times[n]))) for n in SIDES]
 
-def gemm_peak(dtype, n=1536, repeats=6):
+def gemm_peak(dtype, clock, n=1536, repeats=8):
     "Best rate of a square matrix product, GFLOP/s."
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
+    def seconds():
+        start = CLOCKS[clock]()
         a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2*n**3/best/1e9
+        return CLOCKS[clock]() - start
+    return 2*n**3/min(seconds() for _ in range(repeats))/1e9
 
 def step_flops(name, batch):
-    "Multiplications and additions of the matrix products and convolutions of one step."
+    "Multiplications and additions of the matrix products and convolutions of the paper's step; the last count nothing for the groups."
     from torch.utils.flop_counter import FlopCounterMode
-    side = Ours(name, "fp32", batch)
+    side = Plain(name, False)
     with FlopCounterMode(display=False) as counter: side.step(make_crops(batch))
-    return counter.get_total_flops()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for kind, n in counts.items() if "mm" in str(kind))
 
 def table(header, rows):
     print("\n| " + " | ".join(header) + " |\n|" + "---|"*len(header))
     for row in rows: print("| " + " | ".join(map(str, row)) + " |")
     print(flush=True)
 
-def measure(name, batch, rounds):
-    names = list(sides(name, batch))
-    made, crops = {n: make() for n, make in sides(name, batch).items()}, make_crops(batch)
-    for n in names: made[n].step(crops)
-    times = {n: [] for n in names}
-    for i in range(rounds):
-        for n in (names if i % 2 else names[::-1]): times[n].append(seconds(made[n], crops))
-    times = {n: np.array(t) for n, t in times.items()}
-    memory = {n: float(subprocess.run([sys.executable, __file__, "--peak", n, "--models", name, "--batch", str(batch), "--threads", str(torch.get_num_threads())],
-                                      check=True, capture_output=True, text=True).stdout.split()[-1]) for n in names}
-    return [dict(model=name, side=n, images_per_s=batch/float(np.median(times[n])), gib=memory[n],
-                 times_fp32=float(np.median(times["paper fp32"]/times[n])), times_bf16=float(np.median(times["paper bf16"]/times[n]))) for n in names]
-
 KINDS = {  # what an operator's time counts as; the first match counts
     "matrix products": ("mm", "linear", "bmm", "matmul"), "convolutions": ("conv",), "optimiser, EMA, clipping": ("adam", "foreach", "lerp"),
     "norms": ("norm",), "GELU": ("gelu",), "softmax, loss": ("softmax",), "copies": ("copy", "cat", "contiguous", "clone", "fill", "zero"),
 }
 
-def profile(name, batch, top=12):
+def profile(name, batch):
     "Where the time of our step goes: by kind of operator, and the largest operators."
     side, crops = Ours(name, "bf16", batch), make_crops(batch)
     side.step(crops)
@@ -175,9 +179,9 @@ def profile(name, batch, top=12):
     own = sorted(((e.key, e.self_cpu_time_total/1e6, e.count) for e in p.key_averages()), key=lambda e: -e[1])
     whole, kinds = sum(seconds for _, seconds, _ in own), {}
     for key, seconds, _ in own:
-        kind = next((k for k, words in KINDS.items() if any(w in key.lower() for w in words)), "other elementwise")
+        kind = next((k for k, words in KINDS.items() if any(w in key.lower() for w in words)), "other elementwise, dispatch")
         kinds[kind] = kinds.get(kind, 0.) + seconds
-    table(["operator", "calls", "ms", "share"], [(k, c, f"{1000*s:.0f}", f"{s/whole:.0%}") for k, s, c in own[:top]])
+    table(["operator", "calls", "ms", "share"], [(k, c, f"{1000*s:.0f}", f"{s/whole:.0%}") for k, s, c in own[:12]])
     table(["kind", "ms", "share"], [(k, f"{1000*s:.0f}", f"{s/whole:.0%}") for k, s in sorted(kinds.items(), key=lambda kv: -kv[1])])
     return {k: s/whole for k, s in kinds.items()}
 
@@ -187,25 +191,23 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak", help="one side: print the peak memory of three steps")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine (one thread)")
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.peak:
-        side, crops = sides(args.models[0], args.batch)[args.peak](), make_crops(args.batch)
-        for _ in range(3): side.step(crops)
-        return print(peak_memory())
-    peaks = {"fp32": gemm_peak(torch.float32), "bf16": gemm_peak(torch.bfloat16)}
-    results = []
+    if args.serve: return serve(args.serve, args.models[0], args.batch, args.clock)
+    results, peaks = [], {}
     for name in args.models:
-        rows = measure(name, args.batch, args.rounds)
-        flops = step_flops(name, args.batch)
-        table([f"{name}, {args.threads} threads", "images/s", "times paper fp32", "times paper bf16", "GFLOP/s", "share of matrix-product peak", "peak memory"],
-              [(r["side"], f"{r['images_per_s']:.2f}", f"{r['times_fp32']:.2f}", f"{r['times_bf16']:.2f}", f"{flops*r['images_per_s']/args.batch/1e9:.0f}",
-                f"{flops*r['images_per_s']/args.batch/1e9/peaks[r['side'][-4:]]:.0%}", f"{r['gib']:.2f} GiB") for r in rows])
-        results.append(dict(rows=rows, flops=flops, profile=profile(name, args.batch)))
-    write_json(repo_root()/"runs"/"bench"/"step.json", dict(threads=args.threads, batch=args.batch, torch=torch.__version__, timm=timm.__version__,
-                                                           gflops_peak=peaks, results=results))
+        peaks = {"fp32": gemm_peak(torch.float32, args.clock), "bf16": gemm_peak(torch.bfloat16, args.clock)}
+        rows, flops = measure(name, args.batch, args.rounds, args.threads, args.clock), step_flops(name, args.batch)
+        for row in rows: row["gflops"] = flops*row["images_per_s"]/args.batch/1e9
+        table([f"{name}, {args.threads} thread(s), {args.clock} time", "images/s", "times paper fp32", "times paper bf16", "peak memory", "matrix products, GFLOP/s", "of the machine's peak"],
+              [(r["side"], f"{r['images_per_s']:.2f}", f"{r['times_fp32']:.2f}", f"{r['times_bf16']:.2f}", f"{r['gib']:.2f} GiB", f"{r['gflops']:.0f}",
+                f"{r['gflops']/peaks[r['side'][-4:]]:.0%}") for r in rows])
+        results.append(dict(rows=rows, flops=flops, peak_gflops=peaks, profile=profile(name, args.batch)))
+    write_json(repo_root()/"runs"/"bench"/"step.json", dict(threads=args.threads, clock=args.clock, batch=args.batch, torch=torch.__version__,
+                                                           timm=timm.__version__, results=results))
 
 
 if __name__ == "__main__": main()
