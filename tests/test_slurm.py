@@ -242,7 +242,7 @@ def free_port():
             pass
 
 
-def until(condition, path, seconds=150):
+def until(condition, path, seconds=300):
     """Wait for a condition; what the jobs of the study wrote is shown where it does not come true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -348,6 +348,7 @@ def test_an_array_and_a_job_that_waits_for_it(root, cluster):
     assert [len(r["starts"]) for r in ranks] == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:label")
 def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weights(root, cluster):
     from histonb.data.example import example_tiles
     tiles = example_tiles(root / "tiles", n_slides=3, seed=0)
