@@ -24,6 +24,7 @@ class PretrainConfig:
     split: str = "" # rows of the tile table to train on: train, val or test; empty = all kept tiles
     # model
     arch: str = "xcit_nano_12_p16_224" # backbone by its timm name
+    pool: Literal["class", "mean", "class+mean"] = "class" # what the head is given: the class token (DINO), the mean patch token, or both
     drop_path: float = .1 # stochastic depth of the student, 0..1; the teacher has none
     out_dim: int = 4096 # K, prototypes
     hidden: int = 2048 # width of the head's hidden layers

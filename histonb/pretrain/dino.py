@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from ..core import BadInput
+from ..models.backbones import features
 
 # %% ../../nbs/pretrain/20_dino.ipynb #cell-005
 class DINOHead(nn.Module):
@@ -154,15 +155,16 @@ class MultiCropNet(nn.Module):
         self,
         backbone: nn.Module, # (B, 3, h, w) -> (B, D)
         head: nn.Module, # (..., D) -> (..., K)
+        pool: str = "class", # what of the backbone's tokens the head is given, of `backbones.POOLS`
     ):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.pool = backbone, head, pool
 
     def forward(
         self,
         crops: list, # tensors (v, B, 3, h, w), as `stack_crops` makes them
-    ) -> tuple[torch.Tensor, torch.Tensor]: # class tokens (V, B, D), scores (V, B, K)
-        tokens = torch.cat([self.backbone(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops])
+    ) -> tuple[torch.Tensor, torch.Tensor]: # features (V, B, D), scores (V, B, K)
+        tokens = torch.cat([features(self.backbone, c.flatten(0, 1), self.pool).unflatten(0, c.shape[:2]) for c in crops])
         return tokens, self.head(tokens)
 
 # %% ../../nbs/pretrain/20_dino.ipynb #cell-036

@@ -19,6 +19,7 @@ from ..data.shards import TileShards
 from ..data.splits import grouped_split
 from ..evaluate.metrics import confusion_by_group, scores
 from ..evaluate.probes import knn
+from ..models.backbones import features
 
 # %% ../../nbs/pretrain/22e_online.ipynb #cell-007
 def _even(table, limit, seed):
@@ -57,10 +58,11 @@ class OnlineKNN:
         std: tuple = STD,
         limit: int = 500, # voters, and tiles asked about, at most; 1000 tiles of 224 pixels take 150 MB
         k: int = 20, # neighbours that vote
+        pool: str = "class", # the feature to compare, of `backbones.POOLS`
         seed: int = 0, # of the choice of tiles
     ):
         parts = voters_and_asked(TileShards(tiles).table, limit, seed, tiles)
-        self.prepare, self.k = eval_transform(size, mean, std), k
+        self.prepare, self.k, self.pool = eval_transform(size, mean, std), k, pool
         self.images, self.labels = [], [part["label"].to_numpy(np.int64) for part in parts]
         for part in parts:
             stored = TileShards(tiles, part)
@@ -77,7 +79,7 @@ class OnlineKNN:
         device, out = next(backbone.parameters()).device, []
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             for i in range(0, len(images), batch):
-                out.append(backbone(torch.stack([self.prepare(image) for image in images[i:i + batch]]).to(device)).float().cpu())
+                out.append(features(backbone, torch.stack([self.prepare(image) for image in images[i:i + batch]]).to(device), self.pool).float().cpu())
         return torch.cat(out).numpy()
 
     def __call__(

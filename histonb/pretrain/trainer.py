@@ -30,7 +30,7 @@ from ..models import backbones
 from . import ranks
 from .checkpoints import checkpoints, latest_checkpoint, read_checkpoint, write_checkpoint
 from .config import PretrainConfig, micro_batches, schedules, settle
-from .diagnostics import LiveCurves, collapse, entropy, feature_std, rankme
+from .diagnostics import LiveCurves, collapse, entropy, feature_std, rankme, suspect
 from histonb.pretrain.dino import (
     DINOHead, DINOLoss, MultiCropNet, clip_gradients, ema_update, freeze_last_layer, param_groups,
 )
@@ -41,9 +41,6 @@ from .online import OnlineKNN
 class Diverged(ArithmeticError):
     "The loss or a gradient is not finite."
 
-def _first_not_finite(named) -> str: # name, or "" where all are finite
-    return next((name for name, x in named if x is not None and not torch.isfinite(x).all()), "")
-
 def networks(
     config: PretrainConfig, # settled
     device: torch.device, # where to put them
@@ -52,7 +49,8 @@ def networks(
     c = config
     def build_one(drop_path):
         backbone = backbones.backbone(c.arch, drop_path_rate=drop_path)
-        net = MultiCropNet(backbone, DINOHead(backbone.num_features, c.out_dim, c.hidden, c.bottleneck, c.norm_last_layer, c.head_bn))
+        head = DINOHead(backbones.feature_dim(backbone, c.pool), c.out_dim, c.hidden, c.bottleneck, c.norm_last_layer, c.head_bn)
+        net = MultiCropNet(backbone, head, c.pool)
         return (nn.SyncBatchNorm.convert_sync_batchnorm(net) if c.sync_bn == "yes" else net).to(device)
     student, teacher = build_one(c.drop_path), build_one(0.)
     teacher.load_state_dict(student.state_dict())
@@ -76,13 +74,16 @@ class Trainer:
         self.config, self.per_epoch, self.schedules = c, n_images//c.batch_size, schedules(c, n_images)
         self.parts = micro_batches(c, self.world)
         self.student, self.teacher = networks(c, self.device)
-        self.parallel = DistributedDataParallel(self.student, broadcast_buffers=False) if self.world > 1 else self.student
+        self.parallel = self.student
+        if self.world > 1:
+            self.parallel = DistributedDataParallel(self.student, find_unused_parameters=c.pool == "mean")  # the class token then has no gradient
+            self.parallel.broadcast_buffers = False  # batch-norm statistics are averaged after the step instead
         self.loss = DINOLoss(c.out_dim, c.n_global, c.n_local, c.student_temp, c.center_momentum).to(self.device)
         self.optimiser = torch.optim.AdamW(param_groups(self.student), lr=0., fused=True)
         self.step = 0 # steps taken
         self.best = -math.inf # highest kNN score so far
         self.window = [] # values of the steps since the last row of the log
-        self.tokens = [] # latest class tokens of the teacher, for RankMe
+        self.tokens = [] # latest features of the teacher, for RankMe
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -136,7 +137,7 @@ class Trainer:
                 "center_norm": self.loss.center.norm().item(), "grad_norm": norm.item(), **now}
 
     def _diverged(self, what, named):
-        raise Diverged(f"step {self.step + 1}: the {what} is not finite; first not finite: {_first_not_finite(named) or 'the scores'}. "
+        raise Diverged(f"step {self.step + 1}: the {what} is not finite; {suspect(named)}. "
                        "Lower lr, or lengthen the warm-up; the last checkpoint is kept.")
 
     def state_dict(self) -> dict: # tensors, numbers and text only, so that it loads without unpickling anything else
@@ -202,7 +203,7 @@ def _save(trainer, best=False):
     "Write a checkpoint, and the teacher's backbone: into the run's folder, or into `best/`."
     c, folder = trainer.config, Path(trainer.config.out)
     write_checkpoint(trainer.state_dict(), folder, trainer.step, c.keep, best)
-    backbones.save(trainer.teacher.backbone, folder/"best" if best else folder, c.arch, c.mean, c.std, step=trainer.step, steps=c.steps)
+    backbones.save(trainer.teacher.backbone, folder/"best" if best else folder, c.arch, c.mean, c.std, step=trainer.step, steps=c.steps, pool=c.pool)
 
 @contextlib.contextmanager
 def _hold_signals():
@@ -248,8 +249,8 @@ class _Log:
         self.trainer, self.on_epoch, self.path = trainer, on_epoch, Path(c.out)/"log.jsonl"
         self.rows = [row for row in (read_jsonl(self.path) if self.path.exists() else []) if row["step"] <= trainer.step]
         with atomic_path(self.path) as p: p.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.online = OnlineKNN(c.knn_tiles, c.global_size, c.mean, c.std, seed=c.seed) if c.knn_tiles else None
-        self.picture, self.warned = LiveCurves(c.out), any("collapse" in row for row in self.rows)
+        self.online = OnlineKNN(c.knn_tiles, c.global_size, c.mean, c.std, pool=c.pool, seed=c.seed) if c.knn_tiles else None
+        self.picture, self.told = LiveCurves(c.out), {row["collapse"] for row in self.rows if "collapse" in row}
         self.clock = {"began": time.perf_counter(), "wait": 0., "steps": 0}
 
     def _add(self, values):
@@ -284,11 +285,11 @@ class _Log:
             _save(t, best=True)
 
     def _judge(self):
-        "Warn once, or stop, where the log shows a collapse."
+        "Warn, once of each kind, or stop, where the log shows a collapse."
         c = self.trainer.config
-        found = collapse(self.rows, c.out_dim) if c.on_collapse != "ignore" and not self.warned else None
-        if found is None: return
-        self.warned = True
+        found = collapse(self.rows, c.out_dim) if c.on_collapse != "ignore" else None
+        if found is None or found.kind in self.told: return
+        self.told.add(found.kind)
         self._add({"collapse": found.kind, "since": found.since})
         if c.on_collapse == "stop" and found.fatal: raise Collapsed(f"{found} The last checkpoint is kept.")
         warnings.warn(str(found), stacklevel=2)
