@@ -88,8 +88,8 @@ def test_card_says_what_is_known(tmp_path):
     for part in ("| rankme | 17.25 |", "| knn | 0.5625 |", "| loss | 5.5 |", "1,234 tiles", "10 of 10", "preset `cpu` |", "commit not recorded",
                  "CC BY-NC-SA 4.0", str(MEAN), str(STD), '"local-dir:out"', "Not a medical device", digest(run/"backbone.safetensors")):
         assert part in text, part
-    assert "unfinished" not in text and str(tmp_path) not in text
-    assert "None is stated" in card(run, read_json(tmp_path/"out"/"config.json"))
+    assert "not the last" not in text and str(tmp_path) not in text
+    assert "None is stated" in card(run, read_json(run/"backbone.json"), read_json(tmp_path/"out"/"config.json"))
 
 
 def test_origin_names_tiles_commit_and_resolution(tmp_path):
@@ -99,7 +99,7 @@ def test_origin_names_tiles_commit_and_resolution(tmp_path):
     run = finished(tmp_path/"run", tiles=str(store))
     write_json(run/"provenance.json", {"git": {"commit": "abc123", "dirty": True}})
     assert origin(run) == {"commit": "abc123 with local changes", "tiles": digest(store/"tiles.parquet"), "mpp": .48, "images": 1234}
-    text = card(run, timm_config(*backbones.load(run)))
+    text = card(run, backbones.load(run)[1], timm_config(*backbones.load(run)))
     assert "commit abc123 with local changes" in text and "0.48 um/px" in text and str(store) not in text
 
 
@@ -113,7 +113,7 @@ def test_presets_are_recognised(name):
 def test_unfinished_existing_and_broken_are_refused(tmp_path):
     run = finished(tmp_path/"run", step=7)
     with pytest.raises(BadInput, match="step 7 of 10"): export(run, tmp_path/"out")
-    assert "7 of 10, 32 tiles each (**unfinished**)" in (export(run, tmp_path/"out", unfinished=True)/"README.md").read_text()
+    assert "7 of 10, 32 tiles each (**not the last step**)" in (export(run, tmp_path/"out", unfinished=True)/"README.md").read_text()
     with pytest.raises(BadInput, match="exists already"): export(run, tmp_path/"out", unfinished=True)
     with pytest.raises(BadInput, match="no such file"): export(tmp_path, tmp_path/"other")
     (run/"config.json").unlink()
@@ -137,4 +137,35 @@ def test_log_without_rows(tmp_path):
     run = finished(tmp_path/"run")
     (run/"log.jsonl").unlink()
     assert last_figures(run) == {}
-    assert "| figure at the end |" in card(run, timm_config(*backbones.load(run)))
+    assert "| figure at the end |" in card(run, backbones.load(run)[1], timm_config(*backbones.load(run)))
+
+
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("pool", ["mean", "class+mean"])
+def test_what_was_trained_is_what_timm_gives(tmp_path, arch, pool):
+    run = finished(tmp_path/"run", arch, pool=pool)
+    model, x = backbones.load(run)[0], torch.randn(2, 3, 96, 64)
+    backbones.save(model, run, arch, MEAN, STD, step=10, steps=10, pool=pool)
+    out = export(run, tmp_path/"out")
+    loaded, text = timm.create_model(f"local-dir:{out}", pretrained=True).eval(), (out/"README.md").read_text()
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), backbones.features(model, x, pool)[:, :model.num_features], atol=1e-5, rtol=1e-5)
+        if pool == "class+mean":
+            mean = loaded.forward_features(x)[:, loaded.num_prefix_tokens:].mean(1)
+            torch.testing.assert_close(mean, backbones.features(model, x, "mean"), atol=1e-5, rtol=1e-5)
+            assert "the mean patch token was trained beside it" in text
+        else:
+            kwargs = read_json(out/"config.json")["model_args"]
+            again = timm.create_model(arch, num_classes=0, checkpoint_path=out/"model.safetensors", **kwargs).eval()
+            assert torch.equal(again(x), loaded(x)) and 'global_pool="avg"' in text and "the class token was not trained" in text
+
+
+def test_the_best_by_knn(tmp_path):
+    run = finished(tmp_path/"run")
+    other = backbones.backbone("xcit_nano_12_p16_224").eval()
+    (run/"best").mkdir()
+    backbones.save(other, run/"best", "xcit_nano_12_p16_224", MEAN, STD, step=5, steps=10)
+    out = export(run, tmp_path/"out", best=True)
+    x, text = torch.randn(1, 3, 64, 64), (out/"README.md").read_text()
+    with torch.inference_mode(): torch.testing.assert_close(timm.create_model(f"local-dir:{out}", pretrained=True).eval()(x), other(x), atol=1e-5, rtol=1e-5)
+    assert "5 of 10, 32 tiles each (**not the last step**)" in text and "| loss | 6 |" in text and "rankme" not in text
