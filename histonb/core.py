@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'nearest', 'atomic_path', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'digest', 'build',
-           'progress', 'repo_root']
+           'in_notebook', 'progress', 'repo_root']
 
 # %% ../nbs/00_core.ipynb #cell-002
 import contextlib
@@ -140,8 +140,12 @@ def build(
                   for k, v in values.items()})
 
 # %% ../nbs/00_core.ipynb #cell-024
-def _in_batch() -> bool:
-    return bool(os.environ.get("HISTONB_BATCH")) or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+def in_notebook() -> bool: # False in a batch job, where nobody looks
+    "Whether a cell of a notebook runs this, for a person to see."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel") and not os.environ.get("HISTONB_BATCH")
+
+def _in_batch(): return bool(os.environ.get("HISTONB_BATCH")) or not (sys.stderr.isatty() or in_notebook())
 
 class progress:
     "Iterate while showing how far it is: a bar for people, plain lines (at most one every `every` seconds) in batch logs."

@@ -5,6 +5,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -182,13 +183,19 @@ def test_container_recipe():
     assert sections["post"][0] == "set -e"
 
 
-def test_ranks_end_with_their_notebook_however_it_ends(root):
+@pytest.mark.parametrize("which, signals", [("notebook", ["KILL"]), ("torchrun", ["KILL"]), ("torchrun", ["TERM", "TERM"])])
+def test_ranks_end_with_their_notebook_and_their_torchrun_however_these_end(root, which, signals):
     (root / "run").mkdir()
     code = "from histonb.jobs.slurm import launch; launch(['run', 6000, 0.1, -1], 2, module='standin')"
-    process = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=root, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root), "HISTONB_STAGE": str(root / "run")})
+    process = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(root), "HISTONB_STAGE": str(root / "run")})
     assert any("step 5" in line for line in process.stdout)
-    process.kill()
-    end = time.monotonic() + 90
+    torchrun = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+    for name in signals:
+        os.kill(process.pid if which == "notebook" else torchrun, getattr(signal, f"SIG{name}"))
+        time.sleep(.3)
+    process.communicate()
+    end = time.monotonic() + 30
     while time.monotonic() < end and processes(root):
         time.sleep(.3)
     assert not processes(root)

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -154,6 +155,12 @@ def _end_with_parent():
     "Ask the system to send SIGTERM when the parent ends (Linux only)."
     if hasattr(_LIBC, "prctl"): _LIBC.prctl(1, signal.SIGTERM)
 
+def _run_rank(module, arguments):
+    "Run a module as one rank, which ends when its torchrun does."
+    _end_with_parent()
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
 def _attempt(): return f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 def _torchrun(order, folder, node):
@@ -163,7 +170,7 @@ def _torchrun(order, folder, node):
                                                 "--master-port", 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000]
     logs = folder/f"node-{node}"
     command = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", order["processes"], "--log-dir", logs,
-               "--redirects", 3, *(["--tee", "0:3"] if node == 0 else []), "-m", order["module"], *order["arguments"]]
+               "--redirects", 3, *(["--tee", "0:3"] if node == 0 else []), "-m", "histonb.jobs.slurm", "--rank", order["module"], *order["arguments"]]
     logs.mkdir(parents=True, exist_ok=True)
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -280,7 +287,8 @@ def node(
     return 0
 
 def main():
-    "Entry point of a job: `python -m histonb.jobs.slurm STUDY.yaml STAGE [--force]`."
+    "Entry point of a job: `python -m histonb.jobs.slurm STUDY.yaml STAGE [--force]`, and of its ranks: `--rank MODULE ARGUMENTS`."
+    if sys.argv[1] == "--rank": return _run_rank(sys.argv[2], sys.argv[3:])
     try: return node(sys.argv[1], sys.argv[2], "--force" in sys.argv)
     except (BadInput, StageFailed) as e: print(e, file=sys.stderr)
     except KeyboardInterrupt as e: print(e, file=sys.stderr)

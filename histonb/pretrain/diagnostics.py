@@ -10,8 +10,6 @@ __all__ = ['SILENT', 'NARROW', 'MEMORIES', 'PANELS', 'rankme', 'feature_std', 'e
 import dataclasses
 import itertools
 import math
-import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import BadInput, atomic_path, read_json, read_jsonl
+from ..core import BadInput, atomic_path, in_notebook, read_json, read_jsonl
 
 # %% ../../nbs/pretrain/22_diagnostics.ipynb #cell-005
 def rankme(
@@ -188,7 +186,7 @@ class LiveCurves:
         every: float = 30., # seconds between figures, at least
     ):
         self.folder, self.every, self.handle = Path(folder), every, None
-        self.notebook = "ipykernel" in sys.modules and not os.environ.get("HISTONB_BATCH")
+        self.notebook = in_notebook()
         self.due = time.monotonic() + (0 if self.notebook else every)
 
     def __call__(
