@@ -205,6 +205,7 @@ def _report(code, text, logs, began):
     for rank, local, code in {tuple(map(int, r)) for r in re.findall(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", text)}:
         errors = [p for p in sorted(logs.rglob(f"{local}/stderr.log"), key=os.path.getmtime) if p.stat().st_mtime >= began]
         trace = re.sub(r"^\[rank\d+\]: ?", "", errors[-1].read_text(errors="replace").strip(), flags=re.M) if errors else ""
+        trace = re.sub(r'^  File "(<frozen runpy>|.*/jobs/slurm\.py)".*\n(    .*\n)*', "", trace, flags=re.M) # what started it
         killed = code < 0 and -code != signal.SIGTERM # torchrun itself ends the others with SIGTERM
         fault = f"killed by {signal.Signals(-code).name}: was there enough memory?" if killed else (trace.splitlines() or [f"exit code {code}"])[-1]
         reports.append({"killed": killed, "time": os.path.getmtime(errors[-1]) if "Traceback" in trace else time.time(), "rank": rank, "fault": fault,
