@@ -263,13 +263,15 @@ def pretrain(
     from histonb.jobs.studies import read_yaml
     from histonb.pretrain import ranks, trainer
     from histonb.pretrain.config import PretrainConfig, preset
+    from histonb.pretrain.memory import memory_text
     values = read_yaml(config)
     if not isinstance(values, dict) or "out" not in values: raise BadInput(config, "no `out`", "Name the folder of the run, and parameters of `PretrainConfig`.")
     values.pop("n_images", None)
     c = preset(values.pop("preset"), **values) if "preset" in values else build(PretrainConfig, values, config)
+    if int(os.environ.get("RANK", 0)) == 0: print(memory_text(c, ranks.announced()), flush=True)
     try: trainer.pretrain(c, restart=restart, elastic=elastic)
     except trainer.Stopped as e:
-        if ranks.announced() == 1 or int(os.environ["RANK"]) == 0: print(f"{e}. The same command goes on from there.", flush=True)
+        if int(os.environ.get("RANK", 0)) == 0: print(f"{e}. The same command goes on from there.", flush=True)
 
 @app.command()
 def export(

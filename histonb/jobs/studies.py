@@ -33,9 +33,9 @@ from .runs import input_digest
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-005
 class _Loader(yaml.SafeLoader):
-    "YAML's safe loader, strict with double keys and at ease with `5e-4`."
+    "YAML's safe loader, strict with double keys and at ease with `5e-4` and `<<: *other`."
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
         twice = next((k for k in keys if keys.count(k) > 1), None)
         if twice is not None: raise yaml.constructor.ConstructorError(None, None, f"`{twice}` is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
