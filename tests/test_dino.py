@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 from histonb.core import BadInput
 from histonb.models.backbones import backbone
-from histonb.pretrain.dino import (
-    DINOHead, DINOLoss, MultiCropNet, cosine_schedule, ema_update, param_groups, split_checkpoint, stack_crops, view_pairs,
-)
+from histonb.models.heads import DINOHead, split_checkpoint
+from histonb.pretrain.dino import DINOLoss, MultiCropNet, cosine_schedule, ema_update, param_groups, stack_crops, view_pairs
 
 
 def plain_loss(student, teacher, center, teacher_temp, student_temp):

@@ -12,7 +12,8 @@ from histonb.models.backbones import backbone
 from histonb.models.vit import VIT, class_attention, vit
 from histonb.models.xcit import xcit
 from histonb.pretrain import trainer
-from histonb.pretrain.dino import DINOHead, MultiCropNet, param_groups
+from histonb.models.heads import DINOHead
+from histonb.pretrain.dino import MultiCropNet, param_groups
 from histonb.pretrain.trainer import PretrainConfig, Trainer, load_backbone, pretrain, settle
 
 SMALL = "vit_tiny_patch16_224"

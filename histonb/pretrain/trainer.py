@@ -27,13 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import BadInput, append_jsonl, atomic_path, progress, read_json, read_jsonl, write_json
 from ..data.shards import TileShards
 from ..models import backbones
+from ..models.heads import DINOHead
 from . import ranks
 from .checkpoints import checkpoints, latest_checkpoint, read_checkpoint, write_checkpoint
 from .config import PretrainConfig, micro_batches, schedules, settle
 from .diagnostics import LiveCurves, collapse, entropy, feature_std, rankme, suspect
-from histonb.pretrain.dino import (
-    DINOHead, DINOLoss, MultiCropNet, clip_gradients, ema_update, freeze_last_layer, param_groups,
-)
+from .dino import DINOLoss, MultiCropNet, clip_gradients, ema_update, freeze_last_layer, param_groups
 from .loading import crop_loader
 from .online import OnlineKNN
 
@@ -141,7 +140,7 @@ class Trainer:
                        "Lower lr, or lengthen the warm-up; the last checkpoint is kept.")
 
     def state_dict(self) -> dict: # tensors, numbers and text only, so that it loads without unpickling anything else
-        "All that a continued run needs. Its keys are those of DINO's own checkpoints, so `dino.split_checkpoint` reads it too."
+        "All that a continued run needs. Its keys are those of DINO's own checkpoints, so `heads.split_checkpoint` reads it too."
         return {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "loss": self.loss.state_dict(),
                 "optimiser": self.optimiser.state_dict(), "step": self.step, "best": self.best, "window": self.window,
                 "tokens": self.tokens, "world": self.world}
