@@ -9,7 +9,7 @@ import torch
 
 from histonb.core import BadInput, read_json
 from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.features import cache_path, extract, tiles_key
+from histonb.evaluate.features import cache_paths, extract, extract_all, tiles_key
 from histonb.models import backbones
 
 NANO = "xcit_nano_12_p16_224"
@@ -119,7 +119,7 @@ def test_cache_is_used_and_is_the_same(colour, tmp_path):
     again = Tiles()
     assert np.array_equal(extract(again, colour, tmp_path), plain) and np.array_equal(first, plain)
     assert again.reads < len(again)  # only what makes the key
-    path = cache_path(Tiles(), colour, tmp_path)
+    path = cache_paths(Tiles(), [colour], tmp_path)[0]
     assert np.array_equal(np.load(path), plain)
     record, table = read_json(path.with_suffix(".json")), pd.read_parquet(path.with_suffix(".parquet"))
     assert record["shape"] == [20, 54] and record["encoder"]["name"] == "colour" and record["encoder"]["random_init"] is False
@@ -159,7 +159,7 @@ def test_key_follows_tiles_and_transform_but_not_labels():
 ])
 def test_damage_is_found_said_and_mended(colour, tmp_path, capsys, spoil):
     plain = np.array(extract(Tiles(), colour, tmp_path))
-    spoil(cache_path(Tiles(), colour, tmp_path))
+    spoil(cache_paths(Tiles(), [colour], tmp_path)[0])
     tiles = Tiles()
     assert np.array_equal(extract(tiles, colour, tmp_path), plain)
     assert "computing the features again" in capsys.readouterr().out and tiles.reads > len(tiles)
@@ -169,13 +169,38 @@ def test_damage_is_found_said_and_mended(colour, tmp_path, capsys, spoil):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_interrupted_leaves_nothing(colour, tmp_path, error):
+def test_interrupted_goes_on(nano, tmp_path, error):
     class Breaks(Tiles):
         def __getitem__(self, i):
-            if self.reads > 15: raise error
+            if self.reads > 22: raise error
             return super().__getitem__(i)
-    with pytest.raises(type(error) if isinstance(error, Exception) else error): extract(Breaks(), colour, tmp_path, batch_size=4)
-    assert os.listdir(tmp_path) == []
+    with pytest.raises(type(error) if isinstance(error, Exception) else error): extract(Breaks(), nano, tmp_path, batch_size=4)
+    part, = tmp_path.iterdir()
+    assert part.suffix == ".part"
+    with open(part, "ab") as f: f.write(b"half a row")  # as a kill would leave it
+    tiles = Tiles()
+    assert np.array_equal(extract(tiles, nano, tmp_path, batch_size=4), extract(Tiles(), nano, batch_size=4))
+    assert tiles.reads == 9 + 20 - 12 and not list(tmp_path.glob("*.part"))  # the key reads nine
+
+
+def test_spoilt_part_is_begun_again(nano, tmp_path):
+    path, = cache_paths(Tiles(), [nano], tmp_path)
+    path.with_suffix(".part").write_bytes(b"no header")
+    assert np.array_equal(extract(Tiles(), nano, tmp_path), extract(Tiles(), nano))
+
+
+def test_one_pass_for_several_encoders(nano, colour, tmp_path):
+    class Breaks(Tiles):
+        def __getitem__(self, i):
+            if self.reads > 22: raise KeyboardInterrupt
+            return super().__getitem__(i)
+    tokens = load_encoder(f"random:{NANO}", pool="patch")
+    with pytest.raises(KeyboardInterrupt): extract(Breaks(), colour, tmp_path, batch_size=4)  # one of the three is further than the others
+    tiles = Tiles()
+    found = extract_all(tiles, [nano, colour, tokens], tmp_path, batch_size=4)
+    assert tiles.reads == 9 + 20
+    for a, encoder in zip(found, [nano, colour, tokens], strict=True): assert np.allclose(a, extract(Tiles(), encoder, batch_size=4), atol=2e-3)
+    assert found[2].dtype == np.float16 and found[2].shape == (20, 4, 128)
 
 
 def test_memory_does_not_grow_with_the_cohort(tmp_path):

@@ -65,7 +65,7 @@ class Encoder:
     def __call__(
         self,
         tiles, # (B,H,W,3) uint8, array or tensor
-    ) -> np.ndarray: # (B,D) float32
+    ) -> np.ndarray: # (B,D) float32; patch tokens (B,N,D)
         tiles = torch.as_tensor(tiles)
         if tiles.ndim != 4 or tiles.shape[-1] != 3 or tiles.dtype != torch.uint8:
             raise BadInput(self.spec.name, f"got a {str(tiles.dtype).removeprefix('torch.')} batch of shape {tuple(tiles.shape)}",
@@ -99,11 +99,11 @@ class ColourStatistics(nn.Module):
 
 # %% ../../nbs/evaluate/30_encoders.ipynb #cell-015
 class Pooled(nn.Module):
-    "A backbone whose feature is its mean patch token, alone or beside class tokens."
+    "A backbone whose feature is its patch tokens, or their mean, alone or beside class tokens."
     def __init__(
         self,
         model: nn.Module, # with `forward_features` to tokens (B,P+N,D), class token first
-        pool: str, # of `backbones.POOLS`
+        pool: str, # of `backbones.POOLS`, or `patch`
         blocks: int = 1, # class tokens of so many last blocks, the last one's at the end
     ):
         super().__init__()
@@ -112,7 +112,8 @@ class Pooled(nn.Module):
     def forward(
         self,
         x: torch.Tensor, # (B,3,H,W) normalised images
-    ) -> torch.Tensor: # (B,D), (B,2D), or with n blocks (B,nD) or (B,(n+1)D)
+    ) -> torch.Tensor: # (B,D), (B,2D), or with n blocks (B,nD) or (B,(n+1)D); patch tokens (B,N,D) in reading order
+        if self.pool == "patch": return self.model.forward_features(x)[:, self.model.num_prefix_tokens:]
         if self.blocks == 1: return backbones.features(self.model, x, self.pool)
         seen, layers = [], with_class_token(self.model)[-self.blocks:-1]
         hooks = [layer.register_forward_hook(lambda _, args, out: seen.append(out)) for layer in layers]
@@ -133,14 +134,14 @@ def _network(name, model, mean, std, mpp, random_init, architecture, bf16, pool,
     patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
     prefix = getattr(model, "num_prefix_tokens", 1 if patch else 0)
-    dim, pools = model.num_features, (*backbones.POOLS, "head")
+    dim, pools = model.num_features, (*backbones.POOLS, "patch", "head")
     if pool not in pools: raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, pools))
     if pool == "head":
         if head is None: raise BadInput(name, "has no DINO head whose scores could be taken", "Use pool='class', the backbone's own feature.")
         dim, model, architecture = head.last_layer.out_features, nn.Sequential(model, head), f"{architecture} head"
     elif pool != "class" or blocks > 1:
         if not prefix: raise BadInput(name, "has no class token to set beside the mean", "Use pool='class', which takes the network's own pooled feature.")
-        if pool == "mean" and blocks > 1 or not 1 <= blocks <= len(with_class_token(model)):
+        if pool in ("mean", "patch") and blocks > 1 or not 1 <= blocks <= len(with_class_token(model)):
             raise BadInput("blocks", f"class tokens of {blocks} blocks, pool `{pool}`", f"{name} has them in {len(with_class_token(model))} blocks; choose pool='class' or 'class+mean'.")
         dim, model, architecture = backbones.feature_dim(model, pool) + (blocks - 1)*dim, Pooled(model, pool, blocks), f"{architecture} {pool} {blocks}"
     return Encoder(EncoderSpec(name, dim, patch, tuple(mean), tuple(std), prefix, mpp, random_init), model, architecture, bf16, report)
@@ -150,7 +151,7 @@ def load_encoder(
     checkpoint=None, # file of published weights; or folder or file of a saved backbone, with any name
     seed: int = 0, # of random weights
     bf16: bool = False, # run matrix products in bfloat16
-    pool: str = "", # a network's feature, of `backbones.POOLS`, or `head`; empty: what its authors take; colour has only one
+    pool: str = "", # a network's feature, of `backbones.POOLS`, or `patch` or `head`; empty: what its authors take; colour has only one
     blocks: int = 1, # class tokens of so many last blocks
     mean=None, # of the channels, in 0..1, where the encoder's own is not known or not wanted
     std=None, # of the channels
