@@ -94,10 +94,17 @@ def test_a_study_runs_once_and_again_only_where_something_changed(root):
         assert {"notebook.ipynb", "metrics.json", "provenance.json", "report.html", "stage.json"} <= left
     assert ran(run(root, "runs/tiny.yaml").stdout) == []
     assert ran(run(root, "runs/tiny.yaml", "--only", "first", "--force").stdout) == ["first"]
-    assert states(root) == ["finished", "stale"]  # what it read was made again
-    assert ran(run(root, "runs/tiny.yaml").stdout) == ["second"]
-    (root / "runs/tiny/first/metrics.json").unlink()
+    assert states(root) == ["finished", "finished"]  # what it read was made again, and is the same
+    (root / "more.txt").write_text("5")
+    notebook(root, "10_first", 'out = ""\nn = 1', [c.replace("str(n)", "Path('more.txt').read_text()").replace("print(", "from pathlib import Path; print(") for c in FIRST])
     assert ran(run(root, "runs/tiny.yaml").stdout) == ["first", "second"]
+    (root / "more.txt").write_text("6")  # what no parameter and no input tells of
+    assert ran(run(root, "runs/tiny.yaml", "--only", "first", "--force").stdout) == ["first"]
+    assert [(r["state"], r["why"]) for r in status(root)] == [("finished", ""), ("stale", "changed: outputs of first")]
+    assert ran(run(root, "runs/tiny.yaml").stdout) == ["second"]
+    assert read_json(root / "runs/tiny/second/metrics.json") == {"total": 7}
+    (root / "runs/tiny/first/metrics.json").unlink()
+    assert ran(run(root, "runs/tiny.yaml").stdout) == ["first"]
 
 
 def test_records_and_pages_hold_no_path_of_the_machine_and_load_nothing(root):

@@ -9,8 +9,8 @@ __all__ = ['METRICS', 'FRACTIONS', 'grey', 'emptiness', 'edges', 'homogeneity', 
 import cv2
 import numpy as np
 
-from ..core import BadInput, nearest
-from .labels import CODES, IGNORE, LABELS
+from ..core import BadInput
+from .labels import IGNORE, LABELS, code_table
 
 # %% ../../nbs/data/02b_criteria.ipynb #cell-005
 def grey(
@@ -61,17 +61,14 @@ def metrics(
 FRACTIONS = [*(f"f{c}" for c in LABELS), "fignore"]
 
 def code_matrix(
-    codes: str | dict[int, int], # a key of `CODES`, or a table of mask value -> class id
+    codes: str | dict[int, int], # as `code_table` takes them
     path="codes", # where the table was asked for, for the error
 ) -> np.ndarray: # float32, shape (256, 7): mask value -> one-hot over FRACTIONS, then "unknown value"
     "The matrix that turns a histogram of mask values into pixels per class."
-    if isinstance(codes, str):
-        if codes not in CODES: raise BadInput(path, f"unknown code table `{codes}`", nearest(codes, CODES))
-        codes = CODES[codes]
     columns = [*LABELS, IGNORE]
     matrix = np.zeros((256, len(columns) + 1), np.float32)
     matrix[:, -1] = 1
-    for value, label in codes.items():
+    for value, label in code_table(codes, path).items():
         matrix[value] = 0
         matrix[value, columns.index(label)] = 1
     return matrix

@@ -198,11 +198,12 @@ class SlideTiles:
         transform=None, # applied to each image
         size: int = 224, # side of a tile, in pixels
         keep_open: int = 8, # slides that stay open in each process
+        slide_mpp: dict | None = None, # slide id -> um/px at level 0, for slides that do not say
     ):
         missing = set(table["slide"]) - set(slides)
         if missing: raise BadInput(sorted(missing)[0], "the slide's path is not given", "Give the path of every slide of the table.")
         self.table, self.slides, self.transform = table.reset_index(drop=True), slides, transform
-        self.size, self.keep_open, self.opened = size, keep_open, OrderedDict()
+        self.size, self.keep_open, self.opened, self.slide_mpp = size, keep_open, OrderedDict(), slide_mpp or {}
         self.where = self.table[["x", "y", "level"]].to_numpy(np.int64)
         self.mpp = self.table["mpp"].to_numpy(np.float64)
         self.labels = self.table["label"].to_numpy(np.int64)
@@ -211,7 +212,7 @@ class SlideTiles:
 
     def __getitem__(self, i):
         name = self.table["slide"].iat[i]
-        if name not in self.opened: self.opened[name] = open_slide(self.slides[name])
+        if name not in self.opened: self.opened[name] = open_slide(self.slides[name], self.slide_mpp.get(name))
         self.opened.move_to_end(name)
         while len(self.opened) > self.keep_open: self.opened.popitem(last=False)[1].close()
         x, y, level = self.where[i].tolist()

@@ -7,6 +7,7 @@ __all__ = ['JPEG', 'Level', 'decode', 'Slide', 'open_slide', 'JpegSource']
 
 # %% ../../nbs/data/02_slides.ipynb #cell-002
 import dataclasses
+import io
 import os
 import re
 import struct
@@ -22,6 +23,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 from fastcore.basics import patch
+from PIL import Image
+
 from ..core import BadInput
 
 # %% ../../nbs/data/02_slides.ipynb #cell-008
@@ -160,7 +163,12 @@ def _mpp(tiff) -> float | None: # um per pixel at level 0, None where the file d
 # %% ../../nbs/data/02_slides.ipynb #cell-023
 _PLAIN = {b"BM": imagecodecs.bmp_decode, b"\x89PNG": imagecodecs.png_decode, b"\xff\xd8\xff": imagecodecs.jpeg8_decode}
 
-def _open_file(path):
+def _palette(data, pixels):
+    "The numbers of an image whose colours stand in a palette; the pixels of any other."
+    if data[25] != 3 and data[:2] != b"BM": return pixels  # byte 25 of a PNG: 3 says that there is one
+    with Image.open(io.BytesIO(data)) as image: return np.asarray(image) if image.mode == "P" else pixels
+
+def _open_file(path, mask=False):
     "Open a slide's file, a plain image as a TIFF, saying plainly why one cannot be opened."
     path, again = Path(path), "Copy or download it again."
     if path.is_dir(): raise BadInput(path, "a folder, not a slide", "Name one TIFF or SVS file in it.")
@@ -178,7 +186,9 @@ def _open_file(path):
     try:
         if plain[0] is imagecodecs.jpeg8_decode and (fault := _jpeg_fault(data)): raise ValueError(fault)
         pixels = plain[0](data)
-    except (ValueError, RuntimeError) as e: raise BadInput(path, f"truncated or damaged: it cannot be decoded ({e})", again) from e
+        if mask: pixels = _palette(data, pixels)
+    except (ValueError, RuntimeError, OSError, IndexError, Image.DecompressionBombError) as e: raise BadInput(path, f"truncated or damaged: it cannot be decoded ({e})", again) from e
+    if pixels.ndim == 3 and pixels.shape[2] == 2: pixels = pixels[..., 0]  # grey and opacity
     with tempfile.TemporaryDirectory() as folder:  # an open file outlives its name
         unpacked = Path(folder)/"plain.tiff"
         tifffile.imwrite(unpacked, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack", metadata=None, rowsperstrip=256)
@@ -210,7 +220,7 @@ class Slide:
         mask: bool = False, # read label codes: the red or the only channel, (height, width)
     ):
         self.path, self.mask, self._given = Path(path), mask, mpp
-        self._file, self._constant = _open_file(path), {}
+        self._file, self._constant = _open_file(path, mask), {}
         with _open_tiff(path, self._file) as tiff:
             self.levels = [_level(path, pages) for pages in _pyramid(tiff)]
             self._mpp = mpp or _mpp(tiff)
@@ -484,4 +494,5 @@ def jpeg_source(
         elif marker in (0xC0, 0xC1, 0xC2): parts = [payload[6 + 3*i:9 + 3*i] for i in range(payload[5])]
     used = list(dict.fromkeys(part[2] for part in parts))
     name = {0x11: "4:4:4", 0x21: "4:2:2", 0x22: "4:2:0"}.get(parts[0][1], "4:4:4")
-    return JpegSource([tables[i] for i in used], name, {1: "GRAYSCALE", 2: "RGB", 6: "YCbCr"}[at.photometric])
+    space = "RGB" if len(at.counts) == 3 else {1: "GRAYSCALE", 2: "RGB", 6: "YCbCr"}[at.photometric]  # three grey planes are a colour image
+    return JpegSource([tables[i] for i in used], name, space)

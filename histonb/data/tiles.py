@@ -118,9 +118,9 @@ def relabel(
     table: pd.DataFrame, # a tile table
     min_coverage: float = 0., # least fraction of the tile a class must cover to count
 ) -> pd.DataFrame: # a copy with new labels
-    "Label tiles again from their class fractions, without their masks."
+    "Label tiles again from their class fractions, without their masks. A tile that had no mask keeps its label; without one it is -1."
     label = highest(table[FRACTIONS].to_numpy(), min_coverage)
-    return table.assign(label=np.where(table["f0"].isna(), -1, label).astype(np.int16))
+    return table.assign(label=np.where(table["f0"].isna(), table.get("label", -1), label).astype(np.int16))
 
 def apply_rule(
     table: pd.DataFrame, # a tile table
@@ -165,7 +165,7 @@ def _strips(xy, extent, tiles=2048, rows=16):
 def tile_slide(
     slide, # an open `Slide`, or a path
     mask=None, # its mask: a `Slide` opened as a mask, a path, or None
-    codes: str | dict[int, int] = "histonb", # what the mask's values mean: a key of `CODES`, or a table
+    codes: str | dict[int, int] = "histonb", # what the mask's values mean, as `code_table` takes it
     rule: TileRule = TileRule(),
     store=None, # binary file, open for writing: receives the records of the kept tiles
     threads: int = 2, # threads that decode, measure and encode

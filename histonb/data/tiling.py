@@ -23,6 +23,7 @@ import pandas as pd
 
 from ..core import BadInput, append_jsonl, atomic_path, digest, progress, read_json, read_jsonl, write_json
 from .criteria import metrics  # noqa: F401, the stage under one name
+from .labels import LABELS
 from .shards import ShardWriter
 from .slides import open_slide
 from .tiles import COLUMNS, FATES, TileRule, account, apply_rule, overview, relabel, tile_slide  # noqa: F401
@@ -93,6 +94,17 @@ def _same_rule(out, rule, store):
                                    "Choose another folder, or delete this one. Thresholds can be changed on the table with `apply_rule`.")
     else: write_json(out/"rule.json", wanted)
 
+def _classes(slides):
+    "Class -> label: histonb's own where all names are histonb's; else in the order of the alphabet, as long as no mask speaks of histonb's."
+    names, own = sorted({*slides.get("class", ())} - {""}), {name: label for label, name in LABELS.items()}
+    if own.keys() >= {*names}: return {name: own[name] for name in names}
+    return {} if (slides["mask"] != "").any() else {name: label for label, name in enumerate(names)}
+
+def _labels(slides):
+    "The label of each slide's tiles where no mask labels them: that of its class, or -1."
+    classes = _classes(slides)
+    return {r["slide"]: classes.get(r.get("class"), -1) if not r["mask"] else -1 for r in slides.to_dict("records")}
+
 def _assemble(out, jobs, done, slides):
     "One table from the slides' parts and, for slides of an earlier run, from the table that is there."
     path, tables = out/"tiles.parquet", []
@@ -107,7 +119,10 @@ def _assemble(out, jobs, done, slides):
             table["offset"] = np.where(stored, table["offset"] + row["start"], -1)
         tables.append(table)
     table = pd.concat(tables, ignore_index=True)
-    for name in ("cohort", "case"): table[name] = table["slide"].map(slides.set_index("slide")[name])
+    told = slides.set_index("slide")
+    for name in ("cohort", "case", "split"):
+        if name in told: table[name] = table["slide"].map(told[name])
+    table["label"] = table["label"].where(table["f0"].notna(), table["slide"].map(_labels(slides))).astype(np.int16)
     return table[COLUMNS]
 
 def tile_cohort(
@@ -180,8 +195,9 @@ def _run(cohort, out, jobs, processes, store, strict):
     with atomic_path(out/"quarantine.csv") as path: quarantine.to_csv(path, index=False)
     if not done: raise BadInput(out, f"none of {len(jobs)} slides could be tiled", f"The first: {BadInput(*bad[0][1:])}" if bad else "The cohort is empty.")
     table = _assemble(out, jobs, done, cohort.slides)
-    unread = {slide: {k: row[k] for k in ("incomplete", "background")} for slide, row in done.items()}
+    unread = {slide: {"label": label, **{k: done[slide][k] for k in ("incomplete", "background")}} for slide, label in _labels(cohort.slides).items() if slide in done}
     with atomic_path(out/"account.parquet") as path: account(table, unread).to_parquet(path, index=False)
+    if (classes := _classes(cohort.slides)).keys() - {*LABELS.values()}: write_json(out/"classes.json", list(classes))
     with atomic_path(out/"tiles.parquet") as path: table.to_parquet(path, index=False)
     shutil.rmtree(out/"parts")
     return table

@@ -186,7 +186,7 @@ def made_from(
               and not any(f in v for f in own) and os.path.exists(study.root/v)}
     return {"notebook": digest(code), "parameters": stage.parameters,
             "inputs": {k: input_digest(study.root/v) for k, v in inputs.items()},
-            "needs": {n: stage_record(study, study.stages[n]).get("started") for n in stage.needs}}
+            "needs": {n: input_digest(study.root/study.stages[n].folder) if (study.root/study.stages[n].folder).is_dir() else "" for n in stage.needs}}
 
 def stage_record(
     study: Study, # the study
@@ -206,7 +206,7 @@ def _differences(old, new):
     found = ["notebook"]*(old["notebook"] != new["notebook"])
     for kind in ("parameters", "inputs", "needs"):
         changed = sorted(k for k in {*old[kind], *new[kind]} if old[kind].get(k) != new[kind].get(k))
-        found += [f"{'run of' if kind == 'needs' else kind} {', '.join(changed)}"]*bool(changed)
+        found += [f"{'outputs of' if kind == 'needs' else kind} {', '.join(changed)}"]*bool(changed)
     return "; ".join(found)
 
 def stage_states(
