@@ -116,3 +116,20 @@ def test_table_and_picture(cohort):
     ax = m.plot_confusion(r)
     assert sorted(int(t.get_text()) for t in ax.texts) == sorted(np.ravel(r["confusion"]))
     json.dumps(r)  # can stand in metrics.json
+
+
+def test_calibration_against_a_plain_loop():
+    from histonb.evaluate.calibration import calibration
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(3), 400)
+    y, slide = rng.integers(0, 3, 400), rng.integers(0, 9, 400)
+    said, right = p.max(1), p.argmax(1) == y
+    ece = 0.
+    for b in range(10):
+        inside = (said >= b/10) & ((said < (b + 1)/10) | (b == 9))
+        if inside.any(): ece += inside.mean()*abs(right[inside].mean() - said[inside].mean())
+    found = calibration(y, p, slide, bins=10, n_boot=300)
+    assert abs(found["ece"]["value"] - ece) < 1e-9
+    assert abs(found["brier"]["value"] - np.mean([((p[i] - np.eye(3)[y[i]])**2).sum() for i in range(400)])) < 1e-9
+    assert found["ece"]["low"] < found["ece"]["high"] and sum(b["n"] for b in found["bins"]) == 400
+    assert np.isnan(calibration(y, p, np.zeros(400))["ece"]["low"])  # one slide: no interval

@@ -7,6 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from histonb.core import BadInput
 from histonb.evaluate import probes
+from histonb.evaluate.prototypes import draw_examples, few_shot, prototypes
 
 SMALL = dict(hidden=(32, 16), batch_size=64, epochs=20, lr=5e-3)
 
@@ -145,3 +146,38 @@ def test_mlp_seed_decides_and_leaves_the_callers_numbers_alone(splits):
 def test_mlp_takes_any_number_of_tiles(splits):
     (x, y), _, (x_test, _) = splits
     assert np.isfinite(probes.mlp(x[:33], y[:33], x_test, n_classes=4, **{**SMALL, "epochs": 2})).all()  # a last batch of one
+
+
+# A few examples
+
+def test_prototypes_against_scikit_learn():
+    from sklearn.neighbors import NearestCentroid
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 300)
+    x = (rng.normal(size=(4, 12))[y] + rng.normal(size=(300, 12))).astype(np.float32)
+    z = x - x.mean(0)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    sums = np.stack([z[y == c].sum(0) for c in range(4)])
+    model = NearestCentroid()
+    model.classes_, model.centroids_ = np.arange(4), sums/np.linalg.norm(sums, axis=1, keepdims=True)
+    nearest = ((z[:, None] - model.centroids_)**2).sum(2).argmin(1)
+    p = prototypes(x, y, x)
+    assert np.array_equal(p.argmax(1), nearest) and np.allclose(p.sum(1), 1, atol=1e-5)
+
+
+def test_examples_are_drawn_from_many_cases_and_by_seed():
+    y, cases = np.repeat([0, 1], [40, 6]), np.r_[np.repeat(np.arange(4), 10), [7, 7, 7, 8, 8, 9]]
+    rows = draw_examples(y, cases, 4, seed=3)
+    assert len({*cases[rows][y[rows] == 0]}) == 4 and {*cases[rows][y[rows] == 1]} == {7, 8, 9}
+    assert np.array_equal(rows, draw_examples(y, cases, 4, seed=3)) and not np.array_equal(rows, draw_examples(y, cases, 4, seed=4))
+    calls = few_shot(np.random.default_rng(0).normal(size=(46, 3)).astype(np.float32), y, cases, np.ones((5, 3)), shots=(1, 9), draws=3)
+    assert {n: c.shape for n, c in calls.items()} == {1: (3, 5), 9: (3, 5)}
+    with pytest.raises(BadInput, match="At least one"): draw_examples(y, cases, 0)
+
+
+def test_a_softmax_before_the_loss_cannot_get_below_its_floor():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 90)
+    x = (6*np.eye(3)[y] + rng.normal(size=(90, 3))).astype(np.float32)
+    losses = [min(h["train_loss"] for h in probes.fit_mlp(x, y, epochs=60, hidden=(16,), batch_size=30, lr=1e-2, twice=t).history) for t in (False, True)]
+    assert losses[0] < .2 and losses[1] > np.log(1 + 2/np.e) - 1e-4

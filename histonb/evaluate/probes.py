@@ -199,6 +199,7 @@ def fit_mlp(
     lr: float = 1e-3, # learning rate of AdamW
     weight_decay: float = 1e-4, # of AdamW
     seed: int = 0, # of weights, order and dropout
+    twice: bool = False, # put a softmax before the loss, which has its own: the study's slip, to be shown
 ) -> MLPProbe:
     "Fit the study's MLP probe. Raises `BadInput` for unusable features or labels."
     n_classes = n_classes or int(np.max(y_train)) + 1
@@ -209,6 +210,7 @@ def fit_mlp(
         x_val = torch.from_numpy((_features(x_val, "val features", x.shape[1]) - mean)/std)
         y_val = torch.from_numpy(_classes(y_val, n_classes, len(x_val), "val labels"))
     history, best, best_epoch = [], None, 0
+    def loss_of(scores, y): return F.cross_entropy(scores.softmax(1) if twice else scores, y)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MLPClassifier(x.shape[1], n_classes, hidden=hidden)
@@ -217,13 +219,13 @@ def fit_mlp(
             model.train()
             total = 0.
             for rows in torch.randperm(len(x)).split(batch_size):
-                loss = F.cross_entropy(model(x[rows]), y[rows])
+                loss = loss_of(model(x[rows]), y[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.item()*len(rows)
             model.eval()
-            with torch.inference_mode(): val = F.cross_entropy(model(x_val), y_val).item() if x_val is not None else float("nan")
+            with torch.inference_mode(): val = loss_of(model(x_val), y_val).item() if x_val is not None else float("nan")
             history.append({"epoch": epoch, "train_loss": total/len(x), "val_loss": val})
             if x_val is None: best_epoch = epoch
             elif best is None or val < history[best_epoch]["val_loss"]: best, best_epoch = copy.deepcopy(model.state_dict()), epoch
