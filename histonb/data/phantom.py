@@ -220,9 +220,11 @@ def write_cohort(
     if workers > 1:
         with multiprocessing.Pool(min(workers, n), _start_worker) as pool:
             try: rows = list(progress(pool.imap(_write_one, jobs), "phantom", n, "slide"))
-            finally:
+            except BaseException:
                 pool.terminate()
-                pool.join()
+                raise
+            else: pool.close()  # workers end by themselves: one that waits for work may miss the signal of `terminate`
+            finally: pool.join()
     else: rows = [_write_one(job) for job in progress(jobs, "phantom", n, "slide")]
     defects = [(job[1], "blank" if job[6] else "pen mark") for job in jobs if job[6] or job[7]]
     if defects: _write_csv(root/"suspicious.csv", ("image_id", "reason"), defects)
