@@ -181,6 +181,53 @@ def test_ome_with_planar_channels_and_subifds(tmp_path):
         assert np.array_equal(slide.level(2), image()[::4, ::4])
 
 
+COLOUR_PAGES = {
+    "strips": {}, "LZW": {"compression": "lzw"}, "tiles": {"tile": (128, 128), "compression": "zlib"}, "as ZYX": {"axes": "ZYX"},
+    "no OME": {"axes": None}, "JPEG": {"compression": "jpeg", "tile": (128, 128)}, "big": {"bigtiff": True},
+}
+
+
+@pytest.mark.parametrize("name", COLOUR_PAGES)
+def test_red_green_and_blue_as_pages(tmp_path, name):
+    "DeepGleason's layout: pages 0, 1 and 2 hold one colour each; also as a pyramid of such pages."
+    path, options = tmp_path/"slide.ome.tif", dict(COLOUR_PAGES[name])
+    axes, big = options.pop("axes", "CYX"), options.pop("bigtiff", False)
+    with tifffile.TiffWriter(path, bigtiff=big, ome=axes is not None) as out:
+        out.write(np.moveaxis(image(), -1, 0), photometric="minisblack", metadata={"axes": axes} if axes else None, **options)
+    with tifffile.TiffFile(path) as tiff:
+        assert len(tiff.pages) == 3
+        truth = np.stack([page.asarray() for page in tiff.pages], -1)
+    check_every_way(path, truth)
+    with open_slide(path) as slide:
+        source = slide.jpeg_source()
+        assert source is None if name != "JPEG" else source.colorspace == "RGB"  # three grey streams are a colour image
+    with tifffile.TiffWriter(path) as out:
+        for d in (1, 2):
+            for c in range(3): out.write(image()[::d, ::d, c].copy(), photometric="minisblack", tile=(64, 64), metadata=None)
+    with open_slide(path) as slide:
+        assert slide.shapes == [(700, 533), (350, 267)] and np.array_equal(slide.level(1), image()[::2, ::2])
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
+def test_a_mask_with_a_palette_holds_numbers(tmp_path, suffix):
+    from PIL import Image
+    codes = np.random.default_rng(0).integers(0, 6, SHAPE).astype(np.uint8)
+    painted = Image.fromarray(codes).convert("P")
+    painted.putdata(codes.ravel().tolist())
+    painted.putpalette([c for i in range(6) for c in (250 - i, 7*i, 90)])
+    painted.save(tmp_path/f"mask.{suffix}")
+    check_every_way(tmp_path/f"mask.{suffix}", codes, mask=True)
+    if suffix != "tif": check_every_way(tmp_path/f"mask.{suffix}", np.asarray(painted.convert("RGB")))
+
+
+def test_a_grey_mask_with_opacity(tmp_path):
+    from PIL import Image
+    codes = np.random.default_rng(0).integers(0, 6, SHAPE).astype(np.uint8)
+    Image.fromarray(np.dstack([codes, codes*0 + 255])).save(tmp_path/"mask.png")
+    check_every_way(tmp_path/"mask.png", codes, mask=True)
+    refused(tmp_path/"mask.png", "one channel, not RGB")
+
+
 def test_svs_layout_leaves_out_thumbnail_label_and_macro(tmp_path):
     path, big = tmp_path/"slide.svs", image((1024, 1280))
     note = "Aperio Image Library v11\n1280x1024 (256x256) JPEG/RGB Q=70|AppMag = 20|MPP = 0.4990"

@@ -169,6 +169,38 @@ def test_both_providers_in_one_cohort(tmp_path):
     assert table.fignore[table.codes == "radboud"].eq(0).all()
 
 
+def test_what_a_cohort_says_of_whole_slides_goes_to_their_tiles(tmp_path):
+    "Split, case and, where no mask labels the tiles, the class: histonb's id, or a number by the alphabet with the names beside it."
+    image, mask = half_slide(tmp_path/"a.tiff")
+    cohort = cohort_of([("masked", image, mask, "radboud"), ("bare", image, "", "radboud"), ("unknown", image, "", "radboud")])
+    told = cohort.slides.assign(split=["val", "test", ""], case=["c1", "c2", "c3"])
+    def tiles(classes, rows=slice(None)):
+        out = tmp_path/f"{'-'.join(classes)}{len(told[rows])}"
+        table = tile_cohort(Cohort("test", told[rows].assign(**{"class": classes}), EMPTY), out, workers=1)
+        account = pd.read_parquet(out/"account.parquet")
+        for slide, of_slide in table.groupby("slide"):
+            counts = account[account.slide == slide].set_index("label")
+            assert counts.kept[counts.kept > 0].to_dict() == of_slide.label[of_slide.kept].value_counts().sort_index().to_dict()
+        names = (out/"classes.json").read_text() if (out/"classes.json").exists() else ""
+        return table, table.groupby("slide").label.agg(set).to_dict(), names
+    table, labels, names = tiles(["gleason5", "gleason3", ""])
+    assert labels == {"masked": {0, 1, 2, 3}, "bare": {2}, "unknown": {-1}} and not names  # the mask is believed, not the class
+    assert table.groupby("slide")[["split", "case"]].first().T.to_dict("list") == {"masked": ["val", "c1"], "bare": ["test", "c2"], "unknown": ["", "c3"]}
+    _, labels, names = tiles(["Tumor", "Normal", ""])
+    assert labels == {"masked": {0, 1, 2, 3}, "bare": {-1}, "unknown": {-1}} and not names  # two meanings of a number in one table are none
+    table, labels, names = tiles(["Tumor", "Normal"], slice(1, None))
+    assert labels == {"bare": {1}, "unknown": {0}} and names.split('"')[1::2] == ["Normal", "Tumor"]
+    pd.testing.assert_frame_equal(apply_rule(table), table)  # deciding again takes no label away
+
+
+def test_a_code_table_as_text(tmp_path):
+    image, mask = half_slide(tmp_path/"a.tiff")
+    text, _ = tile_slide(image, mask, "0: background, 1: healthy, 3: gleason3, 4: gleason4")
+    pd.testing.assert_frame_equal(text, tile_slide(image, mask, "radboud")[0])
+    for codes, says in [("0: healthy, 1: tumour", "`tumour`, for mask value 1, is no class"), ({0: 9}, "is no class"), ("radbound", "Did you mean `radboud`?"), ("0=1", "unknown code table")]:
+        with pytest.raises(BadInput, match=says): tile_slide(image, mask, codes)
+
+
 def test_levels_and_resolutions_read_the_same_mask_pixels(tmp_path):
     image, mask = tissue((1803, 2011)), np.zeros((1803, 2011), np.uint8)
     mask[700, 900] = 5  # one pixel, which no downsampled mask shows
