@@ -1,12 +1,14 @@
 "The PANDA reader: the published table, a part of the files, lists of others, and broken inputs."
 
+import random
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from histonb.core import BadInput
-from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, panda
+from histonb.data import cohorts
+from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, panda, read_xlsx
 from histonb.data.labels import CODES
 from histonb.data.phantom import write_cohort
 
@@ -82,6 +84,54 @@ def test_lists_of_others(tmp_path):
     assert slides.loc["s01", "case"] == "s01" and slides["case"].nunique() == 9
     assert slides["mask"].ne("").sum() == 2 and cohort.counts["without mask"] == 8
     assert names[0] == cohort.slides["slide"][0]
+
+@pytest.mark.parametrize("provider", ["radboud", "karolinska"])
+def test_one_provider(tmp_path, provider):
+    make(tmp_path, masks=["s00", "s01"])
+    cohort = panda(tmp_path, provider=provider)
+    assert len(cohort) == 10 and set(cohort.slides["provider"]) == set(cohort.slides["codes"]) == {provider}
+    assert cohort.counts["of another provider"] == 10 and cohort.counts["in the folder but not listed"] == 0 and not len(cohort.quarantine)
+    assert panda(tmp_path).counts["of another provider"] == 0
+    for i in range(provider == "karolinska", 20, 2): (tmp_path/f"train_images/s{i:02d}.tiff").unlink()
+    with pytest.raises(BadInput, match=f"none of the 10 slides of train.csv from {provider}"): panda(tmp_path, provider=provider)
+    assert len(panda(tmp_path)) == 10
+
+@pytest.mark.parametrize("provider, says", [("radbound", "Did you mean `radboud`?"), ("", "unknown provider"), ("Radboud", "Did you mean `radboud`?"), ("x", "Choose one of: karolinska, radboud")])
+def test_unknown_provider(tmp_path, provider, says):
+    make(tmp_path)
+    with pytest.raises(BadInput, match="unknown provider") as e: panda(tmp_path, provider=provider)
+    assert says in str(e.value)
+
+@needs_panda
+def test_real_table_of_one_provider():
+    cohort = panda(PANDA, provider="radboud")
+    assert len(cohort) == 1 and cohort.counts["listed but not in the folder"] == 5159
+    with pytest.raises(BadInput, match="none of the 5456 slides"): panda(PANDA, provider="karolinska")
+
+def test_some_slides_evenly_spread(tmp_path):
+    names = make(tmp_path)
+    cohort = panda(tmp_path)
+    assert cohort.take(3).slides["slide"].tolist() == [names[0], names[10], names[19]] and cohort.take(3).counts["beyond the limit"] == 17
+    assert len(cohort.take(1)) == 1 and cohort.take(19).slides["slide"].nunique() == 19
+    for limit in (0, None, 20, 99): assert cohort.take(limit) is cohort
+
+def test_workbooks(tmp_path):
+    path = tmp_path/"t.xlsx"
+    pd.DataFrame({"id": ["0012", "1e5", None], "n": [1, 0, None], "text": ["nan", None, None]}).to_excel(path, index=False)
+    assert read_xlsx(path, ["id", "n"], key="id").values.tolist() == [["0012", "1", "nan"], ["1e5", "0", ""]]  # no numbers, no empty rows
+    whole, rng, refused = path.read_bytes(), random.Random(0), 0
+    for i in range(150):
+        harmed = bytearray(whole)
+        for _ in range(rng.randrange(1, 40)): harmed[rng.randrange(len(harmed))] = rng.randrange(256)
+        path.write_bytes(harmed if i%3 else harmed[:rng.randrange(len(harmed))])
+        try: read_xlsx(path, ["id"])
+        except BadInput as e: refused += "unreadable as Excel workbook" in str(e) or "no column" in str(e)
+    assert refused > 100
+
+def test_readers_are_found_in_one_place():
+    from histonb.data import pairs, sicapv2
+    assert cohorts.sicapv2 is sicapv2.sicapv2 and cohorts.pairs is pairs.pairs
+    with pytest.raises(AttributeError, match="no reader `sicap`.*Did you mean `sicapv2`?"): cohorts.sicap
 
 def test_a_table_saved_by_a_spreadsheet(tmp_path):
     make(tmp_path, n=1, table="\ufeff" + HEADER.replace("\n", "\r\n") + "s00,radboud,0,negative\r\n")

@@ -78,10 +78,10 @@ def read_xlsx(
     path, # Excel workbook whose first sheet begins with a header
     columns: list[str], # columns it must have
     key: str | None = None, # column whose values may occur only once
-) -> pd.DataFrame: # all columns of the first sheet, as text; "" where empty
+) -> pd.DataFrame: # all columns of the first sheet, as text; "" where empty, without empty rows
     "Read an Excel workbook as text. Raises `BadInput` as `read_csv` does."
-    return _strict(path, lambda p: pd.read_excel(p, dtype=str, keep_default_na=False, engine="openpyxl"),
-                   (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error),
+    return _strict(path, lambda p: pd.read_excel(p, dtype=str, keep_default_na=False, engine="openpyxl").loc[lambda t: (t != "").any(axis=1)],
+                   (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error),
                    "Excel workbook", "Save it as .xlsx, or download it again.", columns, key)
 
 # %% ../../nbs/data/05_cohorts.ipynb #cell-011
