@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from histonb.data.example import example_tiles
 from histonb.jobs.studies import run_study, stage_states, load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,30 @@ def test_report_runs_by_hand(notebook, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run/metrics.json").read_text())["headline"]
     assert json.loads((tmp_path / "run/provenance.json").read_text())["packages"]["torch"]
+
+
+def probe(tmp_path, tiles, **parameters):
+    """Run the probe report; its standard error, and its metrics where it came to its end."""
+    out = tmp_path / "probe"
+    options = [x for k, v in {"out": out, "tiles": tiles, "encoder": "colour", "n_boot": 50, **parameters}.items() for x in ("-y", f"{k}: {v}")]
+    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / "nbs/reports/30_probe.ipynb"), str(tmp_path / "out.ipynb"),
+                           *options], cwd=tmp_path, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
+    return done.stderr, json.loads((out / "metrics.json").read_text()) if done.returncode == 0 else None
+
+
+def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
+    tiles = example_tiles(tmp_path / "tiles", n_slides=6, seed=0)
+    table = pd.read_parquet(tiles / "tiles.parquet")
+    _, found = probe(tmp_path, tiles, protocol="random-tiles", probes="[knn, prototypes]", shots="[1, 3]")
+    assert found["leak"]["leaking_cases"] > 0 and set(found["few_shot"]) == {"1", "3"} and found["protocol"] == "random-tiles"
+    assert 0 <= found["results"]["knn"]["calibration"]["ece"]["value"] <= 1
+    tested = table.label[(table.split == "test") & ~table.label.isin([-1, 255])].iloc[0]
+    table.assign(label=table.label.where((table.split != "train") | (table.label != tested), -1)).to_parquet(tiles / "tiles.parquet")
+    error, found = probe(tmp_path, tiles)
+    assert found is None and "`train` has no tile of class" in error and not (tmp_path / "probe/metrics.json").exists()
+    table.assign(split="train").to_parquet(tiles / "tiles.parquet")
+    error, found = probe(tmp_path, tiles)
+    assert found is None and "no labelled tile is in `val`" in error
 
 
 def test_study_from_slides_to_table(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from ..core import BadInput, nearest, progress
 from .probes import knn, linear, mlp, selection_loss, sweep
+from .prototypes import prototypes
 
 # %% ../../nbs/evaluate/32a_crossval.ipynb #cell-005
 def case_folds(
@@ -59,10 +60,12 @@ def _mlp(x, y, cases, x_test, n_classes, seed, balanced, k):
 
 def _knn(x, y, cases, x_test, n_classes, seed, balanced, k): return knn(x, y, x_test, k=k, n_classes=n_classes)
 
-TUNED = {"knn": _knn, "linear": _linear, "mlp": _mlp}
+def _prototypes(x, y, cases, x_test, n_classes, seed, balanced, k): return prototypes(x, y, x_test, n_classes)
+
+TUNED = {"knn": _knn, "linear": _linear, "mlp": _mlp, "prototypes": _prototypes}
 
 def tuned(
-    probe: str, # knn, linear or mlp
+    probe: str, # knn, linear, mlp or prototypes
     x, # (N,D) features of the training tiles
     y, # (N,) their classes
     cases, # (N,) their cases
@@ -78,7 +81,7 @@ def tuned(
 
 # %% ../../nbs/evaluate/32a_crossval.ipynb #cell-012
 def cross_validate(
-    probe: str, # knn, linear or mlp
+    probe: str, # knn, linear, mlp or prototypes
     x, # (N,D) features
     y, # (N,) class ids
     cases, # (N,) cases
