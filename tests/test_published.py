@@ -60,6 +60,15 @@ def test_bony(bony):
     assert both(TILES).shape == (2, 3*512) and np.allclose(both(TILES)[:, 512:1024], token, atol=1e-4)
 
 
+def test_bonywave_sees_the_haar_approximation(bony):
+    path, body, _ = bony
+    ours = load_encoder("bonywave", path)
+    x = prepared(TILES, ours.spec.mean, ours.spec.std)
+    approximation = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2])/2
+    with torch.no_grad(): assert np.allclose(ours(TILES), body(approximation), atol=1e-4)
+    assert ours.key != load_encoder("bony", path).key
+
+
 def test_histoencoder(tmp_path):
     torch.manual_seed(0)
     body = timm.create_model("xcit_small_12_p16_224", num_classes=0).eval()
