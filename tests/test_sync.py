@@ -126,3 +126,8 @@ def test_light_imports():
     code = ("import sys, histonb, histonb.core, histonb.cli, histonb.jobs.studies; "
             "print(sorted({'torch', 'timm', 'pandas', 'albumentations', 'sklearn', 'papermill'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
