@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import BadInput
-from .metrics import _interval
+from .metrics import with_intervals
 
 # %% ../../nbs/evaluate/34a_calibration.ipynb #cell-005
 def calibration(
@@ -29,19 +29,14 @@ def calibration(
     group, names = pd.factorize(np.asarray(groups))
     said, right = p.max(1), p.argmax(1) == y
     cell = group*bins + np.minimum((said*bins).astype(int), bins - 1)
-    count, total, hits = (np.bincount(cell, w, len(names)*bins).reshape(-1, bins) for w in (None, said, right))
-    squares = np.bincount(group, ((p - np.eye(p.shape[1])[y])**2).sum(1))
-    def figures(times): # (..., G) how often each group counts
-        n, t, h = (times @ m for m in (count, total, hits))
-        return np.abs(t - h).sum(-1)/n.sum(-1), times @ squares/n.sum(-1)
-    value = figures(np.ones(len(names)))
-    drawn = figures(np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1/len(names)), n_boot).astype(float))
-    def entry(v, d):
-        low, high = _interval(d) if len(names) > 1 else (np.nan, np.nan)
-        return {"value": float(v), "low": float(low), "high": float(high)}
-    n, t, h = (m.sum(0) for m in (count, total, hits))
-    return {"ece": entry(value[0], drawn[0]), "brier": entry(value[1], drawn[1]),
-            "bins": [{"said": float(b/a), "right": float(c/a), "n": int(a)} for a, b, c in zip(n, t, h, strict=True) if a]}
+    squares = ((p - np.eye(p.shape[1])[y])**2).sum(1)
+    sums = np.concatenate([np.bincount(cell, w, len(names)*bins).reshape(-1, bins) for w in (None, said, right)] + [np.bincount(group, squares)[:, None]], 1)
+    def figures(s): # (..., 3 bins + 1) sums over groups
+        n, t, h = np.split(s[..., :-1], 3, -1)
+        return {"ece": np.abs(t - h).sum(-1)/n.sum(-1), "brier": s[..., -1]/n.sum(-1)}
+    n, t, h = np.split(sums[:, :-1].sum(0), 3)
+    return with_intervals(sums, figures, n_boot, seed) | {
+        "bins": [{"said": float(b/a), "right": float(c/a), "n": int(a)} for a, b, c in zip(n, t, h, strict=True) if a]}
 
 # %% ../../nbs/evaluate/34a_calibration.ipynb #cell-009
 def plot_calibration(
