@@ -61,6 +61,8 @@ def test_notebook_tells_its_story(notebook):
     assert outputs, "no saved outputs: run `make notebooks` so that the site shows results"
     assert notebook.stat().st_size < 300_000, "save smaller figures"
     assert not re.search(r"/home/|/work/|/root/|/tmp/", json.dumps(outputs)), "a machine path is saved in an output"
+    switches = re.findall(r"set_grad_enabled\((True|False)\)", "".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"))
+    assert switches[-1:] != ["False"], "gradients stay off for the notebook that nbdev_test runs next in the same process"
 
 
 @pytest.mark.parametrize("notebook", REPORTS, ids=names(REPORTS))
