@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from histonb.core import BadInput
 from histonb.data.labels import IGNORE, LABELS
-from histonb.evaluate import decoding
-from histonb.evaluate.decoding import MASK_FIGURES, Constant, mask_counts, mask_figures
+from histonb.evaluate import decoding, scoring
 from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.features import cache_paths, extract
+from histonb.evaluate.features import cache_paths, extract, load_features
+from histonb.evaluate.scoring import MASK_FIGURES, Constant, mask_counts, mask_figures
 from histonb.models.decoders import MaskDecoder, PatchSegmenter
 
 
@@ -144,13 +144,13 @@ def test_figures_by_tile(scored):
         dice = f1_score(m[keep], k[keep], average=None, labels=there)
         per_tile.append(dice.mean())
         for c, d in zip(there, dice): per_class[c].append(d)
-    assert np.allclose(decoding.tile_scores(counts), per_tile)
+    assert np.allclose(scoring.tile_scores(counts), per_tile)
     assert result["tile_dice"]["value"] == pytest.approx(np.mean(per_tile))
     for c in range(4): assert result["class_tile_dice"][LABELS[c]]["value"] == pytest.approx(np.mean(per_class[c]))
 
 
 def test_by_hand():
-    dice, iou = decoding.overlap([[6, 2], [1, 3]])
+    dice, iou = scoring.overlap([[6, 2], [1, 3]])
     assert np.allclose(dice, [12 / 15, 6 / 9]) and np.allclose(iou, [6 / 9, 3 / 6])
 
 
@@ -161,7 +161,7 @@ def test_intervals_draw_slides(scored):
     result = mask_figures(counts, slide, n_boot=300, seed=5)
     times = np.random.default_rng(5).multinomial(6, np.full(6, 1 / 6), size=300)
     by_slide = counts["confusion"].reshape(6, 3, 5, 5).sum(1)
-    draws = [np.nanmean(decoding.overlap((t[:, None, None] * by_slide).sum(0))[0]) for t in times]
+    draws = [np.nanmean(scoring.overlap((t[:, None, None] * by_slide).sum(0))[0]) for t in times]
     low, high = np.quantile(draws, [.025, .975])
     assert (result["dice"]["low"], result["dice"]["high"]) == (pytest.approx(low), pytest.approx(high))
     twice = {k: np.repeat(v, 4, 0) for k, v in counts.items()}  # the same tiles four times, in the same slides: no more certain
@@ -173,7 +173,7 @@ def test_one_slide_has_no_interval(scored):
     model, x, masks, _, _ = scored
     result = mask_figures(mask_counts(model, x, masks, range(18)), ["s"] * 18)
     assert np.isfinite(result["dice"]["value"]) and np.isnan(result["dice"]["low"]) and "no interval" in result["note"]
-    assert "[" not in decoding.table({"x": result})["dice"]["x"]
+    assert "[" not in scoring.table({"x": result})["dice"]["x"]
 
 
 def test_complete_resamples():
@@ -199,28 +199,28 @@ def test_repeats(scored):
 
 
 def test_one_channel_calls_the_nearest_class():
-    values, ids = decoding.read_out(np.array([0, 1.4, 1.6, 4.2, 200], np.float32).reshape(1, 1, 1, 5) / 255)
+    values, ids = scoring.read_out(np.array([0, 1.4, 1.6, 4.2, 200], np.float32).reshape(1, 1, 1, 5) / 255)
     assert ids.ravel().tolist() == [0, 1, 2, 4, 4] and values.ravel()[1] == pytest.approx(1.4 / 255)
 
 
 def test_images_against_scikit_image():
     rng = np.random.default_rng(0)
     images, drawn = rng.integers(0, 256, (5, 24, 24, 3), np.uint8), rng.random((5, 3, 24, 24), np.float32)
-    errors = decoding.image_errors(lambda x: drawn[x[:, 0].astype(int)], np.arange(5.)[:, None], images, range(5), batch_size=2)
+    errors = scoring.image_errors(lambda x: drawn[x[:, 0].astype(int)], np.arange(5.)[:, None], images, range(5), batch_size=2)
     for (mse, psnr, ssim), image, d in zip(errors, images / 255, drawn.transpose(0, 2, 3, 1)):
         assert mse == pytest.approx(((image - d)**2).mean(), rel=1e-5) and psnr == pytest.approx(-10 * np.log10(mse), rel=1e-4)
         assert psnr == pytest.approx(peak_signal_noise_ratio(image, d.astype(float), data_range=1), rel=1e-4)
         assert ssim == pytest.approx(structural_similarity(image, d.astype(float), channel_axis=-1, data_range=1), abs=1e-4)
-    result = decoding.image_figures(errors, list("aabbb"))
-    assert [result[k]["value"] for k in decoding.IMAGE_FIGURES] == pytest.approx(errors.mean(0).tolist())
+    result = scoring.image_figures(errors, list("aabbb"))
+    assert [result[k]["value"] for k in scoring.IMAGE_FIGURES] == pytest.approx(errors.mean(0).tolist())
     assert result["psnr"]["low"] <= result["psnr"]["value"] <= result["psnr"]["high"] and result["n_groups"] == 2
 
 
 def test_blur():
     tile = np.zeros((33, 33, 3), np.uint8)
     tile[16, 16] = 255
-    assert np.array_equal(decoding.blurred(tile, 0), tile)
-    soft = decoding.blurred(tile, 2.)
+    assert np.array_equal(scoring.blurred(tile, 0), tile)
+    soft = scoring.blurred(tile, 2.)
     assert soft[16, 16, 0] == pytest.approx(255 / (2 * np.pi * 4), abs=1.5) and np.array_equal(soft, soft.transpose(1, 0, 2))
 
 
@@ -229,13 +229,13 @@ def test_blur():
 def test_baselines():
     masks, _, vectors, images, _ = toy()
     counts = decoding.class_counts(masks, TRAIN)
-    found = decoding.mask_baselines(counts)
+    found = scoring.mask_baselines(counts)
     assert found["train mean"].output[0, 3, 3] == pytest.approx(masks[TRAIN].mean() / 255)
     votes = np.stack([np.bincount(column, minlength=5).argmax() for column in masks[TRAIN].reshape(24, -1).T]).reshape(32, 32)
     assert np.array_equal(found["majority by pixel"].output.argmax(0), votes)
     errors = {name: mask_figures(mask_counts(m, vectors, masks, TRAIN), TRAIN)["mse"]["value"] for name, m in found.items()}
     assert errors["train mean"] < errors["zero"] < decoding.ZERO_BOUND  # the mean is the best constant
-    assert np.allclose(decoding.mean_image(images, TRAIN).output, images[TRAIN].mean(0).transpose(2, 0, 1) / 255, atol=1e-6)
+    assert np.allclose(scoring.mean_image(images, TRAIN).output, images[TRAIN].mean(0).transpose(2, 0, 1) / 255, atol=1e-6)
 
 
 def test_counts_leave_out_what_is_to_be_ignored():
@@ -243,7 +243,7 @@ def test_counts_leave_out_what_is_to_be_ignored():
     masks[0, 0, 0] = 2
     counts = decoding.class_counts(masks, range(3))
     assert counts.sum() == 1 and counts[2, 0, 0] == 1
-    with pytest.raises(BadInput, match="no gradable pixel"): decoding.mask_baselines(counts * 0)
+    with pytest.raises(BadInput, match="no gradable pixel"): scoring.mask_baselines(counts * 0)
     with pytest.raises(BadInput, match="tile 1 has class ids 7"): decoding.class_counts(np.full((2, 4, 4), [[[0]], [[7]]], np.uint8), range(2))
 
 
@@ -253,10 +253,10 @@ def test_features_that_show_the_mask_are_read():
     masks, tokens, vectors, images, slide = toy()
     fitted = decoding.fit_segmenter(tokens, masks, TRAIN, VAL, epochs=20, batch_size=4, lr=5e-3)
     dice = mask_figures(mask_counts(fitted, tokens, masks, TEST), slide[TEST])["dice"]["value"]
-    lost = decoding.mask_baselines(decoding.class_counts(masks, TRAIN))["majority by pixel"]
+    lost = scoring.mask_baselines(decoding.class_counts(masks, TRAIN))["majority by pixel"]
     assert dice > .7 > .4 > mask_figures(mask_counts(lost, tokens, masks, TEST), slide[TEST])["dice"]["value"]
     drawn = decoding.fit_reconstructor(tokens, images, TRAIN, VAL, epochs=15, batch_size=4, lr=5e-3)
-    errors = {name: decoding.image_errors(m, tokens, images, TEST)[:, 0].mean() for name, m in (("drawn", drawn), ("mean", decoding.mean_image(images, TRAIN)))}
+    errors = {name: scoring.image_errors(m, tokens, images, TEST)[:, 0].mean() for name, m in (("drawn", drawn), ("mean", scoring.mean_image(images, TRAIN)))}
     assert errors["drawn"] < .4 * errors["mean"]
 
 
@@ -363,19 +363,19 @@ def test_features_of_other_tiles(tmp_path):
     colour = load_encoder("colour")
     features = extract(Tiles(table), colour, tmp_path)
     path, = cache_paths(Tiles(table), [colour], tmp_path)
-    found = decoding.load_features(path, table)
+    found = load_features(path, table)
     assert np.array_equal(found, features) and not found.flags.writeable
     for other, says in [(table[:3], "features of 4 tiles, the table has 3"), (table[::-1], "`slide` differs in 4 rows: row 0 has a, the table b"),
                         (table.assign(y=[0, 0, 0, 9]), "`y` differs in 1 rows"), (table.assign(mpp=[np.nan, .5, .5, .5]), "`mpp` differs in 1 rows")]:
-        with pytest.raises(BadInput) as e: decoding.load_features(path, other)
+        with pytest.raises(BadInput) as e: load_features(path, other)
         assert says in e.value.fault and e.value.path == str(path)
     path.with_suffix(".parquet").unlink()
-    with pytest.raises(BadInput, match="there is no such file"): decoding.load_features(path, table)
+    with pytest.raises(BadInput, match="there is no such file"): load_features(path, table)
 
 
 def test_pictures():
-    assert decoding.extremes(np.linspace(1, 0, 11)) == {"best": [0, 1], "median": [4, 5], "worst": [9, 10]}
-    assert decoding.extremes([np.nan, .5, .7]) == {"best": [2]}
+    assert scoring.extremes(np.linspace(1, 0, 11)) == {"best": [0, 1], "median": [4, 5], "worst": [9, 10]}
+    assert scoring.extremes([np.nan, .5, .7]) == {"best": [2]}
     for n in range(3, 9):
-        found = [i for at in decoding.extremes(np.arange(n)).values() for i in at]
+        found = [i for at in scoring.extremes(np.arange(n)).values() for i in at]
         assert len(found) == len({*found})

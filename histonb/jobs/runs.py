@@ -105,7 +105,7 @@ class Run:
 
     def finish(
         self,
-        **metrics, # the results; `headline={name: number or text}` is what overviews show
+        **metrics, # the results; `headline={name: number or text}` and `tables={title: {row: {column: number or text}}}` are what overviews show
     ) -> dict: # the metrics as written
         "Write provenance.json, then metrics.json: from here on the run counts as finished."
         write_json(self.out/"provenance.json", {

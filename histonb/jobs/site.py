@@ -115,6 +115,13 @@ def _facts(title, rows):
     cells = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(v if isinstance(v, str) else json.dumps(v))}</td></tr>" for k, v in rows.items())
     return f'<details class="facts"><summary>{title}</summary><div class="scroll"><table>{cells}</table></div></details>' if cells else ""
 
+def _table(rows):
+    "Rows of named cells as a table."
+    columns = list(dict.fromkeys(c for cells in rows.values() for c in cells))
+    line = lambda tag, cells: "".join(f"<{tag}>{html.escape(figure_text(c))}</{tag}>" for c in cells)
+    body = "".join(f"<tr>{line('th', [name])}{line('td', (cells.get(c, '-') for c in columns))}</tr>" for name, cells in rows.items())
+    return f'<div class="scroll"><table class="dataframe"><tr>{line("th", ["", *columns])}</tr>{body}</table></div>'
+
 _LOADED = re.compile(r"<(script|link|img|iframe|source|video|audio|embed)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?", re.I)
 
 def _write_page(path, title, style, header, main):
@@ -196,15 +203,17 @@ def write_report(
 def write_index(
     study_folder, # folder of a study, with the study.json its runner keeps
 ) -> Path: # the page, `index.html`
-    "Write a study's overview: its stages in order, their state, time and headline figures, each linked to its report."
+    "Write a study's overview: the tables of its stages, then all stages in order, their state, time and headline figures, each linked to its report."
     study_folder = Path(study_folder)
     if not (study_folder/"study.json").exists(): raise BadInput(study_folder, "no study.json in it", "Run the study first.")
     study = read_json(study_folder/"study.json")
-    parts = []
+    tables, parts = [], []
     for row in study["stages"]:
-        name = html.escape(row["stage"])
+        name, metrics = html.escape(row["stage"]), study_folder/row["stage"]/"metrics.json"
         page = next((p for p in ("report.html", "notebook.ipynb") if (study_folder/row["stage"]/p).exists()), None)
         link = f'<a href="{name}/{page}">{name}</a>' if page else name
+        if row["state"] in ("finished", "stale") and metrics.exists():
+            tables += [f"<h2>{html.escape(title)}</h2>{_table(rows)}<p class=\"soft\">from {link}</p>" for title, rows in read_json(metrics).get("tables", {}).items()]
         note = " · ".join(filter(None, [row["state"], duration_text(row["seconds"]), row["why"]]))
         parts.append(f'<section class="stage"><h2>{link}</h2><p class="state {row["state"]}">{html.escape(note)}</p>'
                      f'{_figures(row["headline"])}<p class="soft">{html.escape(row["notebook"])}</p></section>')
@@ -212,4 +221,4 @@ def write_index(
     total = duration_text(sum(r["seconds"] or 0 for r in study["stages"]))
     header = (f"<nav>{html.escape(study['study'])}</nav><h1>{html.escape(study['title'])}</h1>"
               f'<p class="soft">{finished} of {len(study["stages"])} stages finished{" · " + total if finished else ""}</p>')
-    return _write_page(study_folder/"index.html", study["title"], STYLE, header, "".join(parts))
+    return _write_page(study_folder/"index.html", study["title"], STYLE, header, "".join(tables + parts))
