@@ -119,7 +119,7 @@ def _table(rows):
     "Rows of named cells as a table."
     columns = list(dict.fromkeys(c for cells in rows.values() for c in cells))
     line = lambda tag, cells: "".join(f"<{tag}>{html.escape(figure_text(c))}</{tag}>" for c in cells)
-    body = "".join(f"<tr>{line('th', [name])}{line('td', (cells.get(c, '-') for c in columns))}</tr>" for name, cells in rows.items())
+    body = "".join(f"<tr>{line('th', [name])}{line('td', (cells.get(c, '-') for c in columns)).replace(', ', ',&nbsp;')}</tr>" for name, cells in rows.items())
     return f'<div class="scroll"><table class="dataframe"><tr>{line("th", ["", *columns])}</tr>{body}</table></div>'
 
 _LOADED = re.compile(r"<(script|link|img|iframe|source|video|audio|embed)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?", re.I)
