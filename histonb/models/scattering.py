@@ -51,6 +51,7 @@ def _average(n, J, times):
     return np.fft.ifft(spectra.reshape(2**(J - times), -1, m).mean(0), axis=0).real[1:-1]
 
 @lru_cache(16)
+@torch.inference_mode(False)  # it outlives the call: made in inference mode it could not be trained through later
 def filter_bank(
     height: int, # of the padded image
     width: int,

@@ -96,6 +96,7 @@ def _transpose(bands, wavelet, mode):
     return x[:, cut:x.shape[1] - cut]
 
 @lru_cache(256)
+@torch.inference_mode(False)  # it outlives the call: made in inference mode it could not be trained through later
 def _matrix(n, wavelet, mode, back):
     "(n, 2k): what `_convolve` makes of unit signals; or with `back` (2n, m) what `_transpose` makes of unit bands of length n."
     unit = torch.eye(2*n if back else n, dtype=torch.float64)
@@ -231,9 +232,8 @@ class InverseWavelet(WaveletTransform):
     def forward(self, parts, size=None):
         x, coarse = parts[0], "a"*len(self.dims)
         if len(parts) != self.levels + 1: raise BadInput("parts", f"{len(parts) - 1} levels of details for {self.levels}", "Give what the transform of the same settings gave.")
-        for bands in parts[1:]:
+        for level, bands in enumerate(parts[1:], 1):
             like = next(iter(bands.values()))
             for d in self.dims: x = x.narrow(d, 0, min(x.shape[d], like.shape[d]))  # one too many where it was odd
-            x = idwt({coarse: x, **bands}, self.dims, self.wavelet, self.mode)
-        for d, n in zip(self.dims, size or (), strict=bool(size)): x = x.narrow(d, 0, n)
+            x = idwt({coarse: x, **bands}, self.dims, self.wavelet, self.mode, size if level == self.levels else None)
         return x
