@@ -177,7 +177,7 @@ def load_features(
     try: features, rows = np.load(path, mmap_mode="r"), pd.read_parquet(path.with_suffix(".parquet"))
     except (ValueError, EOFError, OSError) as e: raise BadInput(path, f"damaged ({e})", remedy) from e
     if len(features) != len(table) or len(rows) != len(table): raise BadInput(path, f"features of {len(features)} tiles, the table has {len(table)}", remedy)
-    for column in ("slide", "x", "y", "level", "mpp"):
+    for column in PIXEL_COLUMNS[:5]:
         ours, theirs = table[column].to_numpy(), rows[column].to_numpy()
         other = np.flatnonzero((ours != theirs) & ~(pd.isna(ours) & pd.isna(theirs)))
         if len(other): raise BadInput(path, f"`{column}` differs in {len(other)} rows: row {other[0]} has {theirs[other[0]]}, the table {ours[other[0]]}", remedy)

@@ -98,6 +98,11 @@ def _interval(draws, axis=0):
         warnings.simplefilter("ignore", RuntimeWarning)  # no draw exists: NaN
         return np.nanquantile(draws, [.025, .975], axis=axis)
 
+def _entry(value, draws, n_groups):
+    "A figure with its interval; NaN where a single group leaves none."
+    low, high = _interval(draws) if n_groups > 1 else (np.nan, np.nan)
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
 def _draws(by_group, n_boot, seed, complete):
     "Resamples; a resample that lacks a class which the cohort has becomes NaN where only complete ones count."
     drawn = resample(by_group, n_boot, seed)
@@ -128,11 +133,8 @@ def classification(
     by_group = confusion_by_group(y, predicted, groups, len(classes))
     total, n_groups = by_group.sum(0), len(by_group)
     value, draws = scores(total), scores(_draws(by_group, n_boot, seed, complete))
-    def entry(v, d):
-        low, high = _interval(d) if n_groups > 1 else (np.nan, np.nan)
-        return {"value": float(v), "low": float(low), "high": float(high)}
-    result = {m: entry(value[m], draws[m]) for m in METRICS}
-    result["recall"] = {c: entry(value["recall"][i], draws["recall"][:, i]) for i, c in enumerate(classes)}
+    result = {m: _entry(value[m], draws[m], n_groups) for m in METRICS}
+    result["recall"] = {c: _entry(value["recall"][i], draws["recall"][:, i], n_groups) for i, c in enumerate(classes)}
     return result | {"confusion": total.tolist(), "classes": classes, "n": int(total.sum()),
                      "n_groups": n_groups, "n_boot": n_boot, "note": caution(n_groups)} | repeated
 
@@ -155,10 +157,7 @@ def with_intervals(
     "Figures of sums over groups, with 95% bootstrap intervals by group; NaN for a single group."
     sums = np.asarray(sums, np.float64)
     value, draws = figures(sums.sum(0)), figures(resample(sums, n_boot, seed))
-    def entry(v, d):
-        low, high = _interval(d) if len(sums) > 1 else (np.nan, np.nan)
-        return {"value": float(v), "low": float(low), "high": float(high)}
-    return {k: [entry(*pair) for pair in zip(v, draws[k].T, strict=True)] if np.ndim(v) else entry(v, draws[k]) for k, v in value.items()}
+    return {k: [_entry(*pair, len(sums)) for pair in zip(v, draws[k].T, strict=True)] if np.ndim(v) else _entry(v, draws[k], len(sums)) for k, v in value.items()}
 
 # %% ../../nbs/evaluate/34_metrics.ipynb #cell-035
 def difference(
@@ -175,10 +174,7 @@ def difference(
     both = [confusion_by_group(y, p, groups, n_classes) for p in (first, second)]
     value = [scores(c.sum(0)) for c in both]
     draws = [scores(_draws(c, n_boot, seed, complete)) for c in both]
-    def entry(m):
-        low, high = _interval(draws[0][m] - draws[1][m]) if len(both[0]) > 1 else (np.nan, np.nan)
-        return {"value": float(value[0][m] - value[1][m]), "low": float(low), "high": float(high)}
-    return {m: entry(m) for m in METRICS}
+    return {m: _entry(value[0][m] - value[1][m], draws[0][m] - draws[1][m], len(both[0])) for m in METRICS}
 
 # %% ../../nbs/evaluate/34_metrics.ipynb #cell-038
 def _cell(entry):

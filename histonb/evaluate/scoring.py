@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASK_FIGURES', 'IMAGE_FIGURES', 'Constant', 'mask_baselines', 'mean_image', 'read_out', 'mask_counts', 'overlap',
-           'mask_figures', 'table', 'tile_scores', 'extremes', 'plot_grid', 'blurred', 'image_errors', 'image_figures']
+           'mask_figures', 'entry_text', 'table', 'tile_scores', 'extremes', 'plot_grid', 'blurred', 'image_errors',
+           'image_figures']
 
 # %% ../../nbs/evaluate/33a_scoring.ipynb #cell-002
 import dataclasses
@@ -135,13 +136,19 @@ def mask_figures(
     return result | {k: dict(zip(names, v, strict=True)) for k, v in result.items() if k.startswith("class_")} | {
         "confusion": (total/len(counts)).round(1).tolist(), "classes": names}
 
+def entry_text(
+    entry, # `value, low, high`; None where there is none
+) -> str: # `value [low, high]` to three digits, `-` where it does not exist
+    "A figure as people read it."
+    if entry is None or not np.isfinite(entry["value"]): return "-"
+    return f"{entry['value']:.3g}" + (f" [{entry['low']:.3g}, {entry['high']:.3g}]" if np.isfinite(entry["low"]) else "")
+
 def table(
     results: dict, # row name -> figures
     figures=None, # which; by default all that are `value, low, high`
 ) -> pd.DataFrame: # `value [low, high]` in each cell
     "Results side by side, for people to read."
-    def cell(e): return "-" if not np.isfinite(e["value"]) else f"{e['value']:.3g}" + (f" [{e['low']:.3g}, {e['high']:.3g}]" if np.isfinite(e["low"]) else "")
-    return pd.DataFrame.from_dict({row: {k.replace("_", " "): cell(e) for k, e in r.items() if isinstance(e, dict) and "value" in e and (figures is None or k in figures)}
+    return pd.DataFrame.from_dict({row: {k.replace("_", " "): entry_text(e) for k, e in r.items() if isinstance(e, dict) and "value" in e and (figures is None or k in figures)}
                                    for row, r in results.items()}, orient="index")
 
 # %% ../../nbs/evaluate/33a_scoring.ipynb #cell-020
