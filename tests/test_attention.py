@@ -25,11 +25,8 @@ matplotlib.use("agg")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_gradients(one_thread):
     with torch.no_grad(): yield
-    torch.set_num_threads(before)
 
 
 def encoder_of(model, patch=16):

@@ -5,19 +5,13 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from histonb.core import BadInput
 from histonb.evaluate import crossval, metrics
 from histonb.evaluate.crossval import case_folds, cross_validate, tuned
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cohort(n_cases=40, dim=6, signal=1.5, stain=1., seed=0, tiles=10):

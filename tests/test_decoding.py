@@ -16,13 +16,7 @@ from histonb.evaluate.scoring import MASK_FIGURES, Constant, mask_counts, mask_f
 from histonb.models.decoders import MaskDecoder, PatchSegmenter
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small batches: more threads would only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(n=48, seed=0, size=32):

@@ -20,12 +20,7 @@ from histonb.pretrain.loading import crop_loader
 from histonb.pretrain.online import OnlineKNN, voters_and_asked
 from histonb.pretrain.trainer import Trainer
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- detector, made-up rows
 

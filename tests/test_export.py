@@ -33,12 +33,7 @@ torch.save(out, work + "/found.pt")
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def finished(folder, arch="xcit_nano_12_p16_224", step=10, **changes):

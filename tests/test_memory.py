@@ -14,12 +14,7 @@ SMALL = dict(out="", device="cpu", precision="fp32", out_dim=64, hidden=64, bott
 VIT, QUICK = {"arch": "vit_tiny_patch16_224"}, {"arch": "test_vit"}  # six narrow blocks: a rehearsal of one second
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes): return preset("tiny", **SMALL | QUICK | changes)

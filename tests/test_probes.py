@@ -12,13 +12,7 @@ from histonb.evaluate.prototypes import draw_examples, few_shot, prototypes
 SMALL = dict(hidden=(32, 16), batch_size=64, epochs=20, lr=5e-3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Tiny matrices: more threads would only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data(n, seed, dim=16, classes=4):

@@ -40,12 +40,7 @@ class Killer(Tiles):
         if i == 7: os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(i)
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 def config(folder, **changes): return PretrainConfig(str(folder), **(TINY | changes))
 def log(folder): return [{k: v for k, v in row.items() if k not in SPEED} for row in read_jsonl(Path(folder)/"log.jsonl")]

@@ -19,12 +19,7 @@ from histonb.pretrain.trainer import PretrainConfig, Trainer, load_backbone, pre
 SMALL = "vit_tiny_patch16_224"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(name, **kwargs):
