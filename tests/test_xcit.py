@@ -130,7 +130,7 @@ def test_drop_path_acts_in_training_only():
 def test_bad_names_and_sizes():
     with pytest.raises(BadInput, match="Did you mean `xcit_small_12_p16`"): xcit("xcit_smal_12_p16")
     with pytest.raises(BadInput, match="smaller than a patch"): xcit("xcit_nano_12_p16")(torch.zeros(1, 3, 15, 64))
-    with pytest.raises(BadInput, match="Use 8 or 16"): xcit("xcit_nano_12_p16", patch_size=14)
+    with pytest.raises(BadInput, match="Use 2, 4, 8 or 16"): xcit("xcit_nano_12_p16", patch_size=14)
 
 
 @pytest.mark.parametrize("drop_path", [0., .3])

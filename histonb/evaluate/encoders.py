@@ -19,6 +19,7 @@ from torch import nn
 from ..core import BadInput, digest, nearest
 from .published import ENCODERS, entry, load_published
 from ..models import backbones
+from ..models.fronts import token_pixels
 
 # %% ../../nbs/evaluate/30_encoders.ipynb #cell-005
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +135,7 @@ def with_class_token(
 # %% ../../nbs/evaluate/30_encoders.ipynb #cell-016
 def _network(name, model, mean, std, mpp, random_init, architecture, bf16, pool, blocks=1, head=None, report=None):
     "An encoder around a backbone, its shape asked of the model."
-    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    patch = patch[0] if isinstance(patch, (tuple, list)) else patch
+    patch = token_pixels(model)
     prefix = getattr(model, "num_prefix_tokens", 1 if patch else 0)
     dim, pools = model.num_features, (*backbones.POOLS, "patch", "head")
     if pool not in pools: raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, pools))

@@ -16,19 +16,30 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core import BadInput, atomic_path, digest, nearest, read_json, write_json
+from .fronts import behind
 from .vit import VIT, vit
 from .xcit import XCIT, xcit
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-005
 def backbone(
-    name: str, # a name of `timm`: xcit_nano_12_p16_224, vit_small_patch16_224, resnet34 ...
+    name: str, # a name of `timm`: xcit_nano_12_p16_224, vit_small_patch16_224, resnet34 ...; before it `haar2d-approx+` or another of `fronts.FRONTS`
     **kwargs, # arguments of the model: in_chans, drop_path_rate ...
 ) -> nn.Module: # images (B, C, H, W) -> features (B, D); random weights
     "Make a backbone by name; an unknown one is a `BadInput` that names the nearest."
+    front, plus, network = name.rpartition("+")
+    if plus: return _behind(front, network, **kwargs)
     if name in XCIT: return xcit(name, **kwargs)
     if name in VIT: return vit(name, **kwargs)
     if not timm.is_model(name): raise BadInput(name, "no such backbone", nearest(name, [*XCIT, *timm.list_models()]))
     return timm.create_model(name, num_classes=0, **kwargs)
+
+def _behind(front, network, in_chans=3, **kwargs):
+    "An XCiT or a ViT behind a front end."
+    if in_chans != 3: raise BadInput("in_chans", f"{in_chans} behind `{front}`", "Front ends take RGB images.")
+    if network in XCIT: return behind(front, lambda img_size, **kw: xcit(network, **kw, **kwargs), XCIT[network]["patch_size"])
+    if network not in VIT: raise BadInput(network, f"no XCiT or ViT to stand behind `{front}`", "Name one of `timm`, such as xcit_nano_12_p16_224.")
+    with torch.device("meta"): embed = vit(network, depth=1).patch_embed
+    return behind(front, lambda **kw: vit(network, **kw, **kwargs), embed.patch_size[0], embed.img_size[0])
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-pool
 POOLS = "class", "mean", "class+mean"

@@ -51,12 +51,13 @@ def look(
     layers = [getattr(block, "attn", None) for block in model.blocks]
     if not all(isinstance(attn, Attention) for attn in layers):
         raise BadInput(type(model.blocks[0]).__name__, "a block without one plain attention", "Choose a ViT of ordinary blocks, such as vit_small_patch16_224.")
-    maps, q = TokenMaps(tuple(n//p for n, p in zip(images.shape[-2:], model.patch_embed.patch_size))), []
+    maps, q = TokenMaps(()), []
+    def grid(_, args, out): maps.grid = tuple(out.shape[1:3])
     def query(_, args, out): q[:] = [out[:, :, :1]]  # (B, h, 1, d)
     def row(attn): return lambda _, args, k: maps.class_attention.append((q[0] @ k.transpose(-2, -1)*attn.scale).softmax(-1)[:, :, 0])
     def length(_, args): maps.norm.append(args[0].norm(dim=-1))
-    hooks = [hook for attn in layers for hook in (attn.q_norm.register_forward_hook(query), attn.k_norm.register_forward_hook(row(attn)),
-                                                  attn.norm.register_forward_pre_hook(length))]
+    hooks = [model.patch_embed.register_forward_hook(grid), *(hook for attn in layers for hook in (
+        attn.q_norm.register_forward_hook(query), attn.k_norm.register_forward_hook(row(attn)), attn.norm.register_forward_pre_hook(length)))]
     try: return model.forward_features(images), maps
     finally:
         for hook in hooks: hook.remove()

@@ -36,11 +36,11 @@ class ConvStem(nn.Module):
     def __init__(
         self,
         dim: int, # channels of a token
-        patch_size: int = 16, # pixels a token covers along each side: 8 or 16
+        patch_size: int = 16, # pixels a token covers along each side: 2, 4, 8 or 16
         in_chans: int = 3, # channels of the image
     ):
         super().__init__()
-        if patch_size not in (8, 16): raise BadInput("patch_size", f"{patch_size} is not possible", "Use 8 or 16.")
+        if patch_size not in (2, 4, 8, 16): raise BadInput("patch_size", f"{patch_size} is not possible", "Use 2, 4, 8 or 16.")
         self.patch_size, steps = patch_size, int(math.log2(patch_size))
         widths = [in_chans, *(dim//2**i for i in reversed(range(steps)))]
         layers = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (_conv_bn(*pair), GELU())]
@@ -328,7 +328,7 @@ class XCiT(nn.Module):
     "Cross-covariance image transformer: any image size, class token and patch tokens out, maps on request."
     def __init__(
         self,
-        patch_size: int = 16, # pixels a token covers along each side: 8 or 16
+        patch_size: int = 16, # pixels a token covers along each side: 2, 4, 8 or 16
         in_chans: int = 3, # channels of the image
         embed_dim: int = 128, # channels of a token, D
         depth: int = 12, # cross-covariance blocks
