@@ -42,7 +42,7 @@ class DINOHead(nn.Module):
         self,
         z: torch.Tensor, # (..., D) class tokens
     ) -> torch.Tensor: # (..., K) scores, float32
-        z = self.mlp(z.reshape(-1, z.shape[-1])).view(*z.shape[:-1], -1)
+        z = self.mlp(z.reshape(-1, z.shape[-1])).view(*z.shape[:-1], self.last_layer.in_features)
         with torch.autocast(z.device.type, enabled=False):
             return self.last_layer(F.normalize(z.float(), dim=-1))
 

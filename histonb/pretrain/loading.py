@@ -17,9 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import BadInput
 from ..data.augment import MultiCrop
+from ..models.backbones import backbone
+from ..models.hiding import token_grid
 from . import ranks
 from .config import PretrainConfig, micro_batches
 from .dino import stack_crops
+from .ibot import draw_masks
 
 # %% ../../nbs/pretrain/22d_loading.ipynb #cell-005
 class Views(Dataset):
@@ -29,8 +32,9 @@ class Views(Dataset):
         images, # map-style dataset of (uint8 (H, W, 3) image, label)
         crops, # function of an image and a seed, such as `MultiCrop`
         seed: int = 0, # of the run
+        masks=None, # function of a seed: an array that goes with the crops, such as `draw_masks`
     ):
-        self.images, self.crops, self.seed = images, crops, seed
+        self.images, self.crops, self.seed, self.masks = images, crops, seed, masks
 
     def __len__(self): return len(self.images)
 
@@ -39,7 +43,8 @@ class Views(Dataset):
         image = np.asarray(self.images[index][0])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BadInput(f"tile {index}", f"an array of {image.dtype} {image.shape}, not uint8 (H, W, 3)", "Give RGB tiles of whole numbers 0..255.")
-        return self.crops(image, (self.seed, epoch, index))
+        crops = self.crops(image, (self.seed, epoch, index))
+        return crops if self.masks is None else [*crops, self.masks(seed=(self.seed, epoch, index, 1))]
 
 # %% ../../nbs/pretrain/22d_loading.ipynb #cell-007
 class Batches:
@@ -76,20 +81,26 @@ def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
 
-def _collate(samples, n_global):
-    "Global crops first, and apart from local ones of the same size."
-    parts = [s[:n_global] for s in samples], [s[n_global:] for s in samples]
-    return [stacked for part in parts if part[0] for stacked in stack_crops(part)]
+def _collate(samples, n_global, masked):
+    "Global crops first, and apart from local ones of the same size; masks last."
+    end = len(samples[0]) - masked
+    parts = [s[:n_global] for s in samples], [s[n_global:end] for s in samples], [[torch.from_numpy(m) for m in s[end:]] for s in samples]
+    stacked = [x for part in parts[:2] if part[0] for x in stack_crops(part)]
+    return [*stacked, torch.stack([masks for masks, in parts[2]], 1)] if masked else stacked
 
 def crop_loader(
     images, # map-style dataset of (uint8 image, label)
     config: PretrainConfig, # settled
     start: int = 0, # first step
-) -> DataLoader: # of micro-batches: lists of tensors (n_global, b, 3, H, W), then (n_local, b, 3, h, w) where there are local crops
+) -> DataLoader: # of micro-batches: lists of tensors (n_global, b, 3, H, W), (n_local, b, 3, h, w) where there are local crops, and with a patch loss masks (n_global, b, rows, columns)
     "This process's crops for the steps from `start` to the last."
     c, world = config, ranks.world()
     crops = MultiCrop(c.n_global, c.n_local, c.global_size, c.local_size, c.global_scale or None, c.local_scale or None, c.recipe, c.mean, c.std)
+    masks = None
+    if c.patch_weight:
+        with torch.device("meta"): grid = token_grid(backbone(c.arch), (c.global_size, c.global_size))
+        masks = partial(draw_masks, c.n_global, grid, chance=c.mask_chance, share=c.mask_share)
     batches = Batches(len(images), c.batch_size, c.seed, start, c.steps, micro_batches(c, world), ranks.rank(), world)
     parallel = dict(worker_init_fn=_start_worker, timeout=600, multiprocessing_context="fork" if sys.platform == "linux" else None) if c.workers else {}
-    return DataLoader(Views(images, crops, c.seed), batch_sampler=batches, num_workers=c.workers, collate_fn=partial(_collate, n_global=c.n_global),
+    return DataLoader(Views(images, crops, c.seed, masks), batch_sampler=batches, num_workers=c.workers, collate_fn=partial(_collate, n_global=c.n_global, masked=masks is not None),
                       generator=torch.Generator(), pin_memory=c.device.startswith("cuda"), **parallel)

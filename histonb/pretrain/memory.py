@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..models.hiding import token_grid
 from .config import PretrainConfig, micro_batches, settle
 from .dino import DINOLoss, clip_gradients, ema_update, param_groups
 from .trainer import networks
@@ -33,9 +34,10 @@ class Ledger(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.part, self.open = Counter(), {}, "", {}
+        self.shares = {} # length of a mask: share of it that is true; of others all
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.nonzero.default: out = args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.long)  # as if all were true
+        if func is torch.ops.aten.nonzero.default: out = args[0].new_zeros((round(args[0].numel()*self.shares.get(args[0].numel(), 1.)), args[0].ndim), dtype=torch.long)
         else: out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor): self._take(x.untyped_storage())
@@ -96,8 +98,12 @@ def _rehearse(c, tiles, parts, world):
         buckets = [torch.empty_like(p) for p in weights] if world > 1 else []
         ledger.part = "crops"
         crops = [torch.empty(n, tiles, 3, size, size) for n, size in ((c.n_global, c.global_size), (c.n_local, c.local_size)) if n]
-        _accumulate(c, ledger, student, teacher, loss, crops)
-        del crops
+        masks = None
+        if c.patch_weight:
+            masks = torch.empty(c.n_global, tiles, *token_grid(student.backbone, (c.global_size, c.global_size)), dtype=torch.bool)
+            ledger.shares = {n: c.mask_chance*sum(c.mask_share)/2 for n in (masks.numel(), masks[0].numel())}
+        _accumulate(c, ledger, student, teacher, loss, crops, masks)
+        del crops, masks
         ledger.part = "update"
         clip_gradients(student.parameters(), c.clip, c.clip_how)
         optimiser.step()
@@ -105,22 +111,24 @@ def _rehearse(c, tiles, parts, world):
         del buckets
     return ledger.peak
 
-def _accumulate(c, ledger, student, teacher, loss, crops):
+def _accumulate(c, ledger, student, teacher, loss, crops, masks):
     "The passes over one micro-batch, as in `Trainer`."
     cast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=c.precision == "bf16")
     ledger.part = "teacher pass"
-    with torch.no_grad(), cast(): _, t = teacher(crops[:1])
-    seen = crops[loss.skip:]
-    if c.per_crop_backward: seen = [view[None] for x in seen for view in x]
-    for views in seen:
+    with torch.no_grad(), cast(): _, t, *patches = teacher(crops[:1], masks)
+    q, patch_q = (loss.teacher_probs(x, c.teacher_temp) for x in (t, patches[0] if patches else t[:0]))
+    seen = [(x, None) for x in crops[1:]] + [(crops[0], masks)]*(not loss.skip or c.patch_weight > 0 or c.spread_weight > 0)
+    if c.per_crop_backward: seen = [(x[i:i + 1], None if m is None else m[i:i + 1]) for x, m in seen for i in range(len(x))]
+    for views, hidden in seen:
         ledger.part = "activations"
-        with cast(): _, s = student([views])
+        with cast(): _, s, *gaps = student([views], hidden, hidden is not None)
         logp = F.log_softmax(s.float()/c.student_temp, dim=-1)
-        value = -torch.einsum("gbk,vbk->gv", loss.teacher_probs(t, c.teacher_temp), logp).mean()
+        value = -torch.einsum("gbk,vbk->gv", q, logp).mean()
         del logp
+        if gaps: value = value - (patch_q[:len(gaps[0])]*F.log_softmax(gaps[0].float()/c.student_temp, dim=-1)).sum()
         ledger.part = "backward"
         value.backward()
-        del s, value
+        del s, gaps, value
 
 def estimate_memory(
     config: PretrainConfig, # settled or not
@@ -134,7 +142,9 @@ def estimate_memory(
 
 # %% ../../nbs/pretrain/23b_memory.ipynb #cell-016
 MEASURE = """
-import json, re, sys, torch
+import json, numpy as np, re, sys, torch
+from histonb.models.hiding import token_grid
+from histonb.pretrain.ibot import draw_masks
 from histonb.pretrain.config import PretrainConfig, settle
 from histonb.pretrain.trainer import Trainer
 def memory(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])*1024
@@ -142,7 +152,9 @@ torch.set_num_threads(1)
 c = settle(PretrainConfig(**json.loads(sys.argv[1])), 10**6)
 def crops():
     size = c.micro_batch or c.batch_size
-    while True: yield [torch.randn(n, size, 3, px, px) for n, px in ((c.n_global, c.global_size), (c.n_local, c.local_size)) if n]
+    while True:
+        masks = [draw_masks(c.n_global, token_grid(trainer.student.backbone, (c.global_size,)*2), i, c.mask_chance, c.mask_share) for i in range(size)]
+        yield [torch.randn(n, size, 3, px, px) for n, px in ((c.n_global, c.global_size), (c.n_local, c.local_size)) if n] + [torch.from_numpy(np.stack(masks, 1))]*(c.patch_weight > 0)
 p = torch.nn.Parameter(torch.ones(8, 8, 3, 3))
 with torch.autocast("cpu", torch.bfloat16): torch.nn.functional.conv2d(torch.ones(1, 8, 9, 9), p).sum().backward()  # wake the libraries
 torch.optim.AdamW([p], fused=True).step()

@@ -1,0 +1,138 @@
+"Losses beyond DINO's in the same trainer: cut into parts, spread over processes, stopped and continued, they stay the same run."
+import numpy as np
+import pytest
+import torch
+
+from histonb.core import BadInput
+from histonb.models.backbones import backbone
+from histonb.models.fronts import FRONTS
+from histonb.models.hiding import hide, token_grid
+from histonb.pretrain.config import PRESETS, preset, settle
+from histonb.pretrain.loading import crop_loader
+from histonb.pretrain.memory import estimate_memory, measure_memory
+from histonb.pretrain.spread import sinkhorn
+from histonb.pretrain.trainer import Stopped, Trainer, load_backbone, pretrain
+from test_trainer import NO_BN, Tiles, assert_same_run, child, config, finished, last_state, log, losses, stop_after, trained
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PATCHES = dict(patch_weight=1.)
+ALL = dict(patch_weight=1., spread_weight=.1, spread_group=2, centering="sinkhorn")
+LOSSES = {"ibot": PATCHES, "shared head": dict(patch_weight=1., patch_head="shared"), "koleo": dict(spread_weight=.1, spread_group=2),
+          "kde": dict(spread_weight=.1, spread="kde", spread_group=4), "sinkhorn": dict(centering="sinkhorn"), "dinov2": ALL}
+
+
+def assert_close(a, b):
+    for x, y in zip(a, b, strict=True): assert torch.allclose(torch.as_tensor(x), torch.as_tensor(y), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_and_crop_by_crop_equal_one_batch(name):
+    whole = trained(**LOSSES[name], steps=8)
+    assert_close(whole, trained(**LOSSES[name], steps=8, micro_batch=4))
+    assert_close(whole, trained(**LOSSES[name], steps=8, micro_batch=4, per_crop_backward=True))
+    assert not np.allclose(whole[0], trained(steps=8)[0], rtol=0, atol=1e-4)  # the student becomes another
+
+
+def test_one_large_crop():
+    changes = dict(n_global=1, n_local=3, steps=8, **ALL)
+    assert_close(trained(**changes), trained(**changes, micro_batch=2))
+
+
+@pytest.mark.parametrize("changes", [ALL, dict(**PATCHES, pool="mean", n_global=1, mask_chance=1.)], ids=["dinov2", "one crop"])
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path, changes):
+    changes = {**NO_BN, "steps": 8, "batch_size": 8, "checkpoint_every": 100, **changes}
+    two = child(tmp_path/"two", processes=2, **changes)
+    pretrain(config(tmp_path/"one", **changes), Tiles())
+    finished(two)
+    assert np.allclose(losses(tmp_path/"one"), losses(tmp_path/"two"), rtol=0, atol=2e-5)
+    one, two = last_state(tmp_path/"one"), last_state(tmp_path/"two")
+    for part in ("student", "teacher", "loss", "patch_loss"): assert all(torch.allclose(one[part][k], two[part][k], rtol=0, atol=2e-5) for k in one[part])
+
+
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "haar2d+xcit_nano_12_p8_224"])
+def test_continued_run_equals_the_whole_one(tmp_path, arch):
+    changes = dict(ALL, arch=arch, drop_path=.2, micro_batch=2)
+    pretrain(config(tmp_path/"whole", **changes), Tiles())
+    with pytest.raises(Stopped): pretrain(config(tmp_path/"parts", **changes), Tiles(), on_epoch=stop_after(3))
+    pretrain(config(tmp_path/"parts", workers=1, **changes), Tiles())
+    assert_same_run(tmp_path/"whole", tmp_path/"parts")
+    assert {"patch_loss", "spread_loss"} <= log(tmp_path/"whole")[0].keys()
+    assert load_backbone(tmp_path/"whole")(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+
+
+def test_centres_of_crops_and_patches_are_apart(tmp_path):
+    c = settle(config(tmp_path, patch_weight=1., patch_head="shared"), 12)
+    trainer, loader = Trainer(c, 12), iter(crop_loader(Tiles(), c))
+    taught = next(trainer._taught(iter(crop_loader(Tiles(), c)), .04))
+    assert len(taught.patches) == int(taught.masks.sum()) > 0
+    trainer.train_step(loader)
+    assert torch.allclose(trainer.patch_loss.center, .1*taught.patches.mean(0), atol=1e-5)
+    assert torch.allclose(trainer.loss.center, .1*taught.scores.mean((0, 1)), atol=1e-5)
+    assert not torch.allclose(trainer.patch_loss.center, trainer.loss.center, atol=1e-4)
+
+
+def test_masks_depend_on_tile_and_epoch_alone():
+    def first(**changes): return next(iter(crop_loader(Tiles(), settle(config("", patch_weight=1., global_size=96, **changes), 12))))[-1]
+    whole, part = first(batch_size=8), first(batch_size=8, micro_batch=2)
+    assert torch.equal(whole[:, :2], part) and whole.shape == (2, 8, 6, 6)
+    assert torch.equal(whole.flatten(2).sum(-1).count_nonzero(0), torch.ones(8, dtype=torch.long))  # one crop of two
+    assert not torch.equal(whole, first(batch_size=8, seed=1))
+
+
+def test_a_patch_head_alone_learns_nothing_of_frozen_prototypes():
+    c = settle(config("", patch_weight=1., freeze_last_epochs=1.), 12)
+    trainer = Trainer(c, 12)
+    before = [head.last_layer.weight.clone() for head in (trainer.student.head, trainer.student.patch_head)]
+    trainer.train_step(iter(crop_loader(Tiles(), c)))
+    trainer.train_step(iter(crop_loader(Tiles(), c)))
+    assert all(torch.equal(a, head.last_layer.weight) for a, head in zip(before, (trainer.student.head, trainer.student.patch_head), strict=True))
+
+
+def test_sinkhorn_is_the_even_assignment_of_a_reference():
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((40, 8))
+    q = np.exp(scores/.5).T
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(1, keepdims=True)*8
+        q /= q.sum(0, keepdims=True)*40
+    assert np.allclose(sinkhorn(torch.tensor(scores), .5).numpy(), (q*40).T, atol=1e-6)
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize("network", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
+def test_front_ends_train_hide_and_come_back(tmp_path, front, network):
+    arch = f"{front}+{network}"
+    run = pretrain(config(tmp_path, arch=arch, steps=2, global_size=64, local_size=32, patch_weight=1.), Tiles())
+    model = load_backbone(run)
+    x = torch.rand(1, 3, 224, 224)
+    tokens = model.forward_features(x)
+    grid = token_grid(model, (224, 224))
+    assert grid == ((14, 14) if front == "scattering" else (7, 7)) and tokens.shape[1] == 1 + grid[0]*grid[1]
+    mask = torch.zeros(1, *grid, dtype=torch.bool)
+    mask[0, :2] = True
+    changed = x.clone()
+    changed[:, :, :224//grid[0]*2] = 0.5  # two rows of tokens
+    with hide(model, mask, torch.zeros(tokens.shape[-1])): assert torch.equal(model.forward_features(x), model.forward_features(changed))
+
+
+def test_a_front_end_reads_rgb_of_a_token_at_least():
+    model = backbone("haar3d+xcit_nano_12_p16_224").eval()
+    with pytest.raises(BadInput, match="1x1 px is smaller than a token of 32"): model(torch.rand(1, 3, 1, 1))
+    with pytest.raises(BadInput, match="RGB"): model(torch.rand(1, 4, 64, 64))
+    with pytest.raises(BadInput, match="RGB"): backbone("haar3d+xcit_nano_12_p16_224", in_chans=4)
+    with pytest.raises(BadInput, match="no such front end. Did you mean `haar3d`"): backbone("haar3+xcit_nano_12_p16_224")
+    with torch.autocast("cpu", torch.bfloat16): assert model(torch.rand(1, 3, 65, 70)).isfinite().all()  # odd sides
+    assert model.bfloat16()(torch.rand(1, 3, 64, 64).bfloat16()).isfinite().all()
+
+
+def test_presets_can_be_settled():
+    for name in PRESETS: settle(preset(name, out="run"), 10**6)
+
+
+def test_memory_of_a_patch_loss():
+    c = preset("cpu", out="", out_dim=8192, global_size=96, local_size=64, n_local=2, patch_weight=1., precision="fp32")
+    plain = estimate_memory(preset("cpu", out="", out_dim=8192, global_size=96, local_size=64, n_local=2, precision="fp32"))["total"]
+    estimate = estimate_memory(c)["total"]
+    assert estimate > 1.05*plain and .7 < estimate/measure_memory(c) < 1.2
