@@ -54,14 +54,18 @@ def _coarser(spectrum, times):
         spectrum = np.take(spectrum, np.r_[:half, n - kept + half:n], axis)
     return spectrum
 
-def _average(n, length, J, times):
-    "(n/2^J - 2, length/2^times): averages the n of a continued axis that was halved so many times, keeps every 2^(J-times)-th, not the padding."
+def _average(n, J, times):
+    "(n/2^J, n/2^times): averages a periodic axis that was halved so many times and keeps every 2^(J-times)-th."
     sigma, u = .8*2**(J - 1), np.arange(n)
     phi = sum(np.exp(-(u + wrap*n)**2/(2*sigma**2)) for wrap in range(-2, 3))/(math.sqrt(2*math.pi)*sigma)
     m = n >> times
     spectra = np.fft.fft(np.eye(m), axis=0)*_coarser(np.fft.fft(phi).real, times)[:, None]
-    matrix, before = np.fft.ifft(spectra.reshape(2**(J - times), -1, m).mean(0), axis=0).real[1:-1], MARGIN << J - times
-    return np.pad(matrix, ((0, 0), (before, (length >> times) - m - before)))
+    return np.fft.ifft(spectra.reshape(2**(J - times), -1, m).mean(0), axis=0).real
+
+def _inside(n, length, J, times):
+    "`_average` of the period within a continued axis, without the pixel at each end that is padding."
+    period, before = _period(n, J) >> times, MARGIN << J - times
+    return np.pad(_average(_period(n, J), J, times)[1:-1], ((0, 0), (before, (length >> times) - period - before)))
 
 @lru_cache(16)
 @torch.inference_mode(False)  # it outlives the call: made in inference mode it could not be trained through later
@@ -79,20 +83,20 @@ def filter_bank(
     twice = lambda a: np.stack([a, a], -1)  # for the real and for the imaginary part of a spectrum
     return ([torch.from_numpy(p).to(device) for p in pixels],
             [[tensor(twice([_coarser(f, times)/4**(j - times) for f in w])) for times in range(max(j, 1))] for j, w in enumerate(waves)],
-            [[tensor(_average(_period(n, J), len(p), J, times)) for n, p in zip((height, width), pixels, strict=True)] for times in range(J)])
+            [[tensor(_inside(n, len(p), J, times)) for n, p in zip((height, width), pixels, strict=True)] for times in range(J)])
 
 # %% ../../nbs/models/10a_scattering.ipynb #cell-008
-def _spectrum(x): return torch.fft.fft2(x.to(torch.complex64))  # of real numbers it is several times slower on a CPU
+def _spectrum(x, dims=(-2, -1)): return torch.fft.fftn(x.to(torch.complex64), dim=dims)  # of real numbers it is several times slower on a CPU
 
-def _filtered(spectrum, filters, times):
+def _filtered(spectrum, filters, times=0, dims=(-2, -1)):
     "Modulus of an image with the spectrum (..., H, W) filtered, halved so many times."
     k, spectrum = 2**times, torch.view_as_real(spectrum)
     h, w = spectrum.shape[-3]//k, spectrum.shape[-2]//k
     first, *others = [(..., slice(i*h, i*h + h), slice(j*w, j*w + w), slice(None)) for i in range(k) for j in range(k)]  # frequencies that become one
     out = spectrum[first]*filters[first]
     for part in others: out.addcmul_(spectrum[part], filters[part])
-    real, imag = torch.view_as_real(torch.fft.ifft2(torch.view_as_complex(out))).square().unbind(-1)
-    return (real + imag + 1e-12).sqrt()
+    real, imag = torch.view_as_real(torch.fft.ifftn(torch.view_as_complex(out), dim=dims)).square().unbind(-1)
+    return (real + imag).add_(1e-12).sqrt_()
 
 class Scattering(nn.Module):
     "Scattering transform of images; coefficients and their order are those of kymatio's `Scattering2D`."
@@ -101,7 +105,7 @@ class Scattering(nn.Module):
         J: int = 2, # scales; the maps are 2^J times smaller
         L: int = 8, # angles
         order: int = 2, # layers of wavelets, 1 or 2
-        together: int = 3, # channel images that are worked on at a time
+        together: int = 3, # channel images, then maps, that are worked on at a time
     ):
         super().__init__()
         if J < 1 or L < 1 or order not in (1, 2): raise BadInput("scattering", f"J={J}, L={L}, order={order}", "Use J and L of at least 1, and order 1 or 2.")
