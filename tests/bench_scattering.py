@@ -65,7 +65,7 @@ def main(rounds=5):
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), "scipy<1.17", "kymatio", "appdirs", "configparser"], check=True)
     def run(what):
         done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--inside", what, str(rounds)], check=True, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(site)})
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(repo_root())))})
         return json.loads(done.stdout.splitlines()[-1])
     result = run("speed") | {"memory_mib": {what: run(what) for what in ("ours", "kymatio")}}
     print("largest difference: " + ", ".join(f"J={J} {v:.1e}" for J, v in result["differ"].items()))

@@ -200,7 +200,9 @@ def idwt(
     else:
         for d in reversed(axes): parts = [_merge(low, high, d, wavelet, mode) for low, high in zip(parts[::2], parts[1::2], strict=True)]
         x, = parts
-    for d, n in zip(axes, size or (), strict=bool(size)): x = x.narrow(d, 0, n)
+    full = [x.shape[d] for d in axes]
+    if size and (len(size) != len(full) or any(n > m for n, m in zip(size, full, strict=True))): raise BadInput("size", f"{tuple(size)}", f"The bands hold up to {'x'.join(map(str, full))}, an axis each.")
+    for d, n in zip(axes, size or full, strict=True): x = x.narrow(d, 0, n)
     return x
 
 # %% ../../nbs/models/10_wavelets.ipynb #cell-022
