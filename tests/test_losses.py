@@ -127,6 +127,11 @@ def test_a_front_end_reads_rgb_of_a_token_at_least():
     assert model.bfloat16()(torch.rand(1, 3, 64, 64).bfloat16()).isfinite().all()
 
 
+def test_an_estimate_leaves_nothing_behind_in_scattering():
+    estimate_memory(preset("tiny", out="", arch="scattering+xcit_nano_12_p16_224", global_size=80, local_size=48))
+    assert type(backbone("scattering+xcit_nano_12_p16_224").eval()(torch.rand(1, 3, 80, 80))) is torch.Tensor
+
+
 def test_presets_can_be_settled():
     for name in PRESETS: settle(preset(name, out="run"), 10**6)
 

@@ -68,7 +68,14 @@ def _inside(n, length, J, times):
     return np.pad(_average(_period(n, J), J, times)[1:-1], ((0, 0), (before, (length >> times) - period - before)))
 
 @lru_cache(16)
-@torch.inference_mode(False)  # it outlives the call: made in inference mode it could not be trained through later
+def _filters(height, width, J, L):
+    "`filter_bank` as arrays: what outlives a call must not depend on torch's mode in it (inference, fake tensors)."
+    pixels = [_continued(n, J) for n in (height, width)]
+    waves = [np.stack([morlet(*map(len, pixels), .8*2**j, (L//2 - 1 - t)*math.pi/L, .75*math.pi/2**j, 4/L) for t in range(L)]) for j in range(J)]
+    twice = lambda a: np.stack([a, a], -1).astype(np.float32)  # for the real and for the imaginary part of a spectrum
+    return (pixels, [[twice([_coarser(f, times)/4**(j - times) for f in w]) for times in range(max(j, 1))] for j, w in enumerate(waves)],
+            [[_inside(n, len(p), J, times).astype(np.float32) for n, p in zip((height, width), pixels, strict=True)] for times in range(J)])
+
 def filter_bank(
     height: int, # of the image in pixels
     width: int,
@@ -77,13 +84,9 @@ def filter_bank(
     device=None, # of the filters
 ) -> tuple: # pixels of rows and of columns; wavelets[j][times]: (L, rows >> times, columns >> times, 2); averages[times]: matrices for rows and columns
     "How images of one size are continued, and all their filters at each resolution at which they are used; float32."
-    tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a)).float().to(device)
-    pixels = [_continued(n, J) for n in (height, width)]
-    waves = [np.stack([morlet(*map(len, pixels), .8*2**j, (L//2 - 1 - t)*math.pi/L, .75*math.pi/2**j, 4/L) for t in range(L)]) for j in range(J)]
-    twice = lambda a: np.stack([a, a], -1)  # for the real and for the imaginary part of a spectrum
-    return ([torch.from_numpy(p).to(device) for p in pixels],
-            [[tensor(twice([_coarser(f, times)/4**(j - times) for f in w])) for times in range(max(j, 1))] for j, w in enumerate(waves)],
-            [[tensor(_inside(n, len(p), J, times)) for n, p in zip((height, width), pixels, strict=True)] for times in range(J)])
+    pixels, waves, averages = _filters(height, width, J, L)
+    def tensors(arrays): return [torch.from_numpy(a).to(device) for a in arrays]
+    return tensors(pixels), [tensors(w) for w in waves], [tensors(a) for a in averages]
 
 # %% ../../nbs/models/10a_scattering.ipynb #cell-008
 def _spectrum(x, dims=(-2, -1)): return torch.fft.fftn(x.to(torch.complex64), dim=dims)  # of real numbers it is several times slower on a CPU

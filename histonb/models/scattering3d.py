@@ -26,7 +26,14 @@ def colour_waves() -> np.ndarray: # (hue, frequency), real
 
 # %% ../../nbs/models/10b_scattering3d.ipynb #cell-009
 @lru_cache(8)
-@torch.inference_mode(False)  # it outlives the call: made in inference mode it could not be trained through later
+def _volumes(height, width, J, L):
+    "`volume_bank` as arrays, which no mode of torch's spoils for the next call."
+    def scale(j):
+        plane = np.stack([morlet(height, width, .8*2**j, (L//2 - 1 - t)*math.pi/L, .75*math.pi/2**j, 4/L) for t in range(L)])
+        volume = np.einsum("tyx,hc->thcyx", plane, colour_waves()).reshape(-1, 3, height, width)
+        return np.stack([volume, volume], -1).astype(np.float32)
+    return [scale(j) for j in range(J)]
+
 def volume_bank(
     height: int, # of the tile in pixels
     width: int,
@@ -35,11 +42,7 @@ def volume_bank(
     device=None, # of the filters
 ) -> list: # for each scale (L*3, 3, height, width, 2): angle and hue, colour frequency, and the same twice; float32
     "All wavelets for volumes of one size, in the Fourier domain."
-    def scale(j):
-        plane = np.stack([morlet(height, width, .8*2**j, (L//2 - 1 - t)*math.pi/L, .75*math.pi/2**j, 4/L) for t in range(L)])
-        volume = np.einsum("tyx,hc->thcyx", plane, colour_waves()).reshape(-1, 3, height, width)
-        return torch.from_numpy(np.stack([volume, volume], -1)).float().to(device)
-    return [scale(j) for j in range(J)]
+    return [torch.from_numpy(w).to(device) for w in _volumes(height, width, J, L)]
 
 # %% ../../nbs/models/10b_scattering3d.ipynb #cell-012
 class Scattering3d(nn.Module):
