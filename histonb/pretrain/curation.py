@@ -167,7 +167,7 @@ def curate(
     standardise: bool = False, # take the mean off the features and divide by their standard deviation, before all
     seed: int = 0, # of clusters and lots
 ) -> pd.DataFrame: # the table with `kept`; `dropped`: one of `REASONS` or empty; `duplicate_of`: position of the row it resembles, -1: none; `similarity` to it; `cluster`, `cluster1` ..., -1: not asked
-    "Decide which training tiles to keep. Near an evaluation tile given apart, `duplicate_of` is its row among those."
+    "Decide which training tiles to keep. An evaluation tile given apart counts in `duplicate_of` from N on."
     todo, tested = _candidates(table, features, slide)
     if min(per_slide, per_cluster, target) < 0: raise BadInput("curate", f"caps {per_slide} and {per_cluster}, target {target}", "Give numbers from 0 up; 0 is no limit.")
     for name, threshold in (("duplicate", duplicate), ("leak", leak)): _cut(0 if threshold is None else threshold, name)
@@ -183,7 +183,7 @@ def curate(
 
     left = todo
     protected = [(x.take(tested), tested)] if len(tested) else []
-    if evaluation is not None: protected.append((UnitRows(evaluation, scale, "evaluation"), np.arange(len(evaluation))))
+    if evaluation is not None: protected.append((UnitRows(evaluation, scale, "evaluation"), len(table) + np.arange(len(evaluation))))
     for base, numbers in protected if leak is not None else ():
         index, s = neighbours(x.take(left), base, desc="near evaluation")
         near = s[:, 0] >= _cut(leak)
