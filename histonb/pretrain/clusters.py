@@ -118,20 +118,27 @@ def kmeans(
     x, rng = unit(x), np.random.default_rng(seed)
     if not 1 <= k <= len(x): raise BadInput("clusters", f"{k} are wanted of {len(x)} tiles", "Ask for fewer clusters than there are tiles.")
     size = min(len(x), max(PER_CENTRE*k, ROWS))
-    centres = x[np.sort(rng.choice(len(x), k, replace=False))]
+
+    def draw(): return np.sort(rng.choice(len(x), size, replace=False))
+    def far(rows, cosine, n):
+        p = (1 - cosine[:, 0]).clip(0).astype(np.float64) + 1e-9
+        return x[np.sort(rng.choice(rows, n, replace=False, p=p/p.sum()))]
+
+    centres = x[np.sort(rng.choice(len(x), k - k//2, replace=False))]
+    if k > 1:
+        rows = draw()
+        centres = np.concatenate([centres, far(rows, neighbours(x.take(rows), centres, desc="start")[1], k//2)])
     totals, weights = torch.zeros(k, x.shape[1]), torch.zeros(k)
     for _ in progress(range(steps), f"{k} clusters", unit="steps"):
-        rows = np.sort(rng.choice(len(x), size, replace=False))
+        rows = draw()
+        index, cosine = neighbours(x.take(rows), centres, desc="a step")
         totals *= .5
-        weights *= .5
-        for block in blocks(size):
-            batch = torch.from_numpy(x[rows[block]])
-            nearest = (batch@torch.from_numpy(centres).T).argmax(1)
-            totals.index_add_(0, nearest, batch)
-            weights += torch.bincount(nearest, minlength=k)
-        poor = torch.nonzero(weights < .1*weights.mean()).flatten()
-        if len(poor): totals[poor] = torch.from_numpy(x[np.sort(rng.choice(rows, len(poor), replace=False))])
-        weights[poor] = 1
+        weights = weights*.5 + torch.from_numpy(np.bincount(index[:, 0], minlength=k))
+        for block in blocks(size): totals.index_add_(0, torch.from_numpy(index[block, 0]), torch.from_numpy(x[rows[block]]))
+        lost = (weights < 1) | (totals.norm(dim=1) == 0)
+        if lost.any():
+            totals[lost] = torch.from_numpy(far(rows, cosine, int(lost.sum())))
+            weights[lost] = 1
         centres = torch.nn.functional.normalize(totals, dim=1).numpy()
     return centres
 
