@@ -73,7 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--small", type=int, default=50_000, help="rows of the comparison")
-    parser.add_argument("--tested", type=int, default=10_000, help="rows that are evaluation tiles")
+    parser.add_argument("--tested", type=int, default=2000, help="rows that are evaluation tiles")
     args = parser.parse_args()
     n, rows = args.n, []
     with tempfile.TemporaryDirectory() as folder:

@@ -112,7 +112,7 @@ def kmeans(
     x, # (N,D) features, or `UnitRows`
     k: int, # centres wanted, at most N
     seed: int = 0, # of the start and of the batches
-    steps: int = 20, # batches
+    steps: int = 10, # batches
 ) -> np.ndarray: # centres (k,D) of length 1, float32
     "Learn centres by cosine from random batches."
     x, rng = unit(x), np.random.default_rng(seed)
