@@ -176,6 +176,7 @@ def test_bad_input_is_named(table, features, options, message):
     with pytest.raises(BadInput, match=message): curate(table, features, **options)
 
 
+@pytest.mark.filterwarnings("ignore:label . occurs")
 def test_store_with_another_table_shares_its_pixels(tmp_path):
     tiles = example_tiles(tmp_path/"example", n_slides=3, shape=(768, 768), workers=1)
     table = pd.read_parquet(tiles/"tiles.parquet")
