@@ -125,7 +125,7 @@ def cap_slides(
 ) -> np.ndarray: # (N,) whether the row stays
     "Limit what one slide gives, in all and to any one cluster."
     lot = np.random.default_rng(seed).permutation(len(slide))
-    turn = turns(np.unique(np.stack([slide, cluster]), axis=1, return_inverse=True)[1].ravel(), lot)
+    turn = turns(slide*(cluster.max() + 1) + cluster, lot)
     keep = turn < (per_cluster or np.inf)
     return keep & (turns(slide, _ranks(~keep, turn, lot)) < (per_slide or np.inf))
 
