@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'KEEP_ALL', 'find_pictures', 'stem', 'by_stem', 'Images', 'images', 'class_names', 'tile_images',
-           'join_stores']
+           'join_stores', 'store_with']
 
 # %% ../../nbs/data/05a_images.ipynb #cell-002
 import os
@@ -188,3 +188,18 @@ def _link(source, target):
     target.unlink(missing_ok=True)
     try: os.link(source, target)
     except OSError: shutil.copyfile(source, target)
+
+# %% ../../nbs/data/05a_images.ipynb #cell-table
+def store_with(
+    table: pd.DataFrame, # the new tile table: rows of the store's, with any change but where their pixels lie
+    store, # folder of the tile store
+    out, # folder of the new one
+):
+    "Write a store with the tiles of another and a table of its own. Raises `BadInput` where both are one folder."
+    store, out = Path(store), Path(out)
+    if store.resolve() == out.resolve(): raise BadInput(out, "is the store itself", "Choose another folder: the store's own table stays as it is.")
+    for shard in table["shard"][table["shard"] >= 0].unique(): _link(shard_path(store, shard), shard_path(out, shard))
+    for name in ("rule.json", "classes.json", "quarantine.csv", "account.parquet"):
+        if not (store/name).exists(): continue
+        with atomic_path(out/name) as p: shutil.copyfile(store/name, p)
+    with atomic_path(out/"tiles.parquet") as p: table.to_parquet(p, index=False)
