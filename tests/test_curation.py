@@ -6,7 +6,7 @@ import torch
 
 from histonb.core import BadInput
 from histonb.data.example import example_tiles
-from histonb.data.images import store_with
+from histonb.data.images import join_stores, store_with
 from histonb.data.shards import TileShards
 from histonb.pretrain.clusters import UnitRows, cluster_levels, hierarchy, kmeans, moments, neighbours
 from histonb.pretrain.curation import balance, cap_slides, components, curate, near_duplicates, turns
@@ -185,5 +185,7 @@ def test_store_with_another_table_shares_its_pixels(tmp_path):
     served = TileShards(tmp_path/"half")
     assert len(served) == half.kept.sum() and served.check() == len(served)
     assert (tmp_path/"half/shard-00000.tiles").samefile(tiles/"shard-00000.tiles")
+    assert set(curate(tile_table(40).assign(why=""), X, per_slide=2).query("~kept").why) == {"curated"}
+    with pytest.raises(BadInput, match="is one of the stores"): join_stores([tiles, tmp_path/"half"], tiles)
     with pytest.raises(BadInput, match="is the store itself"): store_with(half, tiles, tiles)
     assert TileShards(tiles).check() == table.kept.sum()

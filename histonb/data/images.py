@@ -156,6 +156,7 @@ def join_stores(
     stores, out, labelled = [Path(s) for s in stores], Path(out), Path(labelled) if str(labelled) else None
     names = [s.name for s in stores]
     if not stores: raise BadInput("stores", "none to join", "Name the folders of at least one tile store.")
+    if out.resolve() in {s.resolve() for s in stores}: raise BadInput(out, "is one of the stores", "Choose another folder: their own tables stay as they are.")
     if len({*names}) < len(names): raise BadInput("stores", f"two have the same name: {', '.join(names)}", "Rename a folder.")
     if labelled and labelled not in stores: raise BadInput("labelled", f"{labelled} is not among the stores", nearest(labelled, stores))
     for s in stores:

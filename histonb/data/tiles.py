@@ -218,7 +218,7 @@ def tile_slide(
     return table, counts
 
 # %% ../../nbs/data/02c_tiles.ipynb #cell-034
-WHY_COLORS = {"emptiness": "#7a8aa0", "edges": "#2a6fdb", "homogeneity": "#a53ddb", "ignored": "#000000"}
+WHY_COLORS = {"emptiness": "#7a8aa0", "edges": "#2a6fdb", "homogeneity": "#a53ddb", "ignored": "#000000", "curated": "#d08a00"}
 
 def overview(
     slide, # an open `Slide`, or a path

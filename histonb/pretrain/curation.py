@@ -202,4 +202,5 @@ def curate(
         parents = np.stack([m[np.unique(member[0], return_index=True)[1]] for m in member])
         cluster[:, rest] = parents[:, neighbours(x.take(rest), centres)[0][:, 0]]
     keep = np.isin(np.arange(len(table)), np.r_[left, tested])
-    return table.assign(kept=keep, dropped=dropped, duplicate_of=of, similarity=cosine, **{f"cluster{i or ''}": c for i, c in enumerate(cluster)})
+    why = {"why": np.where(dropped != "", "curated", table["why"])} if "why" in table else {}
+    return table.assign(kept=keep, **why, dropped=dropped, duplicate_of=of, similarity=cosine, **{f"cluster{i or ''}": c for i, c in enumerate(cluster)})
