@@ -15,9 +15,9 @@ from histonb.pretrain.trainer import Trainer
 FRONTS = "", "haar2d-approx+", "haar2d+", "haar3d-approx+", "haar3d+", "scattering+"
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--arch", nargs="+", default=["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
-parser.add_argument("--batch", type=int, default=16)
-parser.add_argument("--rounds", type=int, default=5)
+parser.add_argument("--arch", nargs="+", default=["xcit_nano_12_p16_224", "xcit_small_12_p16_224"])
+parser.add_argument("--batch", type=int, default=8)
+parser.add_argument("--rounds", type=int, default=3)
 args = parser.parse_args()
 
 for arch in args.arch:
