@@ -117,7 +117,8 @@ def _accumulate(c, ledger, student, teacher, loss, crops, masks):
     ledger.part = "teacher pass"
     with torch.no_grad(), cast(): _, t, *patches = teacher(crops[:1], masks)
     q, patch_q = (loss.teacher_probs(x, c.teacher_temp) for x in (t, patches[0] if patches else t[:0]))
-    seen = [(x, None) for x in crops[1:]] + [(crops[0], masks)]*(not loss.skip or c.patch_weight > 0 or c.spread_weight > 0)
+    large, small = [(crops[0], masks)]*(not loss.skip or c.patch_weight > 0 or c.spread_weight > 0), [(x, None) for x in crops[1:]]
+    seen = [*small, *large] if c.patch_weight else [*large, *small]
     if c.per_crop_backward: seen = [(x[i:i + 1], None if m is None else m[i:i + 1]) for x, m in seen for i in range(len(x))]
     for views, hidden in seen:
         ledger.part = "activations"

@@ -123,10 +123,10 @@ class Trainer:
         return Taught(crops, masks, features, scores, patches[0] if patches else scores.new_zeros(0, self.config.out_dim))
 
     def _passes(self, t):
-        "What the student sees in one go: crops, the place of the first in the loss (-1: in no pair), masks, rows of the patches. Large crops last: they use every parameter."
+        "What the student sees in one go: crops, the place of the first in the loss (-1: in no pair), masks, rows of the patches. With a patch loss large crops come last: they alone use every parameter, and processes exchange gradients then."
         c, skip = self.config, self.loss.skip
         passes = [(x, c.n_global - skip, None, slice(0)) for x in t.crops[1:]]
-        if not skip or c.patch_weight or c.spread_weight: passes.append((t.crops[0], -skip, t.masks, slice(None)))
+        if not skip or c.patch_weight or c.spread_weight: passes.insert(len(passes) if c.patch_weight else 0, (t.crops[0], -skip, t.masks, slice(None)))
         if not c.per_crop_backward: return passes
         apart, row = [], 0
         for x, first, masks, _ in passes:
