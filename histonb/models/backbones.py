@@ -60,8 +60,9 @@ def pooled(
 ) -> torch.Tensor: # (B, D), with both (B, 2D)
     "One vector an image, from its tokens."
     if tokens.ndim != 3: raise BadInput("pool", f"{type(model).__name__} has no patch tokens for `{pool}`", "Use pool='class', which takes the network's own pooled feature.")
+    if pool == "class": return tokens[:, 0]
     mean = tokens[:, getattr(model, "num_prefix_tokens", 1):].mean(1)
-    return {"class": tokens[:, 0], "mean": mean}[pool] if pool != "class+mean" else torch.cat([tokens[:, 0], mean], 1)
+    return mean if pool == "mean" else torch.cat([tokens[:, 0], mean], 1)
 
 def feature_dim(
     model: nn.Module, # from `backbone`

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..models.hiding import token_grid
 from .config import PretrainConfig, micro_batches, settle
 from .dino import DINOLoss, clip_gradients, ema_update, param_groups
-from .trainer import networks
+from .trainer import networks, passes
 
 # %% ../../nbs/pretrain/23b_memory.ipynb #cell-006
 class Ledger(TorchDispatchMode):
@@ -117,10 +117,7 @@ def _accumulate(c, ledger, student, teacher, loss, crops, masks):
     ledger.part = "teacher pass"
     with torch.no_grad(), cast(): _, t, *patches = teacher(crops[:1], masks)
     q, patch_q = (loss.teacher_probs(x, c.teacher_temp) for x in (t, patches[0] if patches else t[:0]))
-    large, small = [(crops[0], masks)]*(not loss.skip or c.patch_weight > 0 or c.spread_weight > 0), [(x, None) for x in crops[1:]]
-    seen = [*small, *large] if c.patch_weight else [*large, *small]
-    if c.per_crop_backward: seen = [(x[i:i + 1], None if m is None else m[i:i + 1]) for x, m in seen for i in range(len(x))]
-    for views, hidden in seen:
+    for views, _, hidden in passes(c, loss.skip, crops, masks):
         ledger.part = "activations"
         with cast(): _, s, *gaps = student([views], hidden, hidden is not None)
         logp = F.log_softmax(s.float()/c.student_temp, dim=-1)
