@@ -17,7 +17,7 @@ import torch
 
 from histonb.core import BadInput, read_jsonl
 from histonb.pretrain import ranks
-from histonb.pretrain.checkpoints import checkpoints, read_checkpoint
+from histonb.models.running import checkpoints, read_checkpoint
 from histonb.pretrain.config import PretrainConfig, settle
 from histonb.pretrain.loading import Batches, crop_loader
 from histonb.pretrain.trainer import Diverged, Stopped, Trainer, load_backbone, pretrain
