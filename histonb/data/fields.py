@@ -76,6 +76,7 @@ class Fields:
     def __getitem__(self, i): # position in the table
         row = self.table.iloc[int(i)]
         field = self.read(row)
+        field = replace(field, truth={name: field.truth[name] for name in self.truths})
         for name, truth in field.truth.items():
             if TRUTHS[name] != "class" and truth.shape != field.image.shape[:2]:
                 raise BadInput(row["map"] or row["field"], f"{_size(truth.shape)} pixels, its picture {_size(field.image.shape)}", "Find the map of this picture.")
