@@ -57,12 +57,13 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto" # of the products; auto = bf16 where the hardware has it
     workers: int = 1 # processes that make samples; 0 = in the training process
     seed: int = 0
-    val_fields: int = 4 # of each set, looked at after each epoch
+    watch_every: int = 0 # steps between looks at validation fields; 0 = an epoch
+    val_fields: int = 4 # of each set, looked at then
     log_every: int = 20 # steps between rows of the log; values are means over them
     checkpoint_every: int = 500 # steps between checkpoints; the end of the run always has one
     keep: int = 2 # latest checkpoints to keep
 
-MACHINE = ("out", "device", "workers", "val_fields", "log_every", "checkpoint_every", "keep") # may change when a run goes on
+MACHINE = ("out", "device", "workers", "watch_every", "val_fields", "log_every", "checkpoint_every", "keep") # may change when a run goes on
 
 def learning_rate(
     config: TrainConfig, # settled
@@ -205,7 +206,7 @@ def _loop(trainer, part, asked):
                 log({k: float(np.mean([row[k] for row in trainer.window if k in row])) for k in names}
                     | {"images_per_s": len(trainer.window)*c.batch_size/seconds, "data_wait": clock["wait"]/seconds, "memory": memory_used(trainer.device)})
                 trainer.window, began, clock["wait"] = [], time.perf_counter(), 0.
-            if trainer.step % per_epoch == 0 or last:
+            if trainer.step % (c.watch_every or per_epoch) == 0 or last:
                 log(validate(trainer.net, watched, c.val_fields, c.precision))
                 draw_progress(trainer.net, watched, folder/"samples"/f"{trainer.step:07d}.png", c.precision)
                 curves(folder)
