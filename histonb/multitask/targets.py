@@ -42,6 +42,7 @@ def weight_map(
         if box is None: continue
         box = tuple(slice(max(s.start - near, 0), s.stop + near) for s in box)
         d = cv2.distanceTransform((ids[box] != i).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        d = np.sqrt(np.rint(np.square(d)))  # its last bit depends on where in memory it was computed; squares are whole numbers
         second[box] = np.minimum(second[box], np.maximum(first[box], d))
         first[box] = np.minimum(first[box], d)
     return 1 + np.float32(w0)*np.exp(-np.square(first + second)/np.float32(2*sigma**2))
