@@ -175,7 +175,7 @@ def _objects(work, task):
         if long.any(): pieces.append(table[long])
         edges.append(pd.read_parquet(work.part(f"{task}-edges", i)))
         yield table[~long]
-    if pieces: yield join(pd.concat(pieces, ignore_index=True), pd.concat([e for e in edges if len(e)], ignore_index=True), filled=task == "gland")
+    if pieces: yield join(pd.concat(pieces, ignore_index=True), pd.concat(edges, ignore_index=True), filled=task == "gland")
 
 def _groups(work):
     "Objects of all tasks as they are on the slide, glands first."
@@ -236,4 +236,4 @@ def annotate_slide(
             shutil.rmtree(folder/"parts")
     return folder
 
-OVERVIEW = 2000 # pixels of the longer side of the overview
+OVERVIEW = 1600 # pixels of the longer side of the overview
