@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from ..core import BadInput, nearest
 from .cohorts import QUARANTINE_COLUMNS, lost_files, read_csv
@@ -47,7 +48,7 @@ def read_mat(
 ) -> list[np.ndarray]: # the arrays
     "Read arrays of a MATLAB file. Raises `BadInput` where it is damaged or lacks one."
     try: found = loadmat(path)
-    except (OSError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError, NotImplementedError, struct.error, zlib.error) as e:
+    except (OSError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError, NotImplementedError, MatReadError, struct.error, zlib.error) as e:
         raise BadInput(path, f"unreadable as a MATLAB file ({type(e).__name__}: {str(e)[:80]})", "Copy or download it again, or save it as MATLAB version 7.") from e
     here = [key for key in found if not key.startswith("__")]
     for key in keys:
@@ -152,7 +153,7 @@ def type_map(
     "Classes of pixels as a truth. Raises `BadInput` for ones that the truth does not have, and for maps of unequal size."
     if types.shape != ids.shape: raise BadInput(path, f"types of shape {types.shape}, instances of {ids.shape}", "Download it again.")
     wrong = np.setdiff1d(types, [*range(len(CLASSES[truth])), IGNORE])
-    if len(wrong): raise BadInput(path, f"type {wrong[0]} is none of {truth}", f"Give {', '.join(f'{i} {name}' for i, name in enumerate(CLASSES[truth]))}.")
+    if len(wrong): raise BadInput(path, f"type {wrong[0]:g} is none of {truth}", f"Give {', '.join(f'{i} {name}' for i, name in enumerate(CLASSES[truth]))}.")
     return np.where(ids > 0, np.where(types == 0, IGNORE, types), 0).astype(np.uint8)
 
 def types_by_id(

@@ -26,7 +26,7 @@ def _read_consep(row):
     ids, types = read_mat(path, "inst_map", "type_map")
     nuclei = clean_instances(ids, path)
     wrong = np.setdiff1d(types, range(len(MERGED)))
-    if len(wrong): raise BadInput(path, f"type {wrong[0]} is none of CoNSeP's seven", "Give the labels as published.")
+    if len(wrong): raise BadInput(path, f"type {wrong[0]:g} is none of CoNSeP's seven", "Give the labels as published.")
     types = type_map(MERGED[types.astype(int)], nuclei, "nucleus-type-consep", path)
     return Field(read_image(row["image"]), {"nucleus": nuclei, "nucleus-type-consep": types}, float(row["mpp"]))
 
