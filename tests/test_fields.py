@@ -239,6 +239,12 @@ def test_types_follow_ids_and_not_rows():
     assert [truth[6, 6], truth[6, 18], truth[0, 0]] == [255, 1, 0] and truth.dtype == np.uint8
 
 
+@pytest.mark.parametrize("numbers", [np.uint8, np.uint16, np.int32, float])
+@pytest.mark.parametrize("ids", [np.uint8, np.uint16, np.int64, float])
+def test_types_are_found_whatever_type_the_numbers_have(ids, numbers):
+    assert np.array_equal(types_by_id(squares(5, 9).astype(ids), np.array([9, 5], numbers), [2, 1], "x"), squares(1, 2))
+
+
 def test_types_that_cannot_be_are_refused():
     ids = squares(1, 2)
     with pytest.raises(BadInput, match="1 types for 2 instances"): types_by_id(ids, [1, 2], [1], "x")
@@ -263,15 +269,15 @@ def test_broken_maps_are_named(tmp_path, name, share):
 def test_broken_mat_files_are_named(tmp_path, compress):
     path = tmp_path/"a.mat"
     savemat(path, {"inst_map": np.random.default_rng(0).integers(0, 9, (30, 40)), "id": np.arange(9), "name": "x"}, do_compression=compress)
-    whole = path.read_bytes()
-    rng, good = np.random.default_rng(1), 0
-    for at in [*range(0, 200, 7), *rng.integers(0, len(whole) - 8, 60)]:
-        for data in (whole[:at], whole[:at] + rng.bytes(8) + whole[at + 8:]):
-            path.write_bytes(data)
-            try: read_mat(path, "inst_map", "id")
-            except BadInput as e: assert e.path == str(path)
-            else: good += 1
-    assert good < 120  # most of the damage is seen; what only changes a number cannot be
+    whole, rng, good = path.read_bytes(), np.random.default_rng(1), 0
+    places = [*range(0, 200, 7), *rng.integers(0, len(whole) - 8, 60)]
+    damaged = [whole[:at] for at in places] + [whole[:at] + rng.bytes(8) + whole[at + 8:] for at in places if compress]  # only zlib has a checksum
+    for data in damaged:
+        path.write_bytes(data)
+        try: read_mat(path, "inst_map", "id")
+        except BadInput as e: assert e.path == str(path)
+        else: good += 1
+    assert good < .2*len(damaged)  # what is cut behind the two arrays, or lies in the header's text
     path.write_bytes(whole)
     with pytest.raises(BadInput, match="no `inst_type` in it, but inst_map, id, name"): read_mat(path, "inst_type")
     with pytest.raises(BadInput, match="there.mat"): read_mat(tmp_path/"not_there.mat", "id")
@@ -428,7 +434,10 @@ def make_lizard(root):
 
 
 def test_lizard_finds_classes_through_ids(tmp_path):
-    z = lizard(make_lizard(tmp_path))
+    make_lizard(tmp_path)
+    (tmp_path/"Lizard_Labels/Labels/._consep_1.mat").write_bytes(b"what macOS leaves")
+    z = lizard(tmp_path)
+    assert not len(z.quarantine)
     assert z.table[["field", "case", "split", "source"]].values.tolist() == [
         ["consep_1", "consep_1", "fold1", "consep"], ["glas_2", "glas_2", "fold3", "glas"], ["dpath_3", "dpath_3", "fold2", "dpath"]]
     for i in range(3):

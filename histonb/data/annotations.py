@@ -183,8 +183,8 @@ def _read_folder(row, truth, type_truth):
 def find_mats(
     root, # folder, searched at any depth
 ) -> dict[str, Path]: # path from the folder, without ending -> file
-    "The MATLAB files of a folder."
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(Path(root).rglob("*.mat"))}
+    "The MATLAB files of a folder, without hidden ones."
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(Path(root).rglob("*.mat")) if not path.name.startswith(".")}
 
 def _known(parameter, name, kind):
     names = [truth for truth, k in TRUTHS.items() if k == kind]
