@@ -97,10 +97,14 @@ def clean_instances(
     pieces = label(whole, background=0, connectivity=2)
     size, owner = np.bincount(pieces.ravel()), np.zeros(pieces.max() + 1, np.int64)
     owner[pieces.ravel()] = whole.ravel()
-    table = pd.DataFrame({"owner": owner, "size": size})[1:]
-    kept = table[(table["size"] >= SLIVER) | (table["size"] == table.groupby("owner")["size"].transform("max"))].sort_values("owner", kind="stable")
+    whose = np.unique(owner, return_inverse=True)[1]
+    largest = np.zeros(whose.max() + 1, np.int64)
+    np.maximum.at(largest, whose, size)
+    kept = (owner > 0) & ((size >= SLIVER) | (size == largest[whose]))
+    order = np.argsort(owner, kind="stable")
+    order = order[kept[order]]
     number = np.zeros(len(owner), np.int32)
-    number[kept.index] = np.arange(1, len(kept) + 1)
+    number[order] = np.arange(1, len(order) + 1)
     return number[pieces]
 
 # %% ../../nbs/data/05d_fields.ipynb #cell-014
