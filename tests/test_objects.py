@@ -158,6 +158,17 @@ def test_types_are_counted_apart():
     assert r["mpq"]["value"] == pytest.approx(1/3) and r["n_objects"] == {"a": 2, "b": 1, "c": 0}
 
 
+def test_what_hits_an_object_of_unknown_type_is_not_counted():
+    pairs = [o.pair_counts(np.array([[1, 1, 0, 2, 2, 0, 0]]), np.array([[1, 1, 0, 2, 2, 0, 3]]))]
+    called = np.array([0, 1, 1, 1], np.uint8)
+    for kind, value in ((2, 2/(1 + 3)), (255, 2/(1 + 2))):
+        truth = np.array([0, 1, kind], np.uint8)
+        r = o.type_figures(pairs, [truth], [called], ["a"], ("none", "a", "b"))
+        assert r["pq"]["a"]["value"] == value and r["n_objects"] == {"a": 1, "b": int(kind == 2)}
+        assert truth[2] == kind and called.tolist() == [0, 1, 1, 1]  # left as they were
+    with pytest.raises(BadInput, match="predicted_types"): o.type_figures(pairs, [called], [truth[[0, 1, 1, 2]]], ["a"], ("none", "a", "b"))
+
+
 def test_one_type_is_plain_panoptic_quality():
     rng = np.random.default_rng(4)
     maps = [(t := random_map(rng), moved(rng, t)) for _ in range(5)]
@@ -185,5 +196,6 @@ def test_lists_that_do_not_fit_are_refused():
     with pytest.raises(BadInput, match="no picture"): o.object_figures([], [])
     with pytest.raises(BadInput, match="some pictures only"): o.object_figures([pairs, o.pair_counts(ids, ids, hausdorff=True)], ["a", "b"])
     good = np.array([0, 1, 0, 1])
+    with pytest.raises(BadInput, match="of 1 and 2 pictures for 1"): o.type_figures([pairs], [good], [good, good], ["a"], ("none", "a"))
     for wrong in (good[:3], good*1., good + 1, -good):
         with pytest.raises(BadInput): o.type_figures([pairs], [good], [wrong], ["a"], ("none", "a"))

@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from scipy.ndimage import find_objects
 
 from ..core import BadInput
+from ..data.labels import IGNORE
 from .metrics import caution, with_intervals
 
 # %% ../../nbs/evaluate/34c_objects.ipynb #cell-005
@@ -109,7 +110,7 @@ def figures_of(
         objects, area = s["n_truth"] + s["n_predicted"], np.stack([s["truth"], s["predicted"]])
         sides = np.stack([s["truth_dice"], s["predicted_dice"]])/area
         found = {"dice": 2*s["both"]/area.sum(0), "aji": s["aji_both"]/s["aji_union"], "pq": 2*s["iou"]/objects, "dq": 2*s["hits"]/objects,
-                 "sq": s["iou"]/s["hits"], "glas_f1": 2*s["glas_hits"]/objects, "object_dice": np.nan_to_num(sides).mean(0) + 0*objects/objects}
+                 "sq": s["iou"]/s["hits"], "glas_f1": 2*s["glas_hits"]/objects, "object_dice": np.where(objects > 0, np.nan_to_num(sides).mean(0), np.nan)[()]}
         if sums.shape[-1] > len(SUMS): found["object_hausdorff"] = np.nanmean(np.moveaxis(sums[..., len(SUMS):], -1, 0)/area, 0)
     return found
 
@@ -125,7 +126,7 @@ class _Outline:
         self.tree = cKDTree(self.pixels[edge])
 
 def _hausdorff(a, b, other_a, other_b):
-    "Distance of two outlines; `other` has what the other map says at the pixels of each that are not shared."
+    "Distance of two outlines; `other_a` and `other_b` say which of their pixels are not shared."
     return max(float(tree.query(pixels)[0].max()) if len(pixels) else 0. for tree, pixels in ((b.tree, a.pixels[other_a]), (a.tree, b.pixels[other_b])))
 
 def _distances(truth, predicted, pairs):
@@ -205,7 +206,7 @@ def object_difference(
 # %% ../../nbs/evaluate/34c_objects.ipynb #cell-029
 def type_figures(
     pairs: list, # `Pairs` of each picture
-    truth_types: list, # of each picture (numbers + 1,): the type of each number of the truth, at most C - 1
+    truth_types: list, # of each picture (numbers + 1,): the type of each number of the truth, below C; 255: unknown, not counted
     predicted_types: list, # the same of the prediction
     groups, # (N,) slide or case of each picture
     classes, # C names of types; the first one is none
@@ -214,6 +215,8 @@ def type_figures(
 ) -> dict: # `mpq` as `value, low, high`; `pq` and `dq` by name of type; `n_objects` of the truth by name; `n`, `n_groups`, `n_boot`, `note`
     "Panoptic quality of each type, pooled over pictures, with 95% bootstrap intervals by group."
     C, names = len(classes), list(classes)[1:]
+    if not len(pairs) == len(truth_types) == len(predicted_types) > 0:
+        raise BadInput("types", f"of {len(truth_types)} and {len(predicted_types)} pictures for {len(pairs)}", "Give pairs and the types of both maps for each picture, at least one.")
     sums = np.stack([_type_sums(*one, C) for one in zip(pairs, truth_types, predicted_types, strict=True)])
     def figures(s):
         n, hits, iou = np.moveaxis(s, -1, 0)
@@ -232,9 +235,11 @@ def _type_sums(pairs, truth_types, predicted_types, C):
     for name, ids, of in (("truth_types", pairs.truth, truth_types), ("predicted_types", pairs.predicted, predicted_types)):
         of = np.asarray(of)
         if of.ndim != 1 or of.dtype.kind not in "iu" or (len(ids) and ids[-1] >= len(of)): raise BadInput(name, f"{of.dtype} of shape {of.shape} for numbers up to {ids.max(initial=0)}", "Give a type for each number from 0 on.")
-        if of.size and not 0 <= of.min() <= of.max() < C: raise BadInput(name, f"types from {of.min()} to {of.max()} for {C} classes", "Number the types as the classes are.")
+        if not np.isin(of, [*range(C), IGNORE] if name == "truth_types" else range(C)).all(): raise BadInput(name, f"types from {of.min()} to {of.max()} for {C} classes", "Number the types as the classes are.")
         types.append(of[ids])
     (t, p), hit = types, pairs.iou > .5
+    unknown = t == IGNORE  # what hits an object of unknown type is neither right nor wrong
+    p[pairs.j[hit & unknown[pairs.i]]] = t[unknown] = 0
     same = hit & (t[pairs.i] == p[pairs.j])
     count = lambda of, weights=None: np.bincount(of, weights, C)
     of = t[pairs.i][same]

@@ -15,7 +15,7 @@ from skimage.segmentation import watershed
 from ..core import BadInput, nearest
 from ..evaluate.objects import check_ids
 
-# %% ../../nbs/multitask/42_instances.ipynb #cell-004
+# %% ../../nbs/multitask/42_instances.ipynb #cell-007
 def _disc(radius):
     "The ellipse of OpenCV that reaches so many pixels."
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*radius + 1,)*2)
@@ -30,10 +30,11 @@ def _label(mask, smallest):
     "The connected parts of a mask, diagonals included, of at least so many pixels."
     return _drop(cv2.connectedComponents(np.uint8(mask), connectivity=8)[1], smallest)
 
-# %% ../../nbs/multitask/42_instances.ipynb #cell-005
+# %% ../../nbs/multitask/42_instances.ipynb #cell-010
 def _owners(parts, ids, n):
-    "(n,) the object that meets each part, given pairs of the two; 0: none, -1: several."
-    pairs = np.unique((parts.astype(np.int64) << 32 | ids)[(parts > 0) & (ids > 0)])
+    "(n,) the object that meets each part, given what both say of the same places; 0: none, -1: several."
+    meet = (parts > 0) & (ids > 0)
+    pairs = np.unique(parts[meet].astype(np.int64) << 32 | ids[meet])
     part, owner = pairs >> 32, np.zeros(n, np.int32)
     owner[part] = pairs & 0xffffffff
     owner[np.bincount(part, minlength=n) > 1] = -1
@@ -41,20 +42,25 @@ def _owners(parts, ids, n):
 
 def _fill(ids):
     "Holes become part of the object around them; what two objects or the border of the picture enclose is no hole."
-    n, hole = cv2.connectedComponents(np.uint8(ids == 0), connectivity=4)
+    n, part = cv2.connectedComponents(np.uint8(ids == 0), connectivity=4)
+    inside = np.arange(n, dtype=np.int32)
+    for edge in (part[0], part[-1], part[:, 0], part[:, -1]): inside[edge] = 0
+    hole = inside[part]
     beside = (hole[:-1], ids[1:]), (hole[1:], ids[:-1]), (hole[:, :-1], ids[:, 1:]), (hole[:, 1:], ids[:, :-1])
     owner = _owners(*(np.concatenate([pair[i].ravel() for pair in beside]) for i in (0, 1)), n)
-    for edge in (hole[0], hole[-1], hole[:, 0], hole[:, -1]): owner[edge] = 0
     return np.where(ids > 0, ids, np.maximum(owner, 0)[hole])
 
+# %% ../../nbs/multitask/42_instances.ipynb #cell-013
 def _grow(ids, radius):
     "Each object grows by so many pixels, but not over others; where two arrive in the same step the smaller number wins."
     last = np.float32(2**24)  # the largest number that float32 counts to; dilation keeps the largest value, so numbers run backwards
     back = np.where(ids > 0, last - ids, 0).astype(np.float32)
-    for step in range(radius):  # plus and square in turn: an octagon
+    for step in range(radius):  # plus and square in turn: an octagon, which holds the ellipse
         back = np.where(back > 0, back, cv2.dilate(back, _disc(1) if step%2 == 0 else np.ones((3, 3), np.uint8)))
-    return np.where(back > 0, last - back, 0).astype(np.int32)
+    reach = cv2.dilate(np.uint8(ids > 0), _disc(radius))
+    return np.where((back > 0) & (reach > 0), last - back, 0).astype(np.int32)
 
+# %% ../../nbs/multitask/42_instances.ipynb #cell-018
 def _flood(score, markers, mask):
     "Markers share the mask by watershed, from high scores to low."
     n, part = cv2.connectedComponents(np.uint8(mask), connectivity=4)
@@ -65,15 +71,14 @@ def _flood(score, markers, mask):
     found = watershed(-score, np.where(contested, markers, 0), mask=contested)
     return np.where(contested, found, np.where(owner < 0, markers, np.maximum(owner, 0)))
 
-# %% ../../nbs/multitask/42_instances.ipynb #cell-007
+# %% ../../nbs/multitask/42_instances.ipynb #cell-021
 def glands(
     probs: np.ndarray, # (3, H, W) in 0..1: background, inner, contour
     mpp: float = .5, # um per pixel of these
 ) -> np.ndarray: # (H, W) int32, 0: none
     "Each gland with its lumen."
     probs, ds = _check(probs, mpp)
-    inner = probs[1] - (probs[2] > .5) > .55
-    return _fill(_grow(_label(inner, 1000*ds**2), round(5*ds)))
+    return _fill(_grow(_label(probs[1] > .55, 1000*ds**2), round(5*ds)))
 
 def lumens(
     probs: np.ndarray, # (3, H, W) in 0..1: background, inner, contour
@@ -82,7 +87,7 @@ def lumens(
 ) -> np.ndarray: # (H, W) int32, 0: none
     "Each lumen."
     probs, ds = _check(probs, mpp)
-    ids = _label(probs[1] > .5, 150*ds**2)
+    ids = _drop(_grow(_label(probs[1] > .5, 1), round(ds)), 150*ds**2)
     if within is None: return ids
     if np.shape(within) != ids.shape: raise BadInput("within", f"a map of {np.shape(within)} for probabilities of {ids.shape}", "Give the glands of the same picture.")
     outside = np.bincount(ids.ravel(), np.ravel(np.asarray(within) == 0)) > .5*np.bincount(ids.ravel())
@@ -120,7 +125,7 @@ def separate(
     if within is not None and task != "lumen": raise BadInput("within", f"given for `{task}`", "Only lumens have to lie within glands.")
     return lumens(probs, mpp, within) if task == "lumen" else SEPARATORS[task](probs, mpp)
 
-# %% ../../nbs/multitask/42_instances.ipynb #cell-009
+# %% ../../nbs/multitask/42_instances.ipynb #cell-033
 def majority_types(
     ids: np.ndarray, # (H, W) instances, 0: none
     type_map: np.ndarray, # (H, W) uint8, type of each pixel; 0: none
@@ -134,7 +139,7 @@ def majority_types(
     votes = np.bincount(ids[inside].astype(np.int64)*n_types + types[inside], minlength=n*n_types).reshape(n, n_types)[:, 1:]
     return np.where(votes.any(1), votes.argmax(1) + 1, 0).astype(np.uint8)
 
-# %% ../../nbs/multitask/42_instances.ipynb #cell-011
+# %% ../../nbs/multitask/42_instances.ipynb #cell-036
 def object_table(
     ids: np.ndarray, # (H, W) instances, 0: none
     probs: np.ndarray | None = None, # (C, H, W) in 0..1: of the types where `types` is given, else of background and others
@@ -146,6 +151,7 @@ def object_table(
 ) -> pd.DataFrame: # a row an object: `id`, `x`, `y`, `left`, `top`, `right`, `bottom`, `n`, `area_um2`, `type`, `probability`
     "What there is to say of each object. Places are in pixels of level 0, measured from corners: the first pixel covers 0 to 1."
     ids = check_ids(ids)
+    _check_table(ids, probs, types, mpp)
     y, x = np.nonzero(ids)
     of = ids[y, x]
     n = np.bincount(of, minlength=1)
@@ -159,3 +165,11 @@ def object_table(
     elif types is None: table["probability"] = mean(1. - probs[0, y, x])
     else: table["probability"] = mean(probs[np.asarray(types)[of], y, x])
     return pd.DataFrame(table)
+
+def _check_table(ids, probs, types, mpp):
+    "Whether all is of the same picture."
+    if not mpp > 0: raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the map.")
+    if probs is not None and (np.ndim(probs) != 3 or np.shape(probs)[1:] != ids.shape): raise BadInput("probabilities", f"{np.shape(probs)} for a map of {ids.shape}", "Give (C, H, W) of the same picture.")
+    if types is None: return
+    if np.ndim(types) != 1 or len(types) <= ids.max(): raise BadInput("types", f"{np.shape(types)} for numbers up to {ids.max()}", "Give a type for each number from 0 on.")
+    if probs is not None and np.max(types) >= len(probs): raise BadInput("types", f"a type {np.max(types)} for {len(probs)} probabilities", "Give the probabilities of the types.")
