@@ -12,7 +12,7 @@ import torch
 
 from ..core import BadInput, atomic_path, progress
 from ..data.fields import Fields, at_mpp
-from ..evaluate.objects import FIGURES, SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
+from ..evaluate.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models.cerberus import MPP, TASKS, Cerberus
 from .instances import majority_types, separate
 from .targets import UNKNOWN

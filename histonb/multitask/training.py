@@ -100,7 +100,9 @@ class Trainer:
         torch.manual_seed(c.seed)
         self.config, self.tasks, self.step, self.window = c, {t.name: t for t in tasks}, 0, []
         self.net, known = _network(c, tasks)
-        self.net.to(self.device, memory_format=torch.channels_last)
+        narrow = self.net.encoder.bn1.num_features < 16 and c.precision == "fp32" and self.device.type == "cpu"
+        self.layout = torch.contiguous_format if narrow else torch.channels_last  # the latter is faster, but there oneDNN's backward pass writes beyond its buffers
+        self.net.to(self.device, memory_format=self.layout)
         self.held = [self.net.encoder, self.net.map, *(self.net.decoders[n] for n in known)] if c.freeze else []
         if c.freeze and not set(self.tasks) - set(known): raise BadInput("freeze", f"{c.start} knows all tasks: {', '.join(known)}", "Add a task that it does not know, or do not freeze.")
         for module in self.held: module.requires_grad_(False)
@@ -116,7 +118,7 @@ class Trainer:
         self.net.train()
         for module in self.held: module.eval()
         truth = {name: [t.to(self.device, non_blocking=True) for t in truth[name]] for name in self.tasks if name in truth}
-        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True).float()/255
+        images = images.to(self.device, memory_format=self.layout, non_blocking=True).float()/255
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
             scores = self.net(images, {name: rows for name, (rows, *_) in truth.items()})
         losses = {name: task_loss(self.tasks[name], scores[name].float(), target) for name, (_, *target) in truth.items()}
