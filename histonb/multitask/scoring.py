@@ -50,7 +50,7 @@ def score_fields(
     mpp: float = MPP, # um per pixel
 ) -> list: # records: annotator, set, field, case, task, pairs; with types also truth_types, predicted_types
     "Objects found against objects there, field by field."
-    names, records = [n for n in names if n in fields.truths and TASKS[n].kind != "patch"], []
+    names, records = [n for n in names if n in fields.truths and (TASKS[n].of or n) in fields.truths and TASKS[n].kind != "patch"], []
     for row in progress(range(len(fields)), f"scoring {fields.name}", unit="field"):
         field, about = at_mpp(fields[row], mpp), fields.table.iloc[row]
         asked = list(dict.fromkeys([n for n in names if TASKS[n].kind == "instances"] + [TASKS[n].of for n in names if TASKS[n].kind == "types"] + names))
