@@ -1,17 +1,23 @@
-"EBHI-Seg: the faults of the set, its cases and divisions, broken folders, the part that is at hand."
+"EBHI-Seg: the faults of the set, its cases and divisions, broken folders, the part that is at hand, and the augmentation of pairs."
 
+import hashlib
+import multiprocessing
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from histonb.core import BadInput
 from histonb.data.cohorts import QUARANTINE_COLUMNS, ebhi_seg
 from histonb.data.ebhi import CLASSES, cases, listing, read
+from histonb.data.pair_augment import EBHIAugment
 from histonb.data.splits import SPLITS, check_leak
 
 REAL = Path(__file__).parents[2]/"shared/data/EBHI-SEG"
@@ -289,3 +295,90 @@ def test_the_part_at_hand_divides_by_case():
     grouped, random = ebhi_seg(REAL), ebhi_seg(REAL, "random")
     assert check_leak(grouped.slides)["leaking_cases"] == 0 and (grouped.grades() > 0).all(axis=None)
     assert check_leak(random.slides, strict=False)["leaking_rows"] > .8*(random.slides["split"] != "train").sum()
+
+
+# Augmentation ----------------------------------------------------------------------------------------------------------
+
+def pair(seed=0, side=224):
+    "A smooth picture and a mask of four numbers."
+    rng = np.random.default_rng(seed)
+    image = cv2.resize(rng.integers(80, 256, (28, 28, 3), dtype=np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+    return image, np.array([0, 3, 7, 255], np.uint8)[rng.integers(0, 4, (7, 7))].repeat(side//7, 0).repeat(side//7, 1)
+
+
+def fingerprint():
+    augment, h = EBHIAugment(), hashlib.blake2b(digest_size=16)
+    for i in range(12):
+        for part in augment(*pair(i), (5, 0, i)): h.update(part.tobytes())
+    return h.hexdigest()
+
+
+class Pairs(Dataset):
+    def __init__(self): self.augment = EBHIAugment()
+    def __len__(self): return 8
+    def __getitem__(self, i): return np.dstack(self.augment(*pair(i), (0, i)))
+
+
+def test_same_pairs_in_another_process_and_with_any_number_of_workers():
+    with multiprocessing.get_context("spawn").Pool(1) as pool: assert pool.apply(fingerprint) == fingerprint()
+    alone, forked = (torch.cat(list(DataLoader(Pairs(), batch_size=2, num_workers=n))) for n in (0, 2))
+    assert torch.equal(alone, forked)
+
+
+def test_what_came_in_stays_and_what_comes_out_has_its_form():
+    image, mask = pair()
+    kept = image.copy(), mask.copy()
+    augment = EBHIAugment()
+    for seed in range(30):
+        out = augment(image, mask, seed)
+        assert [(a.shape, a.dtype, a.flags.c_contiguous) for a in out] == [((224, 224, 3), np.uint8, True), ((224, 224), np.uint8, True)]
+        assert set(np.unique(out[1])) <= {0, 3, 7, 255}
+    assert np.array_equal(image, kept[0]) and np.array_equal(mask, kept[1])
+
+
+def test_a_mask_goes_where_its_picture_goes():
+    "A mask in black and white as the picture: both are moved alike, whatever colours and blur do."
+    side = np.zeros((224, 224), np.uint8)
+    cv2.ellipse(side, (90, 120), (50, 30), 25, 0, 360, 1, -1)
+    cv2.rectangle(side, (150, 20), (200, 70), 1, -1)
+    augment, moved = EBHIAugment(), 0
+    for seed in range(80):
+        image, mask = augment(np.repeat(side[..., None]*200 + 20, 3, 2).astype(np.uint8), side, seed)
+        assert ((image[..., 0] > (int(image.max()) + int(image.min()))/2) != mask).mean() < .01
+        moved += (mask != side).mean() > .02
+    assert moved > 40
+
+
+def test_each_transform_comes_as_often_and_as_strong_as_said():
+    augment, (image, mask) = EBHIAugment(), pair(side=70)
+    came, angles, kernels = [], [], []
+    for seed in range(2000):
+        augment(image, mask, (3, seed))
+        elastic, light, rotate, horizontal, vertical, blur = augment.transforms.transforms
+        came.append([bool(t.params) for t in augment.transforms.transforms])
+        if rotate.params: angles.append(np.degrees(np.arctan2(rotate.params["matrix"][1, 0], rotate.params["matrix"][0, 0])))
+        if blur.params: kernels.append(len(blur.params["kernel"]))
+    came = np.array(came)
+    assert np.abs(came.mean(0) - [.5, .5, .5, .5, .1, .15]).max() < .04  # 3.6 standard errors
+    assert 34 < max(angles) <= 35 and -35 <= min(angles) < -34 and abs(np.mean(angles)) < 3
+    assert set(kernels) == {3, 5, 7}
+    together = np.corrcoef(came.T)
+    assert np.abs(together[~np.eye(6, dtype=bool)]).max() < .1  # 4.5 standard errors: no two go together
+
+
+@pytest.mark.parametrize("image, mask, fault", [
+    (np.zeros((9, 9, 3), np.float32), np.zeros((9, 9), np.uint8), "is not an RGB image"), (np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8), "is not an RGB image"),
+    (np.zeros((9, 9, 3), np.uint8), np.zeros((9, 8), np.uint8), r"shape \(9, 8\) is no mask of a picture of 9x9 px"), (np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), bool), "a bool array"),
+    (np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9, 1), np.uint8), "is no mask"), (np.zeros((9, 9, 3), np.uint8), None, "a NoneType is no mask")])
+def test_what_is_no_pair_is_refused(image, mask, fault):
+    with pytest.raises(BadInput, match=fault): EBHIAugment()(image, mask, 0)
+
+
+@needs_real
+def test_real_pairs_are_augmented():
+    augment, foreground = EBHIAugment(), []
+    for i, row in enumerate(ebhi_seg(REAL).take(24).slides.itertuples()):
+        image, mask = augment(*read(row), i)
+        assert image.shape == (224, 224, 3) and set(np.unique(mask)) <= {0, 1}
+        foreground.append((mask.mean(), row.foreground))
+    assert np.abs(np.diff(foreground)).max() < .25 and np.corrcoef(np.transpose(foreground))[0, 1] > .8
