@@ -160,7 +160,7 @@ def panda(
     return Cohort("panda", slides, pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)
 
 # %% ../../nbs/data/05_cohorts.ipynb #cell-027
-_READERS = {"sicapv2": "sicapv2", "pairs": "pairs"}  # reader -> its module in this room
+_READERS = {"sicapv2": "sicapv2", "pairs": "pairs", "ebhi_seg": "ebhi"}  # reader -> its module in this room
 
 def __getattr__(name):
     if name not in _READERS: raise AttributeError(f"no reader `{name}` in {__name__}. {nearest(name, [*_READERS, 'panda'])}")

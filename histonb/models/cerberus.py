@@ -41,7 +41,7 @@ TASKS = {task.name: task for task in (
     Task("gland-type", "types", ("none", "benign", "malignant"), of="gland"),
     Task("nucleus-type", "types", ("none", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective"), of="nucleus",
          class_weights=(12., 1., 2., 6., 12., 2.)),
-    Task("nucleus-type-consep", "types", ("none", "other", "inflammatory", "epithelial", "spindle"), of="nucleus"),
+    Task("nucleus-type-consep", "types", ("none", "other", "inflammatory", "epithelial", "spindle-shaped"), of="nucleus"),
     Task("nucleus-type-pannuke", "types", ("none", "neoplastic", "inflammatory", "connective", "dead", "epithelial"), of="nucleus"),
     Task("tissue", "patch", TISSUE, weight=.4),
 )}

@@ -28,7 +28,7 @@ from ..data.tiles import Grid, low_resolution_glass
 from ..models.cerberus import PATCH
 from .exporting import class_name, on_slide, write_objects, write_tissue
 from .seams import find_in_window, inside, join
-from .stitching import TILE, Resampled, Scorer, StainScorer, around, boxes
+from .stitching import TILE, Resampled, around, boxes, find_scorer
 
 # %% ../../nbs/multitask/43_annotate.ipynb #cell-005
 GLASS = .98 # share of a square from which it shows no tissue
@@ -212,7 +212,7 @@ def annotate_slide(
 ) -> Path: # the slide's folder, with annotation.json
     "Annotate a slide, or go on with it. Raises `BadInput` for a slide, weights or a folder that cannot be used."
     start = time.monotonic()
-    scorer = weights if hasattr(weights, "margin") else StainScorer(tasks, mpp) if weights == "stain" else Scorer(weights, tasks, mpp, device, precision)
+    scorer = find_scorer(weights, tasks, mpp, device, precision)
     boxes((1, 1), tile)
     with open_slide(path, slide_mpp) as slide:
         stat, folder = Path(path).stat(), Path(out)/Path(path).stem

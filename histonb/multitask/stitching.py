@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TILE', 'AROUND', 'Resampled', 'margin_of', 'boxes', 'around', 'tile_scores', 'as_input', 'predict', 'choose_tasks',
-           'Scorer', 'StainScorer']
+           'Scorer', 'StainScorer', 'find_scorer']
 
 # %% ../../nbs/multitask/43a_stitching.ipynb #cell-002
 import dataclasses
@@ -189,3 +189,15 @@ class StainScorer:
         for name, task in self.tasks.items():
             regions = instance_target(BASELINES[name](image, self.mpp), task.kernel)[keep[0]:keep[2], keep[1]:keep[3]]
             yield name, np.uint8(255)*(regions == np.arange(len(task.classes))[:, None, None])
+
+# %% ../../nbs/multitask/43a_stitching.ipynb #cell-030
+def find_scorer(
+    weights, # folder of a training run, a file of weights, a `Cerberus`, something that is a scorer already; or "stain"
+    tasks=None, # names; None: all that it has
+    mpp: float | None = None, # um per pixel of its pictures; None: as the weights say
+    device: str = "auto", # auto, cpu, cuda ...
+    precision: str = "auto", # fp32, bf16; auto: bf16 where the hardware computes in it
+): # a scorer
+    "What annotates."
+    if hasattr(weights, "margin"): return weights
+    return StainScorer(tasks, mpp) if weights == "stain" else Scorer(weights, tasks, mpp, device, precision)

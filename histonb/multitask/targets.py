@@ -17,7 +17,7 @@ INNER, CONTOUR = 1, 2 # 0 is background
 
 def instance_target(
     ids: np.ndarray, # (h, w) int, 0 = none; at most 2**24 instances
-    kernel: int, # pixels of the ellipse, odd; 1 = no contour but between objects that touch
+    kernel: int, # pixels of the ellipse, odd; 1 = no contour
 ) -> np.ndarray: # (h, w) uint8: 0 background, 1 inner, 2 contour
     "Background, inside and contour. What lies outside the picture erodes nothing. Raises `BadInput` for a map that holds no ids."
     ids = np.asarray(ids)

@@ -76,11 +76,14 @@ def learning_rate(
 def settle(
     config: TrainConfig, # as the user gave it
     sizes: list, # number of training fields of each set
+    patches: bool = False, # whether one of the sets holds patches with one class each
 ) -> TrainConfig: # with steps, device and precision settled
     "Replace what is left to choose, and refuse what cannot work."
     c = config
     if not sizes or not all(sizes): raise BadInput("sets", f"no training field in {'one of them' if sizes else 'none'}", "Lower val_share and test_share, or leave the set out.")
     if c.batch_size < 2: raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
+    if patches and c.sampling == "mixed" and c.batch_size < 2*len(sizes):
+        raise BadInput("batch_size", f"{c.batch_size} samples of {len(sizes)} sets leave one patch, of which batch norm has no statistics", f"Choose at least {2*len(sizes)}, or another sampling.")
     if c.crop < 32 or c.crop % 16: raise BadInput("crop", f"{c.crop} pixels", f"Choose a multiple of 16, such as {max(round(c.crop/16), 2)*16}.")
     if c.freeze and not c.start: raise BadInput("freeze", "nothing to hold without `start`", "Name the run whose weights are held.")
     steps = c.steps or round(c.epochs*max(sizes)*len(sizes)/c.batch_size)
@@ -100,7 +103,9 @@ class Trainer:
         torch.manual_seed(c.seed)
         self.config, self.tasks, self.step, self.window = c, {t.name: t for t in tasks}, 0, []
         self.net, known = _network(c, tasks)
-        self.net.to(self.device, memory_format=torch.channels_last)
+        narrow = self.net.encoder.bn1.num_features < 16 and c.precision == "fp32" and self.device.type == "cpu"
+        self.layout = torch.contiguous_format if narrow else torch.channels_last  # the latter is faster, but there oneDNN's backward pass writes beyond its buffers
+        self.net.to(self.device, memory_format=self.layout)
         self.held = [self.net.encoder, self.net.map, *(self.net.decoders[n] for n in known)] if c.freeze else []
         if c.freeze and not set(self.tasks) - set(known): raise BadInput("freeze", f"{c.start} knows all tasks: {', '.join(known)}", "Add a task that it does not know, or do not freeze.")
         for module in self.held: module.requires_grad_(False)
@@ -116,7 +121,7 @@ class Trainer:
         self.net.train()
         for module in self.held: module.eval()
         truth = {name: [t.to(self.device, non_blocking=True) for t in truth[name]] for name in self.tasks if name in truth}
-        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True).float()/255
+        images = images.to(self.device, memory_format=self.layout, non_blocking=True).float()/255
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
             scores = self.net(images, {name: rows for name, (rows, *_) in truth.items()})
         losses = {name: task_loss(self.tasks[name], scores[name].float(), target) for name, (_, *target) in truth.items()}
@@ -161,7 +166,7 @@ def train(
     "Train a network for several tasks, or go on, or return at once where that is done."
     sets, tasks = read_sets(config.sets, config.tasks, config.val_share, config.test_share, config.split_seed)
     part = {split: [fields.take((fields.table["split"] == split).to_numpy()) for fields in sets] for split in ("train", "val")}
-    c, folder = settle(config, [len(fields) for fields in part["train"]]), Path(config.out)
+    c, folder = settle(config, [len(fields) for fields in part["train"]], any(map(_patches, sets))), Path(config.out)
     claim(folder, dataclasses.asdict(c), MACHINE, ("cerberus.json", "cerberus.safetensors"), restart)
     if (folder/"cerberus.json").exists() and read_json(folder/"cerberus.json").get("step") == c.steps: return folder
     _write_fields(sets, folder)
@@ -174,9 +179,11 @@ def _write_fields(sets, folder):
     "Which field of which set is in which split."
     with atomic_path(folder/"fields.csv") as p: pd.concat([f.table[["field", "case", "split"]].assign(set=f.name) for f in sets]).to_csv(p, index=False)
 
+def _patches(fields): return fields.truths == ("tissue",)
+
 def _loader(c, fields, tasks, start):
     "Batches of the steps from `start` to the last."
-    batches = Batches([f.truths == ("tissue",) for f in fields], c.sampling, c.batch_size, c.crop, start, c.steps)
+    batches = Batches(list(map(_patches, fields)), c.sampling, c.batch_size, c.crop, start, c.steps)
     parallel = {"worker_init_fn": start_worker, "timeout": 600, "prefetch_factor": 4} if c.workers else {}
     return DataLoader(Samples(fields, tasks, c.mpp, c.seed), batch_sampler=batches, num_workers=c.workers, collate_fn=collate, generator=torch.Generator(),
                       pin_memory=c.device.startswith("cuda"), **parallel)

@@ -1,0 +1,262 @@
+"""Multi-task training: tasks and their tables, targets, samples, sets, and a training that goes on, learns and refuses what it cannot use."""
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from histonb.core import BadInput, read_jsonl
+from histonb.data import fields as data
+from histonb.models import cerberus
+from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
+from histonb.models.running import checkpoints
+from histonb.multitask import samples, sets, targets, training, watching
+from histonb.multitask.training import TrainConfig, Trainer, settle, train
+
+REAL = Path(__file__).parents[2]/"shared/data"
+needs_real = pytest.mark.skipif(not (REAL/"GlaS").exists(), reason="no ../shared/data/GlaS")
+PHANTOMS = {"reader": "phantom_fields", "n": 8, "seed": 1, "size": 128}
+TINY = dict(arch="resnet18", width=.125, crop=64, batch_size=4, steps=6, device="cpu", precision="fp32", workers=0, log_every=2, val_fields=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# --- tasks and network
+
+def test_data_and_network_call_classes_alike():
+    for name, classes in data.CLASSES.items(): assert TASKS[name].classes == classes
+    assert {name: {"instances": "instances", "types": "types", "class": "patch"}[kind] for name, kind in data.TRUTHS.items()} == {t.name: t.kind for t in TASKS.values()}
+
+
+def test_a_task_of_ones_own_is_one_line(tmp_path):
+    vessel = Task("vessel", "instances", kernel=5)
+    net = Cerberus(["gland", vessel], "resnet18", .0625)
+    assert net.eval()(torch.rand(1, 3, 32, 32))["vessel"].shape == (1, 3, 32, 32)
+    cerberus.save(net, tmp_path)
+    assert cerberus.load(tmp_path)[0].tasks["vessel"] == vessel
+
+
+@pytest.mark.parametrize(("tasks", "message"), [(["glands"], "Did you mean `gland`"), (["gland", "gland"], "named twice"), ([], "there is none"),
+                                                ([Task("x", "instance")], "Did you mean `instances`")])
+def test_tasks_that_cannot_be(tasks, message):
+    with pytest.raises(BadInput, match=message): find_tasks(tasks)
+
+
+def test_encoders_that_cannot_be():
+    with pytest.raises(BadInput, match="resnet34"): Cerberus(["gland"], "resnet43")
+    with pytest.raises(BadInput, match="leaves 3 channels"): Cerberus(["gland"], "resnet18", .04)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 20), (16, 16), (33, 50)])
+def test_pictures_smaller_than_what_a_pixel_sees(size):
+    net = Cerberus(("gland", "tissue"), "resnet18", .0625).eval()
+    with torch.inference_mode(): out = net(torch.rand(2, 3, *size))
+    assert out["gland"].shape == (2, 3, *size) and out["tissue"].shape == (2, 9, 1, 1)
+    assert all(torch.isfinite(s).all() for s in out.values())
+
+
+def test_weights_that_cannot_be_read(tmp_path):
+    net = Cerberus(["gland"], "resnet18", .0625)
+    cerberus.save(net, tmp_path)
+    torch.save({"desc": {"backbone.conv1.weight": torch.zeros(1)}}, tmp_path/"other.tar")
+    with pytest.raises(BadInput, match="no `decoder_head`"): cerberus.load(tmp_path/"other.tar")
+    torch.save({"desc": {"decoder_head.Gland.0.block.0.conv.weight": torch.zeros(1)}}, tmp_path/"half.tar")
+    with pytest.raises(BadInput, match="not the weights of Cerberus"): cerberus.load(tmp_path/"half.tar")
+    (tmp_path/"cerberus.safetensors").write_bytes(b"no")
+    with pytest.raises(BadInput, match="not the weights that cerberus.json describes"): cerberus.load(tmp_path)
+    (tmp_path/"cerberus.json").write_text("{}")
+    with pytest.raises(BadInput, match="lacks `tasks`"): cerberus.load(tmp_path)
+
+
+# --- targets
+
+def test_numbers_with_gaps_change_no_target():
+    ids = np.zeros((40, 40), np.int32)
+    ids[5:15, 5:15], ids[5:15, 15:25], ids[25:35, 10:30] = 1, 2, 3
+    renamed = np.array([0, 40, 7, 1000], np.int32)[ids]
+    assert (targets.instance_target(ids, 3) == targets.instance_target(renamed, 3)).all()
+    assert np.array_equal(targets.weight_map(ids, 3), targets.weight_map(renamed, 3))
+
+
+def test_objects_that_touch_are_kept_apart():
+    ids = np.zeros((20, 30), np.int32)
+    ids[5:15, 5:15], ids[5:15, 15:25] = 1, 2
+    target, weight = targets.instance_target(ids, 3), targets.weight_map(ids, 3)
+    assert (target[6:14, 14:16] == targets.CONTOUR).all() and (target[7:13, 7:13] == targets.INNER).all()
+    assert weight[10, 14] > 9 > weight[10, 6]
+
+
+def test_an_empty_map_is_background_of_weight_one():
+    ids = np.zeros((9, 9), np.uint16)
+    assert not targets.instance_target(ids, 11).any() and (targets.weight_map(ids, 11) == 1).all()
+
+
+@pytest.mark.parametrize("ids", [np.zeros((4, 4)), np.zeros((4, 4, 3), int), np.full((4, 4), -1)])
+def test_maps_that_hold_no_ids(ids):
+    with pytest.raises(BadInput): targets.instance_target(ids, 3)
+
+
+def test_weights_do_not_depend_on_where_they_are_computed():
+    rng = np.random.default_rng(0)
+    ids = cv2.connectedComponents(np.uint8(rng.random((61, 47)) < .1))[1]
+    first = targets.weight_map(ids, 3)
+    for offset in range(1, 9):
+        moved = np.empty(ids.size + 16, np.int32)[offset:offset + ids.size].reshape(ids.shape)
+        moved[:] = ids
+        junk = [np.empty(rng.integers(10, 9000)) for _ in range(4)]
+        assert np.array_equal(targets.weight_map(moved, 3), first), len(junk)
+
+
+# --- samples and sets
+
+def test_samples_are_the_same_in_any_process():
+    found, tasks = sets.read_sets([PHANTOMS])
+    def batches(workers):
+        c = settle(TrainConfig("run", **TINY | {"workers": workers, "steps": 3}), [5])
+        return list(training._loader(c, found, tasks, 0))
+    for (a, s), (b, t) in zip(batches(0), batches(2), strict=True):
+        assert a.equal(b) and s.keys() == t.keys()
+        for name in s: assert all(p.equal(q) for p, q in zip(s[name], t[name], strict=True))
+
+
+def test_a_set_is_seen_whole_before_anything_comes_again():
+    found, tasks = sets.read_sets([PHANTOMS])
+    seen = samples.Samples(found, tasks)
+    seen.field = lambda number, row: rows.append(row) or samples.Samples.field(seen, number, row)
+    rows = []
+    for k in range(2*len(found[0])): seen[0, k, 32]
+    n = len(found[0])
+    assert sorted(rows[:n]) == sorted(rows[n:]) == list(range(n)) and rows[:n] != rows[n:]
+
+
+def test_kept_fields_stay_within_their_limit():
+    found, tasks = sets.read_sets([PHANTOMS])
+    seen = samples.Samples(found, tasks, keep=2e-4)
+    for row in range(4): seen.field(0, row)
+    assert len(seen.kept) == 1 and np.array_equal(seen.field(0, 0).image, samples.Samples(found, tasks).field(0, 0).image)
+
+
+def test_publishers_test_pictures_stay_test_pictures():
+    table = pd.DataFrame({"field": list("abcdefgh"), "case": [*"112233", "4", "5"], "split": ["train"]*6 + ["testA", "testB"], "mpp": .5, "image": "", "map": ""})
+    found = sets.divide(data.Fields("GlaS", table, pd.DataFrame(), ("gland",), None), val=.3)
+    split = found.table.set_index("field")["split"]
+    assert (split[["g", "h"]] == "test").all() and set(split[:6]) == {"train", "val"}
+    assert found.table.groupby("case")["split"].nunique().max() == 1
+
+
+@needs_real
+def test_glas_is_divided_by_patient():
+    found = sets.divide(data.glas(REAL/"GlaS"), val=.1, test=.25)
+    assert set(found.table["split"]) == {"train", "val", "test"} and found.table.groupby("case")["split"].nunique().max() == 1
+
+
+@pytest.mark.parametrize(("said", "message"), [
+    ({"reader": "glass", "root": "."}, "Did you mean `glas`"), ({"reader": "glas"}, "lacks `root`"), ({"reader": "glas", "path": "."}, "takes no `path`"),
+    ({"reader": "phantom_fields", "n": 2, "truths": ["glands"]}, "Did you mean `gland`")])
+def test_sets_that_cannot_be(said, message):
+    with pytest.raises(BadInput, match=message): sets.read_set(said)
+
+
+# --- training
+
+def config(out, *more, **changes): return TrainConfig(str(out), (PHANTOMS | {"truths": ["gland", "nucleus"]}, PHANTOMS | {"truths": ["lumen"], "seed": 2}, *more), **TINY | changes)
+
+
+def figures(folder): return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait", "memory")} for row in read_jsonl(Path(folder)/"log.jsonl")]
+
+
+def test_it_learns(tmp_path):
+    train(TrainConfig(str(tmp_path), (PHANTOMS | {"n": 12, "truths": ["nucleus"]},), **TINY | {"steps": 80, "lr": 5e-3, "schedule": "cosine", "width": .25, "log_every": 20}))
+    rows = read_jsonl(tmp_path/"log.jsonl")
+    losses, right = [row["loss"] for row in rows if "loss" in row], [row["right_nucleus"] for row in rows if "right_nucleus" in row]
+    assert losses[-1] < .75*losses[0] and right[-1] > .8
+
+
+def test_a_run_that_is_killed_goes_on_exactly(tmp_path):
+    train(config(tmp_path/"whole", steps=40, checkpoint_every=2))
+    code = ("import torch; torch.set_num_threads(1)\nfrom histonb.multitask.training import TrainConfig, train\n"
+            f"train(TrainConfig(**{dataclasses.asdict(config(tmp_path/'killed', steps=40, checkpoint_every=2))!r}))")
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"HISTONB_BATCH": "1"})
+        before = len(checkpoints(tmp_path/"killed")) and checkpoints(tmp_path/"killed")[0][0]
+        while process.poll() is None and (not (found := checkpoints(tmp_path/"killed")) or found[0][0] <= before): time.sleep(.05)
+        process.send_signal(how)
+        process.wait()
+    assert 0 < checkpoints(tmp_path/"killed")[0][0] < 40, "it was killed too late for a test"
+    train(config(tmp_path/"killed", steps=40, checkpoint_every=2))
+    assert figures(tmp_path/"killed") == figures(tmp_path/"whole")
+    a, b = (cerberus.load(tmp_path/name)[0].state_dict() for name in ("whole", "killed"))
+    assert all(a[k].equal(b[k]) for k in a)
+
+
+def test_a_finished_run_returns_at_once(tmp_path):
+    train(config(tmp_path, steps=2))
+    before = (tmp_path/"cerberus.safetensors").stat().st_mtime_ns
+    assert train(config(tmp_path, steps=2)) == tmp_path and (tmp_path/"cerberus.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(BadInput, match="crop 64 -> 96"): train(config(tmp_path, steps=2, crop=96))
+    train(config(tmp_path, steps=2, crop=96), restart=True)
+
+
+def test_stage_two_holds_all_that_stage_one_knows(tmp_path):
+    train(config(tmp_path/"one", steps=2))
+    typed = dataclasses.replace(config(tmp_path/"two", steps=4, start=str(tmp_path/"one"), freeze=True), sets=(PHANTOMS | {"truths": ["nucleus-type"]},))
+    train(typed)
+    a, b = (cerberus.load(tmp_path/name)[0].state_dict() for name in ("one", "two"))
+    assert all(a[k].equal(b[k]) for k in a), "also the statistics of batch norm"
+    assert {k.split(".")[1] for k in b.keys() - a.keys()} == {"nucleus-type"}
+    with pytest.raises(BadInput, match="trained at 0.5 um/px, not 0.25"): train(dataclasses.replace(typed, out=str(tmp_path/"three"), mpp=.25))
+
+
+@pytest.mark.parametrize("sampling", samples.SAMPLINGS)
+def test_patches_and_fields_in_one_run(tmp_path, sampling):
+    rng = np.random.default_rng(0)
+    for name in ("TUM", "STR", "LYM"):
+        (tmp_path/"patches"/name).mkdir(parents=True)
+        for i in range(4): cv2.imwrite(str(tmp_path/"patches"/name/f"{name}-{i}.png"), rng.integers(0, 255, (150, 150, 3), dtype=np.uint8))
+    train(config(tmp_path/"run", {"reader": "patch_folders", "root": str(tmp_path/"patches")}, sampling=sampling, batch_size=6, steps=6, log_every=6))
+    rows = figures(tmp_path/"run")
+    assert {"loss_tissue", "loss_gland", "loss_nucleus", "loss_lumen"} <= rows[0].keys() if "loss" in rows[0] else rows[-1].keys()
+    assert "right_tissue" in rows[-1]
+
+
+def test_a_task_without_data(tmp_path):
+    with pytest.raises(BadInput, match="no set has data of this task"): train(config(tmp_path, tasks=("gland", "tissue")))
+
+
+def test_a_task_without_truth_in_a_batch_is_no_loss():
+    found, tasks = sets.read_sets([PHANTOMS | {"truths": ["gland"]}])
+    trainer = Trainer(settle(TrainConfig("run", **TINY), [4]), find_tasks(["gland", "lumen"]))
+    seen = samples.Samples(found, tasks)
+    row = trainer.train_step(samples.collate([seen[0, k, 64] for k in range(4)]))
+    assert "loss_lumen" not in row and all(p.grad is None for p in trainer.net.decoders["lumen"].parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    found, tasks = sets.read_sets([PHANTOMS | {"truths": ["gland"]}])
+    trainer, seen = Trainer(settle(TrainConfig("run", **TINY), [4]), tasks), samples.Samples(found, tasks)
+    with torch.no_grad(): next(trainer.net.parameters()).fill_(torch.nan)
+    with pytest.raises(ArithmeticError, match="step 1: the loss is not finite .gland nan"): trainer.train_step(samples.collate([seen[0, k, 64] for k in range(4)]))
+
+
+def test_types_that_nobody_knows_are_not_learnt_nor_judged():
+    task, scores = TASKS["nucleus-type"], torch.randn(7, 8, 8)
+    types = np.zeros((8, 8), np.uint8)
+    types[2:6, 2:6] = targets.UNKNOWN
+    assert watching._right(task, scores, (types,)) is None
+    types[2:4, 2:4] = 1
+    scores[:] = -9.
+    scores[1] = 9.
+    assert watching._right(task, scores, (types,)) == 1
+
+
+def test_a_field_smaller_than_the_crop_is_reflected():
+    field = data.Field(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8), {"gland": np.ones((20, 30), np.int32)}, .5)
+    image, truth = samples.draw_sample(field, 96, (0,))
+    assert image.shape == (96, 96, 3) and (truth["gland"] == 1).all() and image.std() > 5
