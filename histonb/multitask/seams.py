@@ -63,7 +63,7 @@ def find_in_window(
     short = ~long & (_owner(extent, tile, has) == at).all(1)
     inside = (core[0] - top, core[1] - left, core[2] - top, core[3] - left)
     kept, drawn = (_keep(ids, short, long, around(inside, beyond, ids.shape)) for beyond in (0, 1))  # pieces are drawn a pixel larger, so that they overlap
-    kinds = majority_types(kept, probs.argmax(0).astype(np.uint8)) if types else None
+    kinds = majority_types(kept, _likeliest(probs)) if types else None
     table = object_table(kept, probs, kinds, mpp, left, top)
     piece, label = np.full(len(long), -1), table["id"].to_numpy()
     piece[label[long[label]]] = at[0]*has.shape[1] + at[1] << 32 | label[long[label]]
@@ -75,6 +75,10 @@ def find_in_window(
     return table.drop(columns=["id", "area_um2"]), _edges(piece[ids], inside).assign(x=lambda t: t["x"] + left, y=lambda t: t["y"] + top)
 
 def _floats(probabilities): return probabilities/np.float32(255)
+
+def _likeliest(probs):
+    "The type that a pixel votes for: of those but none the likeliest, if any has a probability."
+    return np.where(probs[1:].any(0), probs[1:].argmax(0) + 1, 0).astype(np.uint8)
 
 def _owner(extent, tile, has):
     "Row and column of the tile that an object belongs to: where its middle is, or, without scores there, the first with scores that its bounding box meets."
@@ -93,7 +97,7 @@ def _keep(ids, short, long, box):
 def _count(probs, typed):
     "Votes for each type and sums of probabilities, of the pixels of a piece."
     if not typed: return [probs.shape[1]], [float((1 - probs[0]).sum(dtype=float))]
-    return np.bincount(probs.argmax(0), minlength=len(probs)).tolist(), probs.sum(1, dtype=float).tolist()
+    return np.bincount(_likeliest(probs), minlength=len(probs)).tolist(), probs.sum(1, dtype=float).tolist()
 
 def _edges(pieces, core):
     "Pieces at the first row and column of the core, and in those beyond its end, where its neighbours begin."
@@ -125,9 +129,9 @@ def _join(pieces, filled):
     n, votes = pieces["n"].sum(), np.sum(pieces["votes"].tolist(), 0)
     kind = votes[1:].argmax() + 1 if votes[1:].any() else 0
     whole = max(shapely.get_parts(shapely.union_all(shapely.from_wkb(pieces["outline"]))), key=shapely.area)
-    hole = round(shapely.Polygon(whole.exterior).area - whole.area) if filled else 0
+    outline = shapely.Polygon(whole.exterior)
     return {**{c: np.average(pieces[c], weights=pieces["n"]) for c in ("x", "y")}, **{c: pieces[c].min() for c in ("left", "top")}, **{c: pieces[c].max() for c in ("right", "bottom")},
-            "n": n + hole, "type": kind, "probability": np.sum(pieces["sums"].tolist(), 0)[kind]/n, "outline": shapely.to_wkb(largest(whole))}
+            "n": max(n, round(outline.area + .5)) if filled else n, "type": kind, "probability": np.sum(pieces["sums"].tolist(), 0)[kind]/n, "outline": shapely.to_wkb(largest(outline))}
 
 # %% ../../nbs/multitask/43b_seams.ipynb #cell-011
 def inside(

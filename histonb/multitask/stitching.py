@@ -7,7 +7,6 @@ __all__ = ['TILE', 'AROUND', 'Resampled', 'margin_of', 'boxes', 'around', 'tile_
            'Scorer', 'StainScorer', 'find_scorer']
 
 # %% ../../nbs/multitask/43a_stitching.ipynb #cell-002
-import dataclasses
 import functools
 
 import numpy as np
