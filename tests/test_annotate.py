@@ -390,13 +390,14 @@ def test_slides_without_tissue_give_empty_files_and_say_so(tmp_path):
 
 
 def test_a_shred_of_tissue_is_not_missed(tmp_path):
-    image = np.full((1200, 1200, 3), 245, np.uint8)
-    image[690:722, 330:362] = (200, 120, 160)
-    for name, levels in (("pyramid", (1, 4, 16)), ("single", (1,))):
-        write_slide(tmp_path/f"{name}.tiff", image, mpp=.5, levels=levels)
-        with open_slide(tmp_path/f"{name}.tiff") as s: squares = tissue_squares(s, 1., (1200, 1200))
-        assert 32**2/2 < squares.sum()*144**2 < 32**2*2  # pixels of 16 x 16 count as a whole
-        assert np.argwhere(tiles_with_tissue(squares, 432)).tolist() == [[1, 0]]
+    for k, (y, x, side, tiles) in enumerate(((684, 396, 72, [[1, 0], [1, 1]]), (828, 828, 72, [[1, 1], [1, 2], [2, 1], [2, 2]]), (330, 330, 40, [[0, 0]]))):
+        image = np.full((1300, 1300, 3), 245, np.uint8)
+        image[y:y + side, x:x + side] = (200, 120, 160)
+        for levels in ((1, 4, 16), (1,)):
+            write_slide(tmp_path/f"{k}{len(levels)}.tiff", image, mpp=.5, levels=levels)
+            with open_slide(tmp_path/f"{k}{len(levels)}.tiff") as s: squares = tissue_squares(s, 1., (1300, 1300))
+            assert side**2/2 < squares.sum()*144**2 < side**2*2  # at low resolution pixels count as a whole
+            assert np.argwhere(tiles_with_tissue(squares, 432)).tolist() == tiles
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (150, 700)])
