@@ -300,7 +300,7 @@ def test_sixteen_bits_and_palettes_keep_their_numbers(tmp_path):
 def make_glas(root, names=("train_1", "train_2", "testA_1", "testB_1"), rows=None):
     for i, name in enumerate(names):
         save(root/f"{name}.bmp", picture(i))
-        save(root/f"{name}_anno.bmp", squares(1, 2).astype(np.uint8))
+        save(root/f"{name}_anno.bmp", squares(2*i + 1, 2*i + 2).astype(np.uint8))
     rows = rows or [f"{name},{i//2}, {'malignant' if i % 2 else 'benign'}, healthy" for i, name in enumerate(names)]
     (root/"Grade.csv").write_text("\n".join(["name,patient ID, grade (GlaS), grade (Sirinukunwattana et al. 2015)", *rows]) + "\n")
     return root
@@ -359,11 +359,21 @@ def test_what_breaks_after_listing_is_named_on_reading(tmp_path):
     with pytest.raises(BadInput, match="one channel"): g[order("testB_1")]
 
 
+def test_fields_with_one_map_are_set_aside_unless_it_is_empty(tmp_path):
+    make_glas(tmp_path)
+    for name in ("train_2", "testA_1"): save(tmp_path/f"{name}_anno.bmp", squares(5).astype(np.uint8))
+    g = glas(tmp_path)
+    assert g.table["field"].tolist() == ["testB_1", "train_1"] and g.quarantine["slide"].tolist() == ["testA_1", "train_2"]
+    assert "byte for byte, that of train_2" in g.quarantine["fault"][0]
+    for name in ("train_2", "testA_1"): save(tmp_path/f"{name}_anno.bmp", squares().astype(np.uint8))
+    assert len(glas(tmp_path)) == 4
+
+
 @needs(GLAS)
 def test_real_glas_is_read():
     g = glas(GLAS)
     assert len(g) + len(g.quarantine) == 24 and g.table["case"].nunique() == 12
-    assert g.quarantine["slide"].tolist() == ["train_1"]  # its map is a copy of train_12's, of another size
+    assert g.quarantine["slide"].tolist() == ["train_1", "train_4", "train_49"]  # the map of train_1 is a copy of train_12's, of another size; that of train_4 is train_49's
     for f, name in zip(g, g.table["field"], strict=True):
         published = np.asarray(Image.open(GLAS/f"{name}_anno.bmp"))
         assert np.array_equal(f.truth["gland"], published)  # clean as published
@@ -378,7 +388,7 @@ def test_real_glas_is_read():
 def test_crag_gives_glands_and_its_two_splits(tmp_path):
     for part, i in (("train", 1), ("train", 2), ("valid", 1)):
         save(tmp_path/f"{part}/Images/{part}_{i}.png", picture(i))
-        save(tmp_path/f"{part}/Annotation/{part}_{i}.png", squares(3, 7).astype(np.uint8))
+        save(tmp_path/f"{part}/Annotation/{part}_{i}.png", squares(3 + i, 7 + i*(part == "train")).astype(np.uint8))
     (tmp_path/"train/Annotation/train_2.png").unlink()
     c = crag(tmp_path)
     assert c.table[["field", "split"]].values.tolist() == [["train/train_1", "train"], ["valid/valid_1", "val"]]
@@ -569,7 +579,7 @@ def test_class_folders_of_other_names_are_refused(tmp_path):
 def make_folder(root, types=True):
     for i, name in enumerate(("a_1_000", "a_1_001", "b_000")):
         save(root/f"images/{name}.jpg", picture(i))
-        save(root/f"instances/{name}.png", squares(400, 7, 12).astype(np.uint16))
+        save(root/f"instances/{name}.png", squares(400 + i, 7, 12).astype(np.uint16))
         if types: save_mat(root/f"types/{name}.mat", inst_type=np.array([[1], [2], [4]]), inst_centroid=np.zeros((3, 2)))
     return root
 

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-from ..core import BadInput, nearest
+from ..core import BadInput, digest, nearest
 from .cohorts import QUARANTINE_COLUMNS, lost_files, read_csv
 from .fields import CLASSES, TRUTHS, Field, Fields, clean_instances
 from .images import PICTURES, by_stem, find_pictures
@@ -73,9 +73,23 @@ def pair_up(
     unequal = [name for name, (a, b) in sizes.items() if a and b and a != b]
     quarantine += [(name, str(maps[name]), "{}x{} pixels, its picture {}x{}".format(*sizes[name][1], *sizes[name][0]), "Find the map of this picture.") for name in unequal]
     names = [name for name in names if name not in unequal]
-    table = pd.DataFrame({"field": names, "image": [str(pictures[n]) for n in names], "map": [str(maps[n]) for n in names],
+    copies = _copies({name: maps[name] for name in names})
+    quarantine += [(name, str(maps[name]), f"its map is, byte for byte, that of {other}: one of the two is another picture's", "Look at both, and delete the wrong map.") for name, other in copies.items()]
+    names = [name for name in names if name not in copies]
+    table = pd.DataFrame({"field": pd.Series(names, dtype=str), "image": [str(pictures[n]) for n in names], "map": [str(maps[n]) for n in names],
                           "case": names, "split": "", "mpp": mpp})
     return table, quarantine
+
+def _copies(maps):
+    "Names whose maps are also another's, with that other: no two fields are drawn alike, unless nothing is in them."
+    table = pd.DataFrame({"name": list(maps), "size": [p.stat().st_size if p.suffix.lower() in PICTURES else -1 for p in maps.values()]})
+    table = table[(table["size"] >= 0) & table.duplicated("size", keep=False)]
+    alike = table.groupby([digest(maps[name]) for name in table["name"]])["name"].agg(list) if len(table) else []
+    return {name: names[int(name == names[0])] for names in alike if len(names) > 1 and _drawn(maps[names[0]]) for name in names}
+
+def _drawn(path):
+    try: return bool(read_map(path).any())
+    except BadInput: return False  # said when it is read
 
 def _header(path):
     "Width and height of a picture as its first bytes say; None where they do not."

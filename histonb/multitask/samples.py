@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core import BadInput, nearest
-from ..data.fields import Field, at_mpp
+from ..data.fields import Field
 from ..models.cerberus import PATCH
 from .targets import targets_of
 
@@ -26,14 +26,15 @@ def draw_matrix(
     rng: np.random.Generator,
     shape: tuple, # (h, w) of the field
     crop: int, # side of the crop in pixels
+    zoom: float = 1., # pixels of the field for one of the crop
 ) -> np.ndarray: # (2, 3): x, y of the field for x, y of the crop
     "A random place, turn, scale, shear and flip."
-    angle, scale = rng.uniform(0, 2*np.pi), 1/rng.uniform(.9, 1.1)
+    angle, scale = rng.uniform(0, 2*np.pi), zoom/rng.uniform(.9, 1.1)
     shear, flip = np.tan(np.radians(rng.uniform(-5, 5, 2))), rng.choice([-1, 1], 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     a = scale*turn @ np.array([[1, shear[0]], [shear[1], 1]]) @ np.diag(flip)
-    room = np.maximum(np.array(shape[1::-1]) - crop, 0)/2
-    middle = (np.array(shape[1::-1]) - 1)/2 + rng.uniform(-room, room) + rng.uniform(-.01, .01, 2)*crop
+    room = np.maximum(np.array(shape[1::-1]) - zoom*crop, 0)/2
+    middle = (np.array(shape[1::-1]) - 1)/2 + rng.uniform(-room, room) + rng.uniform(-.01, .01, 2)*zoom*crop
     return np.column_stack([a, middle - a @ np.full(2, (crop - 1)/2)])
 
 def warp(
@@ -47,19 +48,20 @@ def warp(
     return one(field.image, cv2.INTER_LINEAR), truth
 
 COLOURS = A.Compose([
-    A.OneOf([A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2)), A.MedianBlur(blur_limit=(3, 3)), A.GaussNoise(std_range=(.01, .05))], p=1.),
+    A.OneOf([A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2)), A.MedianBlur(blur_limit=(3, 3)), A.GaussNoise(std_range=(.01, .05))], p=.3),
     A.ColorJitter(brightness=(.75, 1.25), contrast=(.75, 1.25), saturation=(.8, 1.2), hue=(-.04, .04), p=.9),
 ])
 
 def draw_sample(
-    field: Field, # to sample from
+    field: Field, # to sample from, at its own resolution
     crop: int, # side of the crop in pixels
     seed: tuple, # whole numbers >= 0
+    mpp: float = .5, # um per pixel of the crop
 ) -> tuple[np.ndarray, dict]: # (crop, crop, 3) uint8; the truth by name
     "A random crop with random colours; equal seeds give equal samples."
     sequence = np.random.SeedSequence(seed)
     rng = np.random.Generator(np.random.PCG64(sequence))
-    image, truth = warp(field, draw_matrix(rng, field.image.shape[:2], crop), crop)
+    image, truth = warp(field, draw_matrix(rng, field.image.shape[:2], crop, mpp/field.mpp), crop)
     COLOURS.set_random_state(rng, random.Random(int(sequence.generate_state(1, np.uint64)[0])))
     return COLOURS(image=image)["image"], truth
 
@@ -116,10 +118,10 @@ class Samples(Dataset):
         self,
         number: int, # of the set
         row: int, # of the field in it
-    ) -> Field: # at the wanted resolution
+    ) -> Field: # as it was scanned
         "A field, decoded before or now."
         if (number, row) not in self.kept:
-            self.kept[number, row] = at_mpp(self.sets[number][row], self.mpp)
+            self.kept[number, row] = self.sets[number][row]
             while sum(map(_size, self.kept.values())) > self.keep and len(self.kept) > 1: self.kept.popitem(last=False)
         self.kept.move_to_end((number, row))
         return self.kept[number, row]
@@ -128,7 +130,7 @@ class Samples(Dataset):
         number, count, side = key
         cycle, place = divmod(count, len(self.sets[number]))
         row = np.random.default_rng((self.seed, number, cycle)).permutation(len(self.sets[number]))[place]
-        image, truth = draw_sample(self.field(number, int(row)), side, (self.seed, number, count))
+        image, truth = draw_sample(self.field(number, int(row)), side, (self.seed, number, count), self.mpp)
         return image, targets_of(truth, self.tasks)
 
 def _size(field): return field.image.nbytes + sum(np.asarray(a).nbytes for a in field.truth.values())

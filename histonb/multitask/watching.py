@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..core import BadInput, atomic_path, read_jsonl
-from ..data.fields import Field, outline
+from ..data.fields import Field, at_mpp, outline
 from ..models.cerberus import Cerberus
 from .losses import task_loss
 from .targets import targets_of
@@ -66,7 +66,7 @@ def validate(
     values = {}
     for number, fields in enumerate(samples.sets):
         for row in np.unique(np.linspace(0, len(fields) - 1, min(each, len(fields))).astype(int)):
-            field = middle(samples.field(number, int(row)))
+            field = middle(at_mpp(samples.field(number, int(row)), samples.mpp))
             truths = targets_of(field.truth, [net.tasks[t.name] for t in samples.tasks])
             for name, scores in score_image(net, field.image, truths, precision).items():
                 loss = task_loss(net.tasks[name], scores[None], [torch.from_numpy(np.asarray(a)[None]) for a in truths[name]])
@@ -90,7 +90,7 @@ def draw_progress(
     if not drawn: return
     fig = Figure(figsize=(5, 2.5*len(drawn)), layout="constrained")
     for task, axes in zip(drawn, fig.subplots(len(drawn), 2, squeeze=False), strict=True):
-        field = middle(samples.field(first[task.name], 0), side)
+        field = middle(at_mpp(samples.field(first[task.name], 0), samples.mpp), side)
         p = score_image(net, field.image, [task.name], precision)[task.name].softmax(0).numpy()
         shown = np.stack([p[1], p[2], 0*p[0]], -1) if task.kind == "instances" else p.argmax(0)
         axes[0].imshow(outline(field.image, field.truth[task.name].astype(np.int32), (20, 20, 230)))
