@@ -232,7 +232,7 @@ def annotate_slide(
             write_json(folder/"annotation.json", settings | {
                 "size": slide.shapes[0][::-1], "network": scorer.name, "device": str(scorer.device), "margin": scorer.margin, "histonb": histonb.__version__, "key": digest(settings),
                 "tiles": {"all": work.has.size, "computed": len(work.todo)}, "tissue_mm2": tissue_mm2(work.squares, work.shape, work.mpp),
-                "counts": {class_name(t): 0 for t in work.finds} | counts, "squares": next(iter(squares.values()), {}), "seconds": time.monotonic() - start,
+                "counts": {class_name(t): 0 for t in work.finds if not any(c.split(":")[0] == class_name(t) for c in counts)} | counts, "squares": next(iter(squares.values()), {}), "seconds": time.monotonic() - start,
                 "note": "" if work.todo else f"no tissue: all squares of {PATCH} pixels are glass to at least {GLASS:.0%}"})
             shutil.rmtree(folder/"parts")
     return folder

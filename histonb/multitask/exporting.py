@@ -25,9 +25,9 @@ from ..core import atomic_path, write_json
 from ..models.cerberus import PATCH, TISSUE
 
 # %% ../../nbs/multitask/43c_exporting.ipynb #cell-005
-COLORS = {"gland": (0, 150, 60), "lumen": (0, 160, 230), "nucleus": (255, 220, 40), "benign": (0, 150, 60), "malignant": (210, 30, 30),
-          "epithelial": (230, 80, 160), "neoplastic": (210, 30, 30), "lymphocyte": (40, 60, 220), "inflammatory": (40, 60, 220), "plasma": (90, 190, 230), "neutrophil": (250, 140, 0),
-          "eosinophil": (250, 210, 0), "connective": (90, 160, 60), "spindle-shaped": (90, 160, 60), "dead": (110, 80, 60), "other": (130, 130, 130),
+COLORS = {"gland": (0, 150, 60), "lumen": (0, 110, 255), "nucleus": (255, 220, 0), "benign": (0, 150, 60), "malignant": (210, 30, 30),
+          "epithelial": (255, 150, 0), "neoplastic": (255, 0, 0), "lymphocyte": (0, 235, 235), "inflammatory": (0, 235, 235), "plasma": (140, 170, 255), "neutrophil": (255, 60, 255),
+          "eosinophil": (255, 0, 0), "connective": (90, 230, 90), "spindle-shaped": (90, 230, 90), "dead": (40, 40, 40), "other": (220, 220, 220),
           "background": (255, 255, 255), "abnormal epithelium": (210, 30, 30), "normal epithelium": (0, 150, 60), "muscle": (170, 90, 40), "stroma": (240, 170, 190),
           "debris": (110, 80, 60), "mucous": (150, 200, 220), "adipose": (250, 230, 130)} # name of a task, a type or a kind of tissue -> RGB
 
