@@ -15,8 +15,8 @@ from ..data.fields import Fields, at_mpp
 from ..evaluate.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models.cerberus import MPP, TASKS, Cerberus
 from .instances import majority_types, separate
+from .stitching import predict
 from .targets import UNKNOWN
-from .watching import score_image
 
 # %% ../../nbs/multitask/44_scoring.ipynb #cell-005
 def objects_of(
@@ -38,8 +38,13 @@ def annotator(
     net: Cerberus,
     precision: str = "fp32", # or bf16
 ): # function of an image (h, w, 3) uint8 and names of tasks, giving what `objects_of` gives
-    "The network as a function of a picture."
-    def annotate(image, names): return objects_of({n: s.softmax(0).numpy() for n, s in score_image(net, image, names, precision).items()}, net.tasks)
+    "The network as a function of a picture, which it reads in tiles: a large one takes no more memory than a slide does."
+    device = next(net.parameters()).device
+    net.to(memory_format=torch.channels_last).eval()
+    def annotate(image, names):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            scores = predict(net, lambda x, y, w, h: np.ascontiguousarray(image[y:y + h, x:x + w]), image.shape[:2], tasks=names)
+        return objects_of({n: torch.from_numpy(s).softmax(0).numpy() for n, s in scores.items()}, net.tasks)
     return annotate
 
 # %% ../../nbs/multitask/44_scoring.ipynb #cell-007
