@@ -217,8 +217,8 @@ def annotate_slide(
     boxes((1, 1), tile)
     with open_slide(path, slide_mpp) as slide:
         stat, folder = Path(path).stat(), Path(out)/Path(path).stem
-        settings = {"slide": Path(path).name, "file": digest(stat.st_size, stat.st_mtime_ns), "slide_mpp": slide.mpp, "weights": scorer.digest, "tasks": {n: list(t.classes) for n, t in scorer.tasks.items()},
-                    "mpp": scorer.mpp, "tile": tile, "precision": scorer.precision}
+        settings = {"slide": Path(path).name, "file": digest(stat.st_size, stat.st_mtime_ns), "slide_mpp": slide.mpp, "weights": scorer.digest,
+                    "tasks": {n: list(t.classes) for n, t in scorer.tasks.items()}, "mpp": scorer.mpp, "tile": tile, "precision": scorer.precision}
         Resampled(slide, scorer.mpp)  # refuses a slide that is too coarse before a folder is made
         with _claimed(folder, settings):
             if (folder/"annotation.json").exists(): return folder
@@ -228,11 +228,13 @@ def annotate_slide(
             side = max(slide.shapes[0])*slide.mpp
             small = Resampled(slide, max(scorer.mpp, side/OVERVIEW), 128)
             counts = write_objects(folder, _groups(work), small(0, 0, *small.shape[::-1]), small.scale)
+            none = {class_name(task): 0 for task in work.finds}
+            for name in counts: none.pop(name.partition(":")[0], None)
             squares = {n: write_tissue(folder, _tissue(work, n), t.classes, work.scale, work.mpp) for n, t in work.tasks.items() if t.kind == "patch"}
             write_json(folder/"annotation.json", settings | {
                 "size": slide.shapes[0][::-1], "network": scorer.name, "device": str(scorer.device), "margin": scorer.margin, "histonb": histonb.__version__, "key": digest(settings),
                 "tiles": {"all": work.has.size, "computed": len(work.todo)}, "tissue_mm2": tissue_mm2(work.squares, work.shape, work.mpp),
-                "counts": {class_name(t): 0 for t in work.finds if not any(c.split(":")[0] == class_name(t) for c in counts)} | counts, "squares": next(iter(squares.values()), {}), "seconds": time.monotonic() - start,
+                "counts": none | counts, "squares": next(iter(squares.values()), {}), "seconds": time.monotonic() - start,
                 "note": "" if work.todo else f"no tissue: all squares of {PATCH} pixels are glass to at least {GLASS:.0%}"})
             shutil.rmtree(folder/"parts")
     return folder

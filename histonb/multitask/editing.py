@@ -20,7 +20,8 @@ def read_objects(
     "The polygons of a GeoJSON file. Raises `BadInput` for one that is none."
     found = read_json(path)
     features = found.get("features") if isinstance(found, dict) else found
-    if not isinstance(features, list) or not all(isinstance(f, dict) and "geometry" in f for f in features): raise BadInput(path, "no list of features", "Export objects from QuPath as GeoJSON.")
+    if not isinstance(features, list) or not all(isinstance(f, dict) and "geometry" in f for f in features):
+        raise BadInput(path, "no list of features", "Export objects from QuPath as GeoJSON.")
     features = [f for f in features if f["geometry"] and f["geometry"].get("type") in ("Polygon", "MultiPolygon")]
     try: shapes = [shapely.geometry.shape(f["geometry"]) for f in features]
     except (ValueError, TypeError, KeyError, shapely.errors.ShapelyError) as e: raise BadInput(path, f"a polygon cannot be read ({e})", "Export it again.") from e
