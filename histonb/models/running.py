@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['checkpoints', 'write_checkpoint', 'read_checkpoint', 'latest_checkpoint', 'claim', 'kept_rows', 'Stopped',
-           'hold_signals', 'timed', 'memory_used', 'find_device', 'best_precision']
+           'hold_signals', 'timed', 'start_worker', 'draw_seed', 'memory_used', 'find_device', 'best_precision']
 
 # %% ../../nbs/models/18a_running.ipynb #cell-002
 import contextlib
@@ -20,6 +20,8 @@ import time
 import warnings
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 
 from ..core import BadInput, atomic_path, digest, read_json, read_jsonl, write_json
@@ -146,6 +148,19 @@ def timed(
                            "Out of memory? Lower workers or batch_size and start again: the run continues from its last checkpoint.") from e
         clock["wait"] += time.perf_counter() - began
         yield batch
+
+def start_worker(
+    _, # number of the worker, as a `DataLoader` says it
+):
+    "Leave Ctrl-C to the training process, and one core to each worker."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+def draw_seed(
+    *key: int, # such as seed, step, micro-batch, rank
+) -> int: # of torch
+    "A seed that is a function of its place in the run."
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 def memory_used(
     device: torch.device, # where the model runs

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from ..core import BadInput, append_jsonl, atomic_path, progress, read_json, write_json
 from ..models import cerberus
 from ..models.cerberus import Cerberus
-from ..models.running import Stopped, best_precision, claim, find_device, hold_signals, kept_rows, latest_checkpoint, memory_used, timed, write_checkpoint
+from ..models.running import Stopped, best_precision, claim, draw_seed, find_device, hold_signals, kept_rows, latest_checkpoint, memory_used, start_worker, timed, write_checkpoint
 from .losses import task_loss
-from .samples import Batches, Samples, collate, start_worker
+from .samples import Batches, Samples, collate
 from .sets import read_sets
 from .watching import curves, draw_progress, validate
 
@@ -117,7 +117,7 @@ class Trainer:
     ) -> dict: # loss of each task, their weighted sum
         "Take one step."
         c, (images, truth) = self.config, batch
-        torch.manual_seed(int(np.random.SeedSequence((c.seed, self.step)).generate_state(1, np.uint64)[0]))  # for dropout
+        torch.manual_seed(draw_seed(c.seed, self.step))  # for dropout
         self.net.train()
         for module in self.held: module.eval()
         truth = {name: [t.to(self.device, non_blocking=True) for t in truth[name]] for name in self.tasks if name in truth}

@@ -15,7 +15,7 @@ from ..core import BadInput, atomic_path, read_jsonl
 from ..data.fields import Field, at_mpp, outline
 from ..models.cerberus import Cerberus
 from .losses import task_loss
-from .targets import targets_of
+from .targets import UNKNOWN, targets_of
 
 # %% ../../nbs/multitask/41b_watching.ipynb #cell-005
 SIDE = 512 # pixels: what is looked at of a validation field, at most
@@ -52,7 +52,7 @@ def _right(task, scores, truth):
         a, b = called > 0, truth[0] > 0
         return 2*(a & b).sum()/max(a.sum() + b.sum(), 1)
     if task.kind == "patch": return float((called == truth[0]).mean())
-    here = (truth[0] > 0) & (truth[0] < 255)
+    here = (truth[0] > 0) & (truth[0] != UNKNOWN)
     called = scores[1:].argmax(0).numpy() + 1
     return float((called == truth[0])[here].mean()) if here.any() else None
 

@@ -6,11 +6,9 @@
 __all__ = ['Views', 'Batches', 'crop_loader']
 
 # %% ../../nbs/pretrain/22d_loading.ipynb #cell-002
-import signal
 import sys
 from functools import partial
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +17,7 @@ from ..core import BadInput
 from ..data.augment import MultiCrop
 from ..models.backbones import backbone
 from ..models.hiding import token_grid
+from ..models.running import start_worker
 from . import ranks
 from .config import PretrainConfig, micro_batches
 from .dino import stack_crops
@@ -76,11 +75,6 @@ class Batches:
                 yield [(epoch, index) for index in order[first + part*size:first + (part + 1)*size]]
 
 # %% ../../nbs/pretrain/22d_loading.ipynb #cell-013
-def _start_worker(_):
-    "Leave Ctrl-C to the training process, and one core to each worker."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(0)
-
 def _collate(samples, n_global, masked):
     "Global crops first, and apart from local ones of the same size; masks last."
     end = len(samples[0]) - masked
@@ -101,6 +95,6 @@ def crop_loader(
         with torch.device("meta"): grid = token_grid(backbone(c.arch), (c.global_size, c.global_size))
         masks = partial(draw_masks, c.n_global, grid, chance=c.mask_chance, share=c.mask_share)
     batches = Batches(len(images), c.batch_size, c.seed, start, c.steps, micro_batches(c, world), ranks.rank(), world)
-    parallel = dict(worker_init_fn=_start_worker, timeout=600, multiprocessing_context="fork" if sys.platform == "linux" else None) if c.workers else {}
+    parallel = dict(worker_init_fn=start_worker, timeout=600, multiprocessing_context="fork" if sys.platform == "linux" else None) if c.workers else {}
     return DataLoader(Views(images, crops, c.seed, masks), batch_sampler=batches, num_workers=c.workers, collate_fn=partial(_collate, n_global=c.n_global, masked=masks is not None),
                       generator=torch.Generator(), pin_memory=c.device.startswith("cuda"), **parallel)

@@ -23,7 +23,7 @@ from ..core import BadInput, append_jsonl, progress, read_json, write_json
 from ..data.shards import TileShards
 from ..models import backbones
 from ..models.heads import DINOHead
-from ..models.running import Stopped, checkpoints, claim, hold_signals, kept_rows, latest_checkpoint, memory_used, read_checkpoint, timed, write_checkpoint
+from ..models.running import Stopped, checkpoints, claim, draw_seed, hold_signals, kept_rows, latest_checkpoint, memory_used, read_checkpoint, timed, write_checkpoint
 from . import ranks
 from .config import PretrainConfig, micro_batches, schedules, settle
 from .diagnostics import LiveCurves, collapse, entropy, feature_std, rankme, suspect
@@ -54,10 +54,6 @@ def networks(
     teacher.load_state_dict(student.state_dict())
     if c.activation_checkpointing: student.backbone.set_grad_checkpointing(True)
     return student.train(), teacher.requires_grad_(False).train(c.teacher_bn == "own")
-
-def _draw_seed(*key) -> int:
-    "A seed for torch from numbers such as (seed, step, micro-batch, rank)."
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 @dataclasses.dataclass
 class Taught:
@@ -143,7 +139,7 @@ class Trainer:
     def _accumulate(self, t, part):
         "Add a micro-batch's gradient; returns (3K + 6,): mean score, mean answer, sum and number of the patches' scores, teacher entropy, feature std, losses."
         c = self.config
-        torch.manual_seed(_draw_seed(c.seed, self.step, part, ranks.rank()))
+        torch.manual_seed(draw_seed(c.seed, self.step, part, ranks.rank()))
         losses, weights = torch.zeros(3, device=self.device), torch.tensor([1., c.patch_weight, c.spread_weight], device=self.device)
         seen = passes(c, self.loss.skip, t.crops, t.masks)
         answers = iter(t.patch_q.split([0 if masks is None else int(masks.sum()) for *_, masks in seen]))
