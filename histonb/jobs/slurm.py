@@ -151,9 +151,9 @@ def _sbatch(study, stage, command, jobs):
 # %% ../../nbs/jobs/52_slurm.ipynb #cell-023
 _LIBC = ctypes.CDLL(None)
 
-def _end_with_parent():
-    "Ask the system to send SIGTERM when the parent ends (Linux only)."
-    if hasattr(_LIBC, "prctl"): _LIBC.prctl(1, signal.SIGTERM)
+def _end_with_parent(how=signal.SIGTERM):
+    "Ask the system to send this signal when the parent ends (Linux only)."
+    if hasattr(_LIBC, "prctl"): _LIBC.prctl(1, how)
 
 def _run_rank(module, arguments):
     "Run a module as one rank, which ends when its torchrun does."
@@ -174,7 +174,7 @@ def _torchrun(order, folder, node):
     logs.mkdir(parents=True, exist_ok=True)
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        env={"OMP_NUM_THREADS": str(max(cores//order["processes"], 1)), "PYTHONUNBUFFERED": "1", **os.environ}, preexec_fn=_end_with_parent)
+        env={"OMP_NUM_THREADS": str(max(cores//order["processes"], 1)), "PYTHONUNBUFFERED": "1", **os.environ}, preexec_fn=lambda: _end_with_parent(signal.SIGKILL))
 
 def _end(process):
     "End torchrun; it gives its ranks 30 seconds for their last words."
