@@ -104,7 +104,7 @@ def _loader(c, pictures, start):
 class _Fitter:
     "Network, optimiser and position: what a checkpoint holds."
     def __init__(self, c, net, loss, per_epoch):
-        self.c, self.net, self.loss, self.per_epoch, self.epoch, self.best = c, net, loss, per_epoch, 0, -math.inf
+        self.c, self.net, self.loss, self.per_epoch, self.epoch, self.best = c, net, loss, per_epoch, 0, []
         self.device = torch.device(c.device)
         self.layout = _layout(net, c.precision, self.device)
         net.to(self.device, memory_format=self.layout)
@@ -134,7 +134,7 @@ def fit(
     loss: Callable, # of what the network says, masks (B, H, W) uint8 and classes (B,) int64: a number
     pictures: Pictures, # to learn from
     config: FitConfig,
-    select: Callable | None = None, # of the network: validation figures by name, the first decides, higher is better; None: the last epoch is kept
+    select: Callable | None = None, # of the network: validation figures by name, higher is better, the first decides, where it is equal the next; None: the last epoch is kept
     at_epoch: Callable | None = None, # of the network and the number of the epoch that begins, from 0
     restart: bool = False, # discard the run in the folder
 ) -> list[dict]: # the log: one row an epoch
@@ -169,7 +169,7 @@ def _epochs(fitter, pictures, select, at_epoch, asked):
             append_jsonl(folder/"log.jsonl", {"step": fitter.epoch*n, "epoch": fitter.epoch, "loss": float(np.mean(losses)), "lr": learning_rate(c, fitter.epoch*n - 1, c.epochs*n),
                                               **{f"val_{k}": float(v) for k, v in figures.items()}, "seconds": seconds, "images_per_s": n*min(c.batch_size, len(pictures))/seconds,
                                               "data_wait": clock["wait"]/seconds, "memory": memory_used(fitter.device)})
-            value = float(next(iter(figures.values()), math.nan))
+            value = [float(v) for v in figures.values()]
             if better := value > fitter.best: fitter.best = value
             if better and c.keep == "best": write_checkpoint(fitter.state(), folder, fitter.epoch*n, best=True)
             write_checkpoint(fitter.state(), folder, fitter.epoch*n, keep=1)
@@ -187,5 +187,5 @@ def _finish(fitter, select):
     best = [path for _, path, is_best in found if is_best]
     state = read_checkpoint(best[0]) if best else fitter.state()
     with atomic_path(folder/"weights.safetensors") as p: save_file({k: v.detach().cpu().contiguous().clone() for k, v in state["net"].items()}, p, {"format": "pt"})
-    write_json(folder/"fit.json", {"epoch": state["epoch"], "epochs": c.epochs, "steps": c.epochs*fitter.per_epoch, "best": fitter.best if math.isfinite(fitter.best) else None})
+    write_json(folder/"fit.json", {"epoch": state["epoch"], "epochs": c.epochs, "steps": c.epochs*fitter.per_epoch, "best": fitter.best})
     for _, path, _ in found: path.unlink()

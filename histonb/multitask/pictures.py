@@ -80,7 +80,7 @@ class Pictures(Dataset):
         for i, row in enumerate(progress(self.slides.itertuples(), "reading pictures", len(slides), "picture")):
             if masks: self.images[i], self.masks[i] = ebhi.read(row)
             else: self.images[i] = ebhi.read_image(row)
-        self.classes = self.slides["cls"].to_numpy(np.int64)
+        self.classes = self.slides["cls"].to_numpy(np.int64, copy=True)
 
     def __len__(self): return len(self.slides)
 
