@@ -1,0 +1,34 @@
+"""Transfer: what making a picture costs beside learning from it, fine-tuning from the last layer on against all layers, and the time a training waits for data."""
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from histonb.data.ebhi import ebhi_seg
+from histonb.data.pair_augment import EBHIAugment
+from histonb.multitask.encoders import trunk
+from histonb.multitask.fitting import FitConfig
+from histonb.multitask.pictures import Pictures, example, parts
+from histonb.multitask.transfer_classes import fine_tune
+
+
+def main():
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        part = parts(ebhi_seg(example(folder, n_cases=10)).slides)
+        train, val = Pictures(part["train"], 96, EBHIAugment(), masks=False), Pictures(part["val"], 96, masks=False)
+        began = time.process_time()
+        for i in range(len(train)): train[0, i]
+        making = (time.process_time() - began)/len(train)
+        speed, wait = {}, {}
+        for depth in (1, 4):
+            _, rows = fine_tune(trunk("", "resnet18", .5), depth, train, val, FitConfig(str(Path(folder)/str(depth)), epochs=6, batch_size=16, device="cpu", workers=1))
+            speed[depth], wait[depth] = (float(np.median([r[k] for r in rows[1:]])) for k in ("images_per_s", "data_wait"))
+    print(f"a picture of 96 px, ResNet18 of width .5, one core: {speed[1]:.0f} pictures/s from layer 1 on, {speed[4]/speed[1]:.1f}x that from layer 4 on")
+    print(f"augmenting a picture: {1000*making:.1f} ms, {making*speed[1]:.0%} of what learning from it takes")
+    print(f"with one worker: {wait[1]:.1%} of the time waiting for data from layer 1 on, {wait[4]:.1%} from layer 4 on (target: under 5%)")
+
+
+if __name__ == "__main__": main()
