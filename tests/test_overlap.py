@@ -87,6 +87,16 @@ def test_differences_are_paired():
         assert between[name]["image_dice"]["high"] - between[name]["image_dice"]["low"] < first[name]["image_dice"]["high"] - first[name]["image_dice"]["low"]
 
 
+def test_the_gap_between_divisions_is_wider_than_a_paired_difference():
+    rng = np.random.default_rng(6)
+    d = np.repeat(rng.uniform(.3, .9, 15), 4)
+    counts, case = np.rint(np.column_stack([1000*d, 1000 - 1000*d, 1000 - 1000*d])).astype(int), np.repeat(np.arange(15), 4)
+    gap, paired = o.overlap_gap(counts, case, counts, case), o.overlap_difference(counts, counts, ["x"]*60, case)["x"]
+    for figure, e in gap.items():
+        assert e["value"] == paired[figure]["value"] == 0 and e["low"] < 0 < e["high"] and paired[figure]["low"] == paired[figure]["high"] == 0
+    assert np.isnan(o.overlap_gap(counts, case, counts, np.zeros(60))["image_dice"]["low"])
+
+
 # What cannot be ---------------------------------------------------------------------------------------------------------
 
 def test_any_rounded_table_of_real_counts_passes():
