@@ -23,7 +23,7 @@ demo: .venv/dev.installed ## slides to benchmark table on synthetic slides; unde
 	$(BIN)/histonb run runs/demo.yaml
 
 test: .venv/dev.installed ## the tests and every notebook; well under half an hour
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not bench"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not bench"
 	$(BIN)/nbdev_test --n_workers 2
 
 test-all: .venv/dev.installed ## the slow tests too
