@@ -61,7 +61,7 @@ class Transferred(nn.Module):
         return {"mask": scores, "class": self.head(maps[-1].mean((2, 3)))} if self.head else scores
 
 # %% ../../nbs/multitask/48_transfer_masks.ipynb #cell-008
-NETWORKS = {"transferred": "transferred", "scratch": "the same from scratch", "joint": "transferred, joint", "unet": "U-Net", "segnet": "SegNet", "medt": "MedT"} # names in tables
+NETWORKS = {"transferred": "transferred", "scratch": "from scratch", "joint": "joint", "unet": "U-Net", "segnet": "SegNet", "medt": "MedT"} # names in tables
 
 @dataclasses.dataclass
 class Sizes:
