@@ -18,7 +18,7 @@ from histonb.multitask.transfer_masks import NETWORKS, Sizes, segment
 def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        part = parts(ebhi_seg(example(folder, n_cases=10)).slides)
+        part = parts(ebhi_seg(example(folder, n_cases=10)).slides, masks=True)
         train, val = Pictures(part["train"], 96, EBHIAugment(), masks=False), Pictures(part["val"], 96, masks=False)
         began = time.process_time()
         for i in range(len(train)): train[0, i]
