@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['checkpoints', 'write_checkpoint', 'read_checkpoint', 'latest_checkpoint', 'claim', 'kept_rows', 'Stopped',
-           'hold_signals', 'timed', 'start_worker', 'draw_seed', 'memory_used', 'find_device', 'best_precision']
+           'hold_signals', 'timed', 'start_worker', 'loader', 'draw_seed', 'memory_used', 'find_device',
+           'best_precision', 'find_precision', 'memory_layout']
 
 # %% ../../nbs/models/18a_running.ipynb #cell-002
 import contextlib
@@ -23,6 +24,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ..core import BadInput, atomic_path, digest, read_json, read_jsonl, write_json
 
@@ -156,6 +159,17 @@ def start_worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
 
+def loader(
+    dataset,
+    batches, # keys of the dataset, batch by batch
+    workers: int, # processes that make samples; 0: in the training process
+    device: str, # where the batches go
+    **options, # of `DataLoader`
+) -> DataLoader:
+    "Serve batches in an order that is given; what is drawn is the dataset's own affair."
+    if workers: options |= {"worker_init_fn": start_worker, "timeout": 600}
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator(), pin_memory=device.startswith("cuda"), **options)
+
 def draw_seed(
     *key: int, # such as seed, step, micro-batch, rank
 ) -> int: # of torch
@@ -182,3 +196,19 @@ def best_precision(
     if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if fast else "fp32"
+
+def find_precision(
+    name: str, # auto, fp32 or bf16
+    device: torch.device, # where the model runs
+) -> str: # "bf16" or "fp32"
+    "The precision of this name; auto is the best of the device."
+    return best_precision(device) if name == "auto" else name
+
+def memory_layout(
+    net: nn.Module, # convolutional
+    precision: str, # fp32 or bf16
+    device: torch.device, # where it is trained
+) -> torch.memory_format:
+    "Channels last is faster, but with few channels in fp32 on a CPU oneDNN's backward pass then writes beyond its buffers."
+    narrow = min([m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)], default=0) < 16
+    return torch.contiguous_format if device.type == "cpu" and precision == "fp32" and narrow else torch.channels_last

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..core import BadInput, append_jsonl, atomic_path, digest, progress, read_json, read_jsonl, write_json
 from ..models.backbones import fill, read_state
-from ..models.running import (Stopped, best_precision, checkpoints, claim, draw_seed, find_device, hold_signals, kept_rows, latest_checkpoint, memory_used,
-                                    read_checkpoint, start_worker, timed, write_checkpoint)
+from ..models.running import (Stopped, checkpoints, claim, draw_seed, find_device, find_precision, hold_signals, kept_rows, latest_checkpoint, loader,
+                                    memory_layout, memory_used, read_checkpoint, timed, write_checkpoint)
 from .pictures import Pictures, batches
 
 # %% ../../nbs/multitask/46b_fitting.ipynb #cell-005
@@ -51,7 +50,7 @@ def settle(
         if getattr(c, name) <= 0: raise BadInput(name, f"{getattr(c, name)}", "Choose more than 0.")
     if c.batch_size < 2: raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
     device = find_device(c.device)
-    return dataclasses.replace(c, device=str(device), precision=c.precision if c.precision != "auto" else best_precision(device))
+    return dataclasses.replace(c, device=str(device), precision=find_precision(c.precision, device))
 
 def learning_rate(
     config: FitConfig,
@@ -62,11 +61,6 @@ def learning_rate(
     return config.lr*(1 + math.cos(math.pi*step/steps))/2
 
 # %% ../../nbs/multitask/46b_fitting.ipynb #cell-008
-def _layout(net, precision, device):
-    "Channels last is faster, but with few channels in fp32 on a CPU oneDNN's backward pass then writes beyond its buffers."
-    narrow = min([m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)], default=0) < 16
-    return torch.contiguous_format if device.type == "cpu" and precision == "fp32" and narrow else torch.channels_last
-
 def _call(net, images, precision, device, layout=torch.contiguous_format):
     "Bytes to scores."
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -98,15 +92,14 @@ def _identity(net, pictures):
 def _loader(c, pictures, start):
     "Batches of the epochs from `start` to the last."
     keys = [batch for epoch in range(start, c.epochs) for batch in batches(pictures, c.batch_size, epoch)]
-    parallel = {"worker_init_fn": start_worker, "timeout": 600, "prefetch_factor": 4} if c.workers else {}
-    return DataLoader(pictures, batch_sampler=keys, num_workers=c.workers, generator=torch.Generator(), pin_memory=c.device.startswith("cuda"), **parallel)
+    return loader(pictures, keys, c.workers, c.device, prefetch_factor=4 if c.workers else None)
 
 class _Fitter:
     "Network, optimiser and position: what a checkpoint holds."
     def __init__(self, c, net, loss, per_epoch):
         self.c, self.net, self.loss, self.per_epoch, self.epoch, self.best = c, net, loss, per_epoch, 0, []
         self.device = torch.device(c.device)
-        self.layout = _layout(net, c.precision, self.device)
+        self.layout = memory_layout(net, c.precision, self.device)
         net.to(self.device, memory_format=self.layout)
         self.optimiser = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay)
 

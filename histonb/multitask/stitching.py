@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core import BadInput, digest, nearest
 from ..models.cerberus import MPP, PATCH, TASKS, Cerberus, PatchHead, Task, load, pyramid, reach
-from ..models.running import best_precision, find_device
+from ..models.running import find_device, find_precision
 from .baseline import BASELINES
 from .targets import instance_target
 
@@ -159,7 +159,7 @@ class Scorer:
         net, about = (weights, {}) if isinstance(weights, Cerberus) else load(weights)
         self.tasks, self.mpp, self.device = choose_tasks(net.tasks, tasks), mpp or about.get("mpp", MPP), find_device(device)
         if precision not in ("auto", "fp32", "bf16"): raise BadInput("precision", f"unknown `{precision}`", nearest(precision, ("auto", "fp32", "bf16")))
-        self.precision = precision if precision != "auto" else best_precision(self.device)
+        self.precision = find_precision(precision, self.device)
         self.name = "a network" if isinstance(weights, Cerberus) else str(weights)
         self.digest = digest(*(t.detach().float().cpu().numpy().tobytes() for t in net.state_dict().values()))
         self.net, self.margin = net.to(self.device, memory_format=torch.channels_last).eval(), margin_of(net)

@@ -15,12 +15,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
 
 from ..core import BadInput, append_jsonl, atomic_path, progress, read_json, write_json
 from ..models import cerberus
 from ..models.cerberus import Cerberus
-from ..models.running import Stopped, best_precision, claim, draw_seed, find_device, hold_signals, kept_rows, latest_checkpoint, memory_used, start_worker, timed, write_checkpoint
+from ..models.running import Stopped, claim, draw_seed, find_device, find_precision, hold_signals, kept_rows, latest_checkpoint, loader, memory_layout, memory_used, timed, write_checkpoint
 from .losses import task_loss
 from .samples import Batches, Samples, collate
 from .sets import read_sets
@@ -89,7 +88,7 @@ def settle(
     steps = c.steps or round(c.epochs*max(sizes)*len(sizes)/c.batch_size)
     if steps < 1: raise BadInput("epochs", f"{c.epochs} make no step", "Choose more epochs, or set steps.")
     device = find_device(c.device)
-    return dataclasses.replace(c, steps=steps, device=str(device), precision=c.precision if c.precision != "auto" else best_precision(device))
+    return dataclasses.replace(c, steps=steps, device=str(device), precision=find_precision(c.precision, device))
 
 # %% ../../nbs/multitask/41_training.ipynb #cell-008
 class Trainer:
@@ -103,8 +102,7 @@ class Trainer:
         torch.manual_seed(c.seed)
         self.config, self.tasks, self.step, self.window = c, {t.name: t for t in tasks}, 0, []
         self.net, known = _network(c, tasks)
-        narrow = self.net.encoder.bn1.num_features < 16 and c.precision == "fp32" and self.device.type == "cpu"
-        self.layout = torch.contiguous_format if narrow else torch.channels_last  # the latter is faster, but there oneDNN's backward pass writes beyond its buffers
+        self.layout = memory_layout(self.net, c.precision, self.device)
         self.net.to(self.device, memory_format=self.layout)
         self.held = [self.net.encoder, self.net.map, *(self.net.decoders[n] for n in known)] if c.freeze else []
         if c.freeze and not set(self.tasks) - set(known): raise BadInput("freeze", f"{c.start} knows all tasks: {', '.join(known)}", "Add a task that it does not know, or do not freeze.")
@@ -184,9 +182,7 @@ def _patches(fields): return fields.truths == ("tissue",)
 def _loader(c, fields, tasks, start):
     "Batches of the steps from `start` to the last."
     batches = Batches(list(map(_patches, fields)), c.sampling, c.batch_size, c.crop, start, c.steps)
-    parallel = {"worker_init_fn": start_worker, "timeout": 600, "prefetch_factor": 4} if c.workers else {}
-    return DataLoader(Samples(fields, tasks, c.mpp, c.seed), batch_sampler=batches, num_workers=c.workers, collate_fn=collate, generator=torch.Generator(),
-                      pin_memory=c.device.startswith("cuda"), **parallel)
+    return loader(Samples(fields, tasks, c.mpp, c.seed), batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
 
 def _save(trainer, done=False):
     "Write a checkpoint, and at the end the weights."

@@ -13,7 +13,7 @@ import torch
 
 from ..core import BadInput, build, nearest
 from ..data.augment import MEAN, STD
-from ..models.running import best_precision, find_device
+from ..models.running import find_device, find_precision
 from .dino import cosine_schedule, linear_schedule
 
 # %% ../../nbs/pretrain/22a_config.ipynb #cell-005
@@ -158,7 +158,7 @@ def settle(
     micro_batches(c, world)
     _settle_losses(c, c.batch_size//(world*micro_batches(c, world)))
     device = str(find_device(c.device))
-    precision = c.precision if c.precision != "auto" else best_precision(torch.device(device))
+    precision = find_precision(c.precision, torch.device(device))
     sync_bn = c.sync_bn if c.sync_bn != "auto" else "yes" if device.startswith("cuda") and world > 1 else "no"
     if sync_bn == "yes" and not device.startswith("cuda"):
         raise BadInput("sync_bn", f"batch norm over processes does not exist on {device}", "Set it to no, or to auto.")

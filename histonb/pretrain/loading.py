@@ -17,7 +17,7 @@ from ..core import BadInput
 from ..data.augment import MultiCrop
 from ..models.backbones import backbone
 from ..models.hiding import token_grid
-from ..models.running import start_worker
+from ..models.running import loader
 from . import ranks
 from .config import PretrainConfig, micro_batches
 from .dino import stack_crops
@@ -95,6 +95,5 @@ def crop_loader(
         with torch.device("meta"): grid = token_grid(backbone(c.arch), (c.global_size, c.global_size))
         masks = partial(draw_masks, c.n_global, grid, chance=c.mask_chance, share=c.mask_share)
     batches = Batches(len(images), c.batch_size, c.seed, start, c.steps, micro_batches(c, world), ranks.rank(), world)
-    parallel = dict(worker_init_fn=start_worker, timeout=600, multiprocessing_context="fork" if sys.platform == "linux" else None) if c.workers else {}
-    return DataLoader(Views(images, crops, c.seed, masks), batch_sampler=batches, num_workers=c.workers, collate_fn=partial(_collate, n_global=c.n_global, masked=masks is not None),
-                      generator=torch.Generator(), pin_memory=c.device.startswith("cuda"), **parallel)
+    return loader(Views(images, crops, c.seed, masks), batches, c.workers, c.device, collate_fn=partial(_collate, n_global=c.n_global, masked=masks is not None),
+                  multiprocessing_context="fork" if c.workers and sys.platform == "linux" else None)
