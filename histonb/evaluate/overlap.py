@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import BadInput
-from .metrics import _cell, _entry, caution, resample, with_intervals
+from .metrics import _cell, caution, unpaired, with_intervals
 
 # %% ../../nbs/evaluate/34d_overlap.ipynb #cell-005
 def _binary(masks, name):
@@ -116,9 +116,7 @@ def overlap_gap(
     seed: int = 0, # of the resamples
 ) -> dict: # each figure as `value, low, high` of first minus second
     "How much higher the figures are on one division than on another."
-    sums = [_sums(c, cases) for c, cases in ((first, first_cases), (second, second_cases))]
-    value, draws = [_both(s.sum(0)) for s in sums], [_both(resample(s, n_boot, k)) for s, k in zip(sums, np.random.SeedSequence(seed).generate_state(2), strict=True)]
-    return {k: _entry(value[0][k] - value[1][k], draws[0][k] - draws[1][k], min(map(len, sums))) for k in value[0]}
+    return unpaired(_sums(first, first_cases), _sums(second, second_cases), _both, n_boot, seed)
 
 # %% ../../nbs/evaluate/34d_overlap.ipynb #cell-023
 def overlap_table(

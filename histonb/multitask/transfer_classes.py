@@ -184,10 +184,5 @@ def gap(
 ) -> dict: # accuracy, balanced_accuracy, macro_f1 of first minus second: `value, low, high`
     "How much higher the figures are on one division than on another."
     both = [metrics.confusion_by_group(t["cls"], t["called"], t["case"], len(CLASSES)) for t in (first, second)]
-    value = [metrics.scores(b.sum(0)) for b in both]
-    draws = [metrics.scores(metrics.resample(b, n_boot, s)) for b, s in zip(both, np.random.SeedSequence(seed).generate_state(2), strict=True)]
-    found = {}
-    for m in ("accuracy", "balanced_accuracy", "macro_f1"):
-        low, high = np.nanquantile(draws[0][m] - draws[1][m], [.025, .975]) if min(map(len, both)) > 1 else (np.nan, np.nan)
-        found[m] = {"value": float(value[0][m] - value[1][m]), "low": float(low), "high": float(high)}
-    return found
+    def three(confusion): return {m: v for m, v in metrics.scores(confusion).items() if m in ("accuracy", "balanced_accuracy", "macro_f1")}
+    return metrics.unpaired(*both, three, n_boot, seed)

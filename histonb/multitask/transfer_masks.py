@@ -16,12 +16,11 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, atomic_path, nearest
+from ..core import BadInput, nearest
 from ..data.augment import hed_from_rgb
 from ..data.ebhi import SIDE
 from ..data.images import Images
@@ -33,7 +32,7 @@ from ..models.unet import UNet
 from .baseline import _threshold
 from .encoders import Trunk, trunk
 from .fitting import FitConfig, answers, fit, settle
-from .pictures import Pictures
+from .pictures import Pictures, write_picture
 from .transfer_classes import Classifier
 
 # %% ../../nbs/multitask/48_transfer_masks.ipynb #cell-005
@@ -251,6 +250,6 @@ def write_masks(
         name, _, *rest = PurePosixPath(slide).parts
         path = Path(folder).joinpath(name, "label", *rest).with_suffix(".png")
         if label and path.resolve() == Path(label).resolve(): raise BadInput(path, "this is the truth", "Write into another folder.")
-        with atomic_path(path) as p: Image.fromarray(mask*np.uint8(255)).save(p)
+        write_picture(path, mask*np.uint8(255))
         paths.append(path)
     return paths
