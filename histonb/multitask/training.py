@@ -40,6 +40,7 @@ class TrainConfig:
     # samples
     mpp: float = .5 # um per pixel
     crop: int = 448 # pixels a side
+    glass: float = .2 # share of the crops in which the tissue is made to end
     sampling: Literal["single", "mixed", "alternating"] = "mixed" # how batches are made of the sets
     batch_size: int = 12 # samples a step
     val_share: float = .1 # of the cases of a set that its publisher has not divided
@@ -182,7 +183,7 @@ def _patches(fields): return fields.truths == ("tissue",)
 def _loader(c, fields, tasks, start):
     "Batches of the steps from `start` to the last."
     batches = Batches(list(map(_patches, fields)), c.sampling, c.batch_size, c.crop, start, c.steps)
-    return loader(Samples(fields, tasks, c.mpp, c.seed), batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
+    return loader(Samples(fields, tasks, c.mpp, c.seed, glass=c.glass), batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
 
 def _save(trainer, done=False):
     "Write a checkpoint, and at the end the weights."
