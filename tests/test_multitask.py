@@ -260,3 +260,46 @@ def test_a_field_smaller_than_the_crop_is_reflected():
     field = data.Field(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8), {"gland": np.ones((20, 30), np.int32)}, .5)
     image, truth = samples.draw_sample(field, 96, (0,))
     assert image.shape == (96, 96, 3) and (truth["gland"] == 1).all() and image.std() > 5
+
+
+class Patches:
+    "A set of small fields, each of one colour, with nuclei 1..n without gaps."
+    def __init__(self, n, side=32): self.n, self.side = n, side
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        truth = np.zeros((self.side, self.side), np.int32)
+        for k in range(i + 1): truth[4 + 2*k, 4:8] = k + 1
+        return data.Field(np.full((self.side, self.side + i, 3), 20*i + 40, np.uint8), {"nucleus": np.pad(truth, ((0, 0), (0, i)))}, .25)
+
+
+def test_fields_side_by_side_keep_all_their_objects_apart():
+    found = samples.mosaic([Patches(9)[i] for i in (3, 0, 5, 8)])
+    assert found.image.shape == (64, 64, 3) and found.mpp == .25
+    assert sorted(np.unique(found.truth["nucleus"])) == list(range(4 + 1 + 6 + 9 + 1))
+    for (y, x), i, first in (((0, 0), 3, 0), ((0, 32), 0, 4), ((32, 0), 5, 5), ((32, 32), 8, 11)):
+        there = found.truth["nucleus"][y:y + 32, x:x + 32]
+        assert (found.image[y:y + 32, x:x + 32] == 20*i + 40).all() and np.array_equal(np.where(there, there - first, 0), Patches(9)[i].truth["nucleus"][:, :32])
+
+
+def test_a_crop_larger_than_the_fields_shows_several_of_them():
+    seen = samples.Samples([Patches(9)], find_tasks(["nucleus"]))
+    image, truth = seen.sample(0, 4, 48) # 96 pixels of a field: three by three
+    assert len(np.unique(cv2.medianBlur(image[..., 0], 5)//8)) > 3 and truth["nucleus"].max() > 9
+    again = samples.Samples([Patches(9)], find_tasks(["nucleus"])).sample(0, 4, 48)
+    assert np.array_equal(image, again[0]) and np.array_equal(truth["nucleus"], again[1]["nucleus"])
+
+
+def test_glass_is_empty_in_every_map_and_never_in_a_patch_with_one_class():
+    rng, image = np.random.default_rng(0), np.full((96, 96, 3), 60, np.uint8)
+    truth = {"gland": np.ones((96, 96), np.int32), "gland-type": np.full((96, 96), 2, np.uint8)}
+    shares = []
+    for _ in range(40):
+        ended, left = samples.end_tissue(rng, image, truth)
+        glass = ended[..., 0] > 140 # halfway
+        assert np.mean(glass == (left["gland"] == 0)) > .99 and np.array_equal(left["gland"] == 0, left["gland-type"] == 0)
+        assert left["gland"].dtype == np.int32 and left["gland-type"].dtype == np.uint8
+        shares.append(glass.mean())
+    assert min(shares) < .1 and max(shares) > .7 and truth["gland"].all()
+    patch = data.Field(np.full((96, 96, 3), 60, np.uint8), {"tissue": 3}, .5)
+    image, truth = samples.draw_sample(patch, 64, (0,), glass=1.)
+    assert image.max() < 120 and truth["tissue"] == 3
