@@ -49,13 +49,18 @@ def test_report_runs_by_hand(notebook, tmp_path):
     assert json.loads((tmp_path / "run/provenance.json").read_text())["packages"]["torch"]
 
 
-def probe(tmp_path, tiles, **parameters):
-    """Run the probe report; its standard error, and its metrics where it came to its end."""
-    out = tmp_path / "probe"
-    options = [x for k, v in {"out": out, "tiles": tiles, "encoder": "colour", "n_boot": 50, **parameters}.items() for x in ("-y", f"{k}: {v}")]
-    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / "nbs/reports/30_probe.ipynb"), str(tmp_path / "out.ipynb"),
-                           *options], cwd=tmp_path, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
+def report(notebook, out, **parameters):
+    """Run a report; its standard error, and its metrics where it came to its end."""
+    out.mkdir(exist_ok=True)
+    options = [x for k, v in {"out": out, "n_boot": 50, **parameters}.items() for x in ("-y", f"{k}: {v}")]
+    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/reports/{notebook}.ipynb"), str(out / "notebook.ipynb"),
+                           *options], cwd=out, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
     return done.stderr, json.loads((out / "metrics.json").read_text()) if done.returncode == 0 else None
+
+
+def probe(tmp_path, tiles, **parameters):
+    """Run the probe report."""
+    return report("30_probe", tmp_path / "probe", **{"tiles": tiles, "encoder": "colour", **parameters})
 
 
 def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
@@ -71,6 +76,15 @@ def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
     table.assign(split="train").to_parquet(tiles / "tiles.parquet")
     error, found = probe(tmp_path, tiles)
     assert found is None and "no labelled tile is in `val`" in error
+
+
+def test_types_are_learnt_as_a_second_stage(tmp_path):
+    error, first = report("40_cerberus", tmp_path / "objects", steps=4)
+    assert first and set(first["tasks"]) == {"gland", "nucleus", "lumen"}, error[-2000:]
+    error, second = report("40_cerberus", tmp_path / "types", steps=2, start=tmp_path / "objects", freeze=True, tasks="[nucleus-type]", baseline=False, name="types",
+                           sets="[{reader: phantom_fields, n: 10, seed: 1, size: 128}]")
+    assert second and second["tasks"] == ["nucleus-type"], error[-2000:]
+    assert set(second["results"]["phantom, nucleus-type"]["types"]["n_objects"]) >= {"lymphocyte", "epithelial"}
 
 
 def test_study_from_slides_to_table(tmp_path, monkeypatch):
