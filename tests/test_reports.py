@@ -1,12 +1,10 @@
 """The reports: by hand with their defaults, and chained as a study from slides to the table."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import run_report
 
 from histonb.data.example import example_tiles
 from histonb.jobs.studies import run_study, stage_states, load_study
@@ -36,55 +34,42 @@ stages:
 """
 
 
-@pytest.mark.parametrize("notebook", REPORTS, ids=[p.stem for p in REPORTS])
+@pytest.mark.parametrize("notebook", [p.stem for p in REPORTS])
 def test_report_runs_by_hand(notebook, tmp_path):
     """As a person would: papermill, a parameter file, any working folder."""
-    parameters = tmp_path / "parameters.yaml"
-    parameters.write_text(f"out: {tmp_path / 'run'}\n")
-    command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", "--log-level", "ERROR",
-               str(notebook), str(tmp_path / "out.ipynb"), "-f", str(parameters)]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["headline"]
+    error, found = run_report(notebook, tmp_path)
+    assert found, error[-3000:]
+    assert found["headline"]
     assert json.loads((tmp_path / "run/provenance.json").read_text())["packages"]["torch"]
-
-
-def report(notebook, out, **parameters):
-    """Run a report; its standard error, and its metrics where it came to its end."""
-    out.mkdir(exist_ok=True)
-    options = [x for k, v in {"out": out, "n_boot": 50, **parameters}.items() for x in ("-y", f"{k}: {v}")]
-    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/reports/{notebook}.ipynb"), str(out / "notebook.ipynb"),
-                           *options], cwd=out, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
-    return done.stderr, json.loads((out / "metrics.json").read_text()) if done.returncode == 0 else None
 
 
 def probe(tmp_path, tiles, **parameters):
     """Run the probe report."""
-    return report("30_probe", tmp_path / "probe", **{"tiles": tiles, "encoder": "colour", **parameters})
+    return run_report("30_probe", tmp_path / "probe", **{"tiles": str(tiles), "encoder": "colour", "n_boot": 50, **parameters})
 
 
 def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
     tiles = example_tiles(tmp_path / "tiles", n_slides=6, seed=0)
     table = pd.read_parquet(tiles / "tiles.parquet")
-    _, found = probe(tmp_path, tiles, protocol="random-tiles", probes="[knn, prototypes]", shots="[1, 3]")
+    _, found = probe(tmp_path, tiles, protocol="random-tiles", probes=["knn", "prototypes"], shots=[1, 3])
     assert found["leak"]["leaking_cases"] > 0 and set(found["few_shot"]) == {"1", "3"} and found["protocol"] == "random-tiles"
     assert 0 <= found["results"]["knn"]["calibration"]["ece"]["value"] <= 1
     tested = table.label[(table.split == "test") & ~table.label.isin([-1, 255])].iloc[0]
     table.assign(label=table.label.where((table.split != "train") | (table.label != tested), -1)).to_parquet(tiles / "tiles.parquet")
     error, found = probe(tmp_path, tiles)
-    assert found is None and "`train` has no tile of class" in error and not (tmp_path / "probe/metrics.json").exists()
+    assert found is None and "`train` has no tile of class" in error and not (tmp_path / "probe/run/metrics.json").exists()
     table.assign(split="train").to_parquet(tiles / "tiles.parquet")
     error, found = probe(tmp_path, tiles)
     assert found is None and "no labelled tile is in `val`" in error
 
 
 def test_types_are_learnt_as_a_second_stage(tmp_path):
-    error, first = report("40_cerberus", tmp_path / "objects", steps=4)
+    error, first = run_report("40_cerberus", tmp_path / "objects", steps=4, n_boot=50)
     assert first and set(first["tasks"]) == {"gland", "nucleus", "lumen"}, error[-2000:]
     of, gain = first["results"]["phantom, nucleus"], first["over_baseline"]["phantom, nucleus"]["pq"]
     assert abs(gain["value"] - (of["cerberus"]["pq"]["value"] - of["stain and watershed"]["pq"]["value"])) < 1e-9 and gain["low"] <= gain["value"] <= gain["high"]
-    error, second = report("40_cerberus", tmp_path / "types", steps=2, start=tmp_path / "objects", freeze=True, tasks="[nucleus-type]", baseline=False, name="types",
-                           sets="[{reader: phantom_fields, n: 10, seed: 1, size: 128}]")
+    error, second = run_report("40_cerberus", tmp_path / "types", steps=2, n_boot=50, start=str(tmp_path / "objects/run"), freeze=True, tasks=["nucleus-type"], baseline=False, name="types",
+                           sets=[{"reader": "phantom_fields", "n": 10, "seed": 1, "size": 128}])
     assert second and second["tasks"] == ["nucleus-type"], error[-2000:]
     assert set(second["results"]["phantom, nucleus-type"]["types"]["n_objects"]) >= {"lymphocyte", "epithelial"}
 

@@ -1,33 +1,18 @@
 "The report on tiles over cohorts of pictures: sicapv2 and pairs, by parameters alone."
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import test_pairs
 import test_sicapv2
-import yaml
+from conftest import run_report
 
 from histonb.data.shards import SlideTiles, TileShards
 
-NOTEBOOK = Path(__file__).resolve().parents[1]/"nbs/reports/10_tiles.ipynb"
-
-
-def report(folder, **parameters):
-    "Run it as a person would; its output, or the last line of its error."
-    (folder/"p.yaml").write_text(yaml.safe_dump({"out": str(folder/"run"), **parameters}))
-    command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", "--log-level", "ERROR", str(NOTEBOOK), str(folder/"out.ipynb"), "-f", str(folder/"p.yaml")]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
-    if done.returncode: return done.stderr
-    return json.loads((folder/"run/metrics.json").read_text()), pd.read_parquet(folder/"run/tiles.parquet")
-
-
 def test_sicapv2_with_its_official_parts(tmp_path):
     root = test_sicapv2.write(tmp_path/"SICAPv2", size=512)
-    metrics, table = report(tmp_path, cohort="sicapv2", root=str(root), split="given", val_partition="Val1", mpp=512/224, keep_all=True)
+    error, metrics = run_report("10_tiles", tmp_path, cohort="sicapv2", root=str(root), split="given", val_partition="Val1", mpp=512/224, keep_all=True)
+    assert metrics, error[-3000:]
+    table = pd.read_parquet(tmp_path/"run/tiles.parquet")
     assert metrics["slides"] == metrics["tiles"] == 20 and metrics["leak"]["leaking_cases"] == 0
     assert table.groupby("split").case.agg(set).to_dict() == {"train": {"patient 7", "patient 9"}, "val": {"patient 8"}, "test": {"patient 10"}}
     assert (table.label == table.slide.map(dict(test_sicapv2.listing(*test_sicapv2.SLIDES))).map(test_sicapv2.GRADES)).all()
@@ -46,13 +31,17 @@ def test_pairs_from_a_code_table_in_text(tmp_path):
             test_pairs.Image.fromarray(array).save(folder/name)
     (masks/"p5_m.png").unlink()
     given = dict(cohort="pairs", root=str(images), masks=str(masks), mask_rule="*_m", codes="0: gleason3, 1: healthy, 2: healthy, 3: healthy, 4: ignore")
-    metrics, table = report(tmp_path, **given, min_coverage=.1, val_fraction=.2, test_fraction=.2, limit=4)
+    error, metrics = run_report("10_tiles", tmp_path, **given, min_coverage=.1, val_fraction=.2, test_fraction=.2, limit=4)
+    assert metrics, error[-3000:]
+    table = pd.read_parquet(tmp_path/"run/tiles.parquet")
     assert metrics["slides"] == 4 and metrics["quarantined"] == 1 and metrics["per_class"] == {"gleason3": 24} and {*table.split} == {"train", "val", "test"}
-    assert "did you mean" in report(tmp_path, **{**given, "codes": "0: gleson3"}).lower()
+    error, refused = run_report("10_tiles", tmp_path, **{**given, "codes": "0: gleson3"})
+    assert refused is None and "did you mean" in error.lower()
 
 
 @pytest.mark.parametrize("parameters, says", [({"cohort": "sicap"}, "Did you mean `sicapv2`?"), ({"cohort": "panda", "provider": "radbud"}, "Did you mean `radboud`?")])
 def test_misspelt_parameters(tmp_path, parameters, says):
     from test_cohorts import make
     make(tmp_path/"set")
-    assert says in report(tmp_path, root=str(tmp_path/"set"), **parameters)
+    error, refused = run_report("10_tiles", tmp_path, root=str(tmp_path/"set"), **parameters)
+    assert refused is None and says in error

@@ -1,15 +1,13 @@
 "Transfer to classes: head, balanced loss, SVMs, the table of depths and seeds, what a leak is worth, and its report."
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_report
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
@@ -157,15 +155,9 @@ def test_gap_is_the_difference_of_independent_divisions():
 
 # --- report
 
-def report(tmp_path, *options):
-    return subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", "--log-level", "ERROR", str(ROOT/"nbs/reports/41_transfer_classes.ipynb"), str(tmp_path/"out.ipynb"),
-                           "-p", "out", str(tmp_path/"run"), *options], cwd=tmp_path, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
-
-
 def test_report_tells_both_divisions_and_the_published_row(tmp_path):
-    done = report(tmp_path, "-y", "seeds: [0, 1]", "-p", "epochs", "1", "-p", "balanced", "true", "-p", "n_boot", "50")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path/"run/metrics.json").read_text())
+    error, found = run_report("41_transfer_classes", tmp_path, seeds=[0, 1], epochs=1, balanced=True, n_boot=50)
+    assert found, error[-3000:]
     assert set(found["results"]) == {"grouped", "random"} and found["published"]["layer 1"] == .852 and found["published"]["majority"] is None
     assert set(found["gap"]) == {"majority", "layer 1", "layer 4", "svm rbf", "svm linear"}
     calls = pd.read_parquet(tmp_path/"run/calls.parquet")
@@ -174,10 +166,10 @@ def test_report_tells_both_divisions_and_the_published_row(tmp_path):
         assert of["layer 1"]["accuracy"]["value"] == pytest.approx((mine["cls"] == mine["called"]).mean()) and mine["seed"].nunique() == 2
 
 
-@pytest.mark.parametrize(("options", "message"), [(("-y", "splits: [groupd]"), "Did you mean `grouped`"), (("-p", "source", "nowhere"), "no such file or folder"), (("-y", "depths: [0]"), "there is no layer 0")])
-def test_report_names_what_is_wrong(tmp_path, options, message):
-    done = report(tmp_path, *options)
-    assert done.returncode != 0 and message in done.stderr and not (tmp_path/"run/metrics.json").exists()
+@pytest.mark.parametrize(("parameters", "message"), [({"splits": ["groupd"]}, "Did you mean `grouped`"), ({"source": "nowhere"}, "no such file or folder"), ({"depths": [0]}, "there is no layer 0")])
+def test_report_names_what_is_wrong(tmp_path, parameters, message):
+    error, found = run_report("41_transfer_classes", tmp_path, **parameters)
+    assert found is None and message in error and not (tmp_path/"run/metrics.json").exists()
 
 
 # --- the real pictures

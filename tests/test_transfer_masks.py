@@ -1,16 +1,14 @@
 "Transfer to masks: the networks of the comparison, loss, budget, closing, baselines, masks written as the set has them, and the report."
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_report
 
 from histonb.core import BadInput
 from histonb.data.ebhi import ebhi_seg, read
@@ -240,23 +238,14 @@ def test_sides_and_masks_that_do_not_fit_are_refused(tmp_path, pictures, root):
 
 # The report ------------------------------------------------------------------------------------------------------------------
 
-def report(tmp_path, **parameters):
-    "Run the report; standard error, and its metrics where it came to its end."
-    out = tmp_path/"run"
-    options = [x for k, v in {"out": str(out), "n_boot": 50, **parameters}.items() for x in ("-y", f"{k}: {json.dumps(v)}")]
-    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT/"nbs/reports/42_transfer_masks.ipynb"), str(tmp_path/"out.ipynb"), *options],
-                          cwd=tmp_path, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
-    return done.stderr, json.loads((out/"metrics.json").read_text()) if done.returncode == 0 else None
-
-
 def test_the_report_refuses_before_it_trains(tmp_path):
-    error, found = report(tmp_path, leak=["medt"])
+    error, found = run_report("42_transfer_masks", tmp_path, n_boot=50, leak=["medt"])
     assert found is None and "not among the networks" in error and not (tmp_path/"run/grouped").exists()
 
 
 @pytest.mark.slow
 def test_the_report_tells_what_its_files_say(tmp_path, root, weights):
-    error, found = report(tmp_path, root=str(root), source=str(weights), networks=["transferred", "scratch", "medt"], leak=["scratch"], epochs=1, closing=0)
+    error, found = run_report("42_transfer_masks", tmp_path, n_boot=50, root=str(root), source=str(weights), networks=["transferred", "scratch", "medt"], leak=["scratch"], epochs=1, closing=0)
     assert found, error[-3000:]
     scores = pd.read_parquet(tmp_path/"run/scores.parquet")
     assert set(scores["network"]) == {"transferred", "from scratch", "MedT", "all foreground", "stain"} and set(scores["division"]) == {"grouped", "random"}

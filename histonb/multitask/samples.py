@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core import BadInput, nearest
-from ..data.fields import TRUTHS, Field
+from ..data.fields import TRUTHS, Field, at_mpp
 from ..models.cerberus import PATCH
 from .targets import targets_of
 
@@ -61,6 +61,8 @@ def end_tissue(
     image = image*(1 - beyond) + np.clip(light + rng.normal(0, 2, image.shape), 0, 255)*beyond
     return image.astype(np.uint8), {name: np.where(beyond[..., 0] > .5, a.dtype.type(0), a) if np.ndim(a) == 2 else a for name, a in truth.items()}
 
+def _mapped(truth): return any(np.ndim(a) == 2 for a in truth.values()) # not one class for the whole picture
+
 COLOURS = A.Compose([
     A.OneOf([A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2)), A.MedianBlur(blur_limit=(3, 3)), A.GaussNoise(std_range=(.01, .05))], p=.3),
     A.ColorJitter(brightness=(.75, 1.25), contrast=(.75, 1.25), saturation=(.8, 1.2), hue=(-.04, .04), p=.9),
@@ -77,13 +79,13 @@ def draw_sample(
     sequence = np.random.SeedSequence(seed)
     rng = np.random.Generator(np.random.PCG64(sequence))
     image, truth = warp(field, draw_matrix(rng, field.image.shape[:2], crop, mpp/field.mpp), crop)
-    if any(np.ndim(a) == 2 for a in truth.values()) and rng.uniform() < glass: image, truth = end_tissue(rng, image, truth)
+    if _mapped(truth) and rng.uniform() < glass: image, truth = end_tissue(rng, image, truth)
     COLOURS.set_random_state(rng, random.Random(int(sequence.generate_state(1, np.uint64)[0])))
     return COLOURS(image=image)["image"], truth
 
 # %% ../../nbs/multitask/40b_samples.ipynb #cell-019
 def mosaic(
-    fields: list, # n*n `Field`s of one set
+    fields: list, # n*n `Field`s of one set, at one resolution
 ) -> Field: # n by n of them, each cut to the smallest height and width
     "Lay fields side by side."
     n, (h, w) = math.isqrt(len(fields)), np.min([f.image.shape[:2] for f in fields], 0)
@@ -170,9 +172,9 @@ class Samples(Dataset):
         cycle, place = divmod(count, n)
         field = self.field(number, int(np.random.default_rng((self.seed, number, cycle)).permutation(n)[place]))
         across = math.ceil(side*self.mpp/field.mpp/min(field.image.shape[:2]))
-        if across > 1 and any(np.ndim(a) == 2 for a in field.truth.values()):
+        if across > 1 and _mapped(field.truth):
             others = np.random.default_rng((self.seed, number, count, across)).integers(n, size=across**2 - 1)
-            field = mosaic([field, *(self.field(number, int(i)) for i in others)])
+            field = mosaic([field, *(at_mpp(self.field(number, int(i)), field.mpp) for i in others)])
         return draw_sample(field, side, (self.seed, number, count), self.mpp, self.glass)
 
     def __getitem__(self, key):
