@@ -19,7 +19,7 @@ from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
 from histonb.models.running import checkpoints
 from histonb.multitask import samples, sets, targets, training, watching
-from histonb.multitask.training import TrainConfig, Trainer, settle, train
+from histonb.multitask.training import TrainConfig, Trainer, _loader, settle, train
 
 REAL = Path(__file__).parents[2]/"shared/data"
 needs_real = pytest.mark.skipif(not (REAL/"GlaS").exists(), reason="no ../shared/data/GlaS")
@@ -224,6 +224,12 @@ def test_patches_and_fields_in_one_run(tmp_path, sampling):
     rows = figures(tmp_path/"run")
     assert {"loss_tissue", "loss_gland", "loss_nucleus", "loss_lumen"} <= rows[0].keys() if "loss" in rows[0] else rows[-1].keys()
     assert "right_tissue" in rows[-1]
+
+
+def test_a_set_has_its_share_of_every_step():
+    found, tasks = sets.read_sets([PHANTOMS | {"truths": [name]} for name in ("gland", "lumen")])
+    c = settle(TrainConfig("run", **TINY | {"shares": (2, 1), "batch_size": 6, "workers": 0}), list(map(len, found)))
+    for _, truth in _loader(c, found, tasks, 0): assert {name: len(rows) for name, (rows, *_) in truth.items()} == {"gland": 4, "lumen": 2}
 
 
 def test_a_task_without_data(tmp_path):

@@ -112,9 +112,11 @@ class Batches:
         crop: int, # side of a segmentation crop in pixels
         start: int, # first step
         stop: int, # after the last step
+        shares=(), # how often each set has its turn in a round; empty: once
     ):
         if sampling not in SAMPLINGS: raise BadInput("sampling", f"no way called `{sampling}`", nearest(sampling, SAMPLINGS))
         if sampling == "alternating" and len(set(patches)) < 2: raise BadInput("sampling", "`alternating` needs sets of patches and sets of fields", "Choose mixed or single.")
+        self.order = [i for i, _ in enumerate(patches) for _ in range(shares[i] if shares else 1)]
         self.patches, self.sampling, self.batch_size, self.crop, self.start, self.stop = list(patches), sampling, batch_size, crop, start, stop
 
     def __len__(self): return self.stop - self.start
@@ -127,13 +129,19 @@ class Batches:
         step: int,
     ) -> list: # of (set, count, side)
         "What the step is made of."
-        sets, turn, size = range(len(self.patches)), step, self.batch_size
-        if self.sampling == "single": return [(step % len(sets), step//len(sets)*size + j, self._side([step % len(sets)])) for j in range(size)]
-        if self.sampling == "alternating": sets, turn = [i for i in sets if self.patches[i] == (step % 2 == 0)], step//2
-        places = range(turn*size, turn*size + size)
-        return [(sets[g % len(sets)], g//len(sets), self._side(sets)) for g in places]
+        order, turn, size = self.order, step, self.batch_size
+        if self.sampling == "single":
+            number, count = _turn(order, step)
+            return [(number, count*size + j, self._side([number])) for j in range(size)]
+        if self.sampling == "alternating": order, turn = [i for i in order if self.patches[i] == (step % 2 == 0)], step//2
+        return [(*_turn(order, place), self._side(order)) for place in range(turn*size, turn*size + size)]
 
     def _side(self, sets): return PATCH if all(self.patches[i] for i in sets) else self.crop
+
+def _turn(order, place):
+    "Whose turn it is in rounds of that order, and how many it has had."
+    rounds, at = divmod(place, len(order))
+    return order[at], rounds*order.count(order[at]) + order[:at].count(order[at])
 
 # %% ../../nbs/multitask/40b_samples.ipynb #cell-013
 class Samples(Dataset):
