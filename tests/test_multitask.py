@@ -12,13 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_report
 
-from histonb.core import BadInput, read_jsonl
+from histonb.core import BadInput, read_jsonl, write_json
 from histonb.data import fields as data
 from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
 from histonb.models.running import checkpoints
 from histonb.multitask import samples, sets, targets, training, watching
+from histonb.multitask.scoring import annotator, score_fields, write_scores
 from histonb.multitask.training import TrainConfig, Trainer, _loader, settle, train
 
 REAL = Path(__file__).parents[2]/"shared/data"
@@ -230,6 +232,22 @@ def test_a_set_has_its_share_of_every_step():
     found, tasks = sets.read_sets([PHANTOMS | {"truths": [name]} for name in ("gland", "lumen")])
     c = settle(TrainConfig("run", **TINY | {"shares": (2, 1), "batch_size": 6, "workers": 0}), list(map(len, found)))
     for _, truth in _loader(c, found, tasks, 0): assert {name: len(rows) for name, (rows, *_) in truth.items()} == {"gland": 4, "lumen": 2}
+
+
+def test_networks_are_compared_by_the_samples_of_their_sets(tmp_path):
+    of = [PHANTOMS | {"truths": [name]} for name in ("gland", "lumen")]
+    runs = {"both": {"sets": of, "shares": (2, 1), "steps": 6}, "glands": {"sets": of[:1], "steps": 4}, "fewer": {"sets": of[:1], "steps": 3}}
+    for name, given in runs.items():
+        folder = train(TrainConfig(str(tmp_path/name), **TINY | given | {"batch_size": 3}))
+        found, tasks = sets.read_sets(given["sets"])
+        write_scores([r for f in found for r in score_fields({name: annotator(cerberus.load(folder)[0])}, f.take((f.table["split"] == "test").to_numpy()), f.truths)], folder/"scores.parquet")
+        write_json(folder/"metrics.json", {"name": name})
+    def compared(*names):
+        error, metrics = run_report("45_tasks", tmp_path/"-".join(names), networks=[str(tmp_path/name) for name in names], n_boot=20)
+        assert metrics, error[-3000:]
+        return metrics["equal"], metrics["different"]
+    assert compared("both", "glands") == (["samples of each task"], [])  # 12 of glands either way
+    assert compared("both", "fewer") == ([], ["steps"])
 
 
 def test_a_task_without_data(tmp_path):
