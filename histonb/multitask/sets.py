@@ -22,11 +22,11 @@ from ..models.cerberus import find_tasks
 READERS = {f.__name__: f for f in (glas, crag, consep, lizard, pannuke, patch_folders, folders, phantom_fields)}
 
 def read_set(
-    said: dict, # reader: a key of `READERS`; truths: names, all by default; what else the reader takes
+    said: dict, # reader: a key of `READERS`; truths: names, all by default; test: cases held out, by the reader's or `divide`'s choice by default; what else the reader takes
 ) -> Fields:
-    "The fields of one set. Unknown readers, arguments and truths are `BadInput` that names the nearest."
+    "The fields of one set. Unknown readers, arguments, truths and cases are `BadInput` that names the nearest."
     said = dict(said)
-    name, truths = said.pop("reader", ""), said.pop("truths", None)
+    name, truths, held = said.pop("reader", ""), said.pop("truths", None), said.pop("test", ())
     if name not in READERS: raise BadInput("sets", f"no reader `{name}`", nearest(name, READERS))
     takes = inspect.signature(READERS[name]).parameters
     for key in said:
@@ -37,6 +37,9 @@ def read_set(
     if len(fields) == 0: raise BadInput(f"sets, {name}", "no field in it can be used", "Look at its quarantine: the reader says what was wrong.")
     for truth in truths or ():
         if truth not in fields.truths: raise BadInput(f"sets, {name}", f"has no `{truth}`", nearest(truth, fields.truths))
+    for case in held:
+        if case not in set(fields.table["case"]): raise BadInput(f"sets, {name}", f"has no case `{case}`", nearest(case, fields.table["case"].unique()))
+    if held: fields = replace(fields, table=fields.table.assign(split=np.where(fields.table["case"].isin(held), "test", "train")))
     return fields if truths is None else replace(fields, truths=tuple(truths))
 
 # %% ../../nbs/multitask/41a_sets.ipynb #cell-008
