@@ -248,6 +248,11 @@ def test_networks_are_compared_by_the_samples_of_their_sets(tmp_path):
         return metrics["equal"], metrics["different"]
     assert compared("both", "glands") == (["samples of each task"], [])  # 12 of glands either way
     assert compared("both", "fewer") == ([], ["steps"])
+    def refused(*names): return run_report("46_cases", tmp_path/"-".join(names), networks=[str(tmp_path/name) for name in names], n_boot=20)[0]
+    assert "are tested by two of them" in refused("both", "glands")
+    fields = tmp_path/"glands/fields.csv"
+    fields.write_text(fields.read_text().replace(",test,", ",train,"))
+    assert "glands was trained on cases that it is tested on" in refused("glands", "both")
 
 
 def test_a_task_without_data(tmp_path):
