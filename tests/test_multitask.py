@@ -20,7 +20,7 @@ from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
 from histonb.models.running import checkpoints
 from histonb.multitask import samples, sets, targets, training, watching
-from histonb.multitask.scoring import annotator, score_fields, write_scores
+from histonb.multitask.scoring import score_run
 from histonb.multitask.training import TrainConfig, Trainer, _loader, settle, train
 
 REAL = Path(__file__).parents[2]/"shared/data"
@@ -239,8 +239,7 @@ def test_networks_are_compared_by_the_samples_of_their_sets(tmp_path):
     runs = {"both": {"sets": of, "shares": (2, 1), "steps": 6}, "glands": {"sets": of[:1], "steps": 4}, "fewer": {"sets": of[:1], "steps": 3}}
     for name, given in runs.items():
         folder = train(TrainConfig(str(tmp_path/name), **TINY | given | {"batch_size": 3}))
-        found, tasks = sets.read_sets(given["sets"])
-        write_scores([r for f in found for r in score_fields({name: annotator(cerberus.load(folder)[0])}, f.take((f.table["split"] == "test").to_numpy()), f.truths)], folder/"scores.parquet")
+        score_run(folder, name)
         write_json(folder/"metrics.json", {"name": name})
     def compared(*names):
         error, metrics = run_report("45_tasks", tmp_path/"-".join(names), networks=[str(tmp_path/name) for name in names], n_boot=20)

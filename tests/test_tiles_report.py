@@ -8,6 +8,7 @@ from conftest import run_report
 
 from histonb.data.shards import SlideTiles, TileShards
 
+
 def test_sicapv2_with_its_official_parts(tmp_path):
     root = test_sicapv2.write(tmp_path/"SICAPv2", size=512)
     error, metrics = run_report("10_tiles", tmp_path, cohort="sicapv2", root=str(root), split="given", val_partition="Val1", mpp=512/224, keep_all=True)
