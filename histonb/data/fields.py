@@ -160,7 +160,7 @@ def at_mpp(
 
 # %% ../../nbs/data/05d_fields.ipynb #cell-026
 _READERS = {"glas": "annotations", "crag": "annotations", "folders": "annotations", "patch_folders": "annotations",
-            "consep": "nuclei", "lizard": "nuclei", "pannuke": "nuclei"} # reader -> its module in this room
+            "consep": "nuclei", "lizard": "nuclei", "pannuke": "nuclei", "ebhi_glands": "ebhi"} # reader -> its module in this room
 
 def __getattr__(name):
     if name not in _READERS: raise AttributeError(f"no `{name}` in {__name__}. {nearest(name, [*_READERS, 'phantom_fields'])}")

@@ -13,16 +13,17 @@ import numpy as np
 import pandas as pd
 
 from ..core import BadInput, nearest
+from ..data.ebhi import ebhi_glands
 from ..data.fields import Fields, crag, folders, glas, patch_folders, phantom_fields
 from ..data.nuclei import consep, lizard, pannuke
 from ..data.splits import check_leak, grouped_split
 from ..models.cerberus import find_tasks
 
 # %% ../../nbs/multitask/41a_sets.ipynb #cell-005
-READERS = {f.__name__: f for f in (glas, crag, consep, lizard, pannuke, patch_folders, folders, phantom_fields)}
+READERS = {f.__name__: f for f in (glas, crag, consep, lizard, pannuke, patch_folders, folders, ebhi_glands, phantom_fields)}
 
 def read_set(
-    said: dict, # reader: a key of `READERS`; truths: names, all by default; test: cases held out, by the reader's or `divide`'s choice by default; what else the reader takes
+    said: dict, # reader: a key of `READERS`; truths: names, all by default; test: cases held out, by the reader's or `divide`'s choice by default (`read_sets` holds none out where it is empty); what else the reader takes
 ) -> Fields:
     "The fields of one set. Unknown readers, arguments, truths and cases are `BadInput` that names the nearest."
     said = dict(said)
@@ -69,7 +70,7 @@ def read_sets(
     seed: int = 0,
 ) -> tuple[list[Fields], tuple]: # the divided sets that any task needs; the tasks
     "Read and divide the sets of a run. A task without data is `BadInput`."
-    found = [divide(read_set(said), val, test, seed) for said in sets]
+    found = [divide(read_set(said), val, test if said.get("test", True) else 0., seed) for said in sets]
     if not found: raise BadInput("sets", "there is none", f"Name at least one, such as {{reader: {next(iter(READERS))}, root: ...}}.")
     there = list(dict.fromkeys(name for fields in found for name in fields.truths))
     tasks = find_tasks(tasks or there)
