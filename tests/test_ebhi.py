@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from histonb.core import BadInput
 from histonb.data.cohorts import QUARANTINE_COLUMNS, ebhi_seg
-from histonb.data.ebhi import CLASSES, cases, listing, read
+from histonb.data.ebhi import CLASSES, GLANDS, cases, ebhi_glands, listing, read
+from histonb.data.fields import FIELD_COLUMNS
 from histonb.data.pair_augment import EBHIAugment
 from histonb.data.splits import SPLITS, check_leak
 
@@ -82,6 +83,22 @@ def test_a_pair_is_read_as_it_lies_and_thresholded(root):
         image, mask = read(row)
         assert image.dtype == mask.dtype == np.uint8 and np.array_equal(image, np.asarray(Image.open(first(root))))
         assert mask[0, :6].tolist() == [0, 0, 0, 1, 1, 0] and mask.sum() == 2*224
+
+
+def test_glands_are_pieces_of_the_mask_without_holes_in_a_picture_as_wide_as_it_was(root):
+    mask = np.zeros((224, 224), np.uint8)
+    mask[20:60, 30:90] = mask[100:200, 30:60] = 255
+    mask[35:45, 50:60] = 0
+    put(first(root, part="label"), mask)
+    (root/"Normal/label"/first(root, "Normal").name).unlink()
+    fields = ebhi_glands(root)
+    assert len(fields) == 8*len(GLANDS) - 1 and fields.truths == ("gland",) and list(fields.table) == FIELD_COLUMNS
+    assert {*fields.table["image"].map(lambda p: Path(p).parts[-3])} == set(GLANDS) and set(fields.table["split"]) == {""}
+    field = fields[int(np.flatnonzero(fields.table["image"] == str(first(root)))[0])]
+    assert field.image.shape == (224, 299, 3) and field.truth["gland"].shape == (224, 299) and field.truth["gland"].dtype == np.int32
+    ids, sizes = np.unique(field.truth["gland"], return_counts=True)
+    assert ids.tolist() == [0, 1, 2] and sizes[1:]/(4/3) == pytest.approx([40*60, 100*30], rel=.02)
+    with pytest.raises(BadInput, match="Did you mean `Polyp`"): ebhi_glands(root, ["polyps"])
 
 
 def test_a_picture_without_mask_stays_and_its_twin_goes(root):
