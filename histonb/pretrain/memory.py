@@ -140,24 +140,26 @@ def estimate_memory(
 
 # %% ../../nbs/pretrain/23b_memory.ipynb #cell-016
 MEASURE = """
-import json, numpy as np, re, sys, torch
+import dataclasses, gc, json, numpy as np, re, sys, torch
 from histonb.models.hiding import token_grid
 from histonb.pretrain.ibot import draw_masks
 from histonb.pretrain.config import PretrainConfig, settle
 from histonb.pretrain.trainer import Trainer
 def memory(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])*1024
 torch.set_num_threads(1)
-c = settle(PretrainConfig(**json.loads(sys.argv[1])), 10**6)
-def crops():
+def crops(c, net):
     size = c.micro_batch or c.batch_size
     while True:
-        masks = [draw_masks(c.n_global, token_grid(trainer.student.backbone, (c.global_size,)*2), i, c.mask_chance, c.mask_share) for i in range(size)]
+        masks = [draw_masks(c.n_global, token_grid(net, (c.global_size,)*2), i, c.mask_chance, c.mask_share) for i in range(size)]
         yield [torch.randn(n, size, 3, px, px) for n, px in ((c.n_global, c.global_size), (c.n_local, c.local_size)) if n] + [torch.from_numpy(np.stack(masks, 1))]*(c.patch_weight > 0)
-p = torch.nn.Parameter(torch.ones(8, 8, 3, 3))
-with torch.autocast("cpu", torch.bfloat16): torch.nn.functional.conv2d(torch.ones(1, 8, 9, 9), p).sum().backward()  # wake the libraries
-torch.optim.AdamW([p], fused=True).step()
-before, trainer = memory("VmRSS"), Trainer(c, 10**6)
-for _ in range(2): trainer.train_step(crops())
+def train(c):
+    trainer = Trainer(c, 10**6)
+    for _ in range(2): trainer.train_step(crops(c, trainer.student.backbone))
+c = settle(PretrainConfig(**json.loads(sys.argv[1])), 10**6)
+train(dataclasses.replace(c, batch_size=2, micro_batch=0, global_size=32, local_size=32))  # wake the libraries
+gc.collect()
+before = memory("VmRSS")
+train(c)
 print(torch.cuda.max_memory_allocated() if c.device.startswith("cuda") else memory("VmHWM") - before)
 """
 
