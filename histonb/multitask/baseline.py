@@ -41,7 +41,7 @@ def stain_nuclei(
     image: np.ndarray, # (H, W, 3) uint8
     mpp: float = .5, # um per pixel
 ) -> np.ndarray: # (H, W) int32, 0: none
-    "Nuclei by stain and shape."
+    "Nuclei as what is darker than its surroundings, cut where it is narrow."
     stain = cv2.GaussianBlur(_stain(image, mpp, .5), (0, 0), .7)
     around = cv2.GaussianBlur(stain, (0, 0), 12)
     mask = stain > np.maximum(_threshold(stain, .25), around + .03)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core import BadInput, read_json
 from ..models import backbones, cerberus
+from .sets import taught
 
 # %% ../../nbs/multitask/46a_encoders.ipynb #cell-005
 LAYERS = (1, 2, 3, 4)
@@ -137,9 +138,6 @@ def check_unseen(
     name: str = "EBHI-Seg", # of their set in `fields.csv`
 ):
     "Refuse an encoder that has learnt from cases on which it would be judged. Only the folder of a training tells."
-    path = Path(source or "none")/"fields.csv"
-    if not path.exists(): return
-    fields = pd.read_csv(path, dtype=str)
-    taught = fields["case"][(fields["set"] == name) & (fields["split"] == "train")]
-    seen = sorted({*taught} & {*slides["case"][slides["split"] == "test"]})
+    if not source or not (Path(source)/"fields.csv").exists(): return
+    seen = sorted(taught(source).get(name, set()) & {*slides["case"][slides["split"] == "test"]})
     if seen: raise BadInput(source, f"it has learnt from {len(seen)} of the cases that it would be judged on, such as {seen[0]}", f"Give an encoder that was trained without {name}.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORED', 'FIGURE_OF', 'objects_of', 'annotator', 'score_fields', 'figures_by_task', 'write_scores', 'score_run',
-           'compare_scores']
+           'compare_scores', 'compare_each']
 
 # %% ../../nbs/multitask/44_scoring.ipynb #cell-002
 from pathlib import Path
@@ -132,5 +132,15 @@ def compare_scores(
         columns = list(SUMS)
         found[key] = object_difference(a[columns].to_numpy(), b.loc[a.index, columns].to_numpy(), a["case"], n_boot, seed)
     return found
+
+def compare_each(
+    scores: pd.DataFrame, # what `write_scores` wrote, of several annotators
+    name: str, # of the one that is compared with each other
+    n_boot: int = 1000, # bootstrap resamples
+    seed: int = 0, # of the resamples
+) -> dict: # (set, task, other annotator) -> what `compare_scores` gives
+    "Differences of one annotator to each other."
+    by = dict(list(scores.groupby("annotator", sort=False)))
+    return {(*key, who): d for who in by if who != name for key, d in compare_scores(by[name], by[who], n_boot, seed).items()}
 
 FIGURE_OF = {"gland": "object_dice", "lumen": "object_dice", "nucleus": "pq"} # the figure by which a task is judged
