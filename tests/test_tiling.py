@@ -1,10 +1,12 @@
 """Tiling: the real slides against an independent reading, interruptions, and every kind of bad input."""
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from histonb.data.criteria import FRACTIONS, METRICS, metrics
 from histonb.data.labels import IGNORE
 from histonb.data.phantom import write_cohort
 from histonb.data.shards import TileShards
-from histonb.data.slides import open_slide
+from histonb.data.slides import Slide, open_slide
 from histonb.data.tiling import TileRule, apply_rule, tile_cohort, tile_slide
 from histonb.data.writing import write_mask, write_slide
 
@@ -299,6 +301,112 @@ def test_bad_slides_are_quarantined_and_the_rest_goes_on(tmp_path):
     known = cohort_of(rows[7:8])
     known.slides["mpp"] = .5  # which the cohort may give
     assert tile_cohort(known, tmp_path/"known", TileRule(mpp=.5)).mpp.eq(.5).all()
+
+
+@pytest.mark.parametrize("error", [IndexError("beyond"), ZeroDivisionError(), MemoryError("1 TiB"), OSError(errno.EIO, "Input/output error"), RecursionError(), AssertionError("a"),
+                                   UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), cv2.error("(-215)"), np.linalg.LinAlgError("singular")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("where", ["open", "read", "cut"])
+def test_any_exception_costs_its_slide_only(tmp_path, monkeypatch, error, where):
+    "Whatever a slide raises, and wherever: it is set aside with type and place, twice, and a job that is strict stops."
+    image, mask = half_slide(tmp_path/"a.tiff", shape=(896, 448))
+    bad, _ = half_slide(tmp_path/"bad.tiff", shape=(896, 448))
+    def evil(real):
+        def raising(slide, *args, **kwargs):
+            if Path(getattr(slide, "path", slide)).name == "bad.tiff": raise error
+            return real(slide, *args, **kwargs)
+        return raising
+    target, name = {"open": (tiling, "open_slide"), "read": (Slide, "_decode"), "cut": (tiling, "tile_slide")}[where]
+    monkeypatch.setattr(target, name, evil(getattr(target, name)))
+    cohort = cohort_of([("first", image, mask, "radboud"), ("bad", bad, mask, "radboud"), ("last", image, mask, "radboud")])
+    for _ in range(2):
+        table = tile_cohort(cohort, tmp_path/"out", workers=1)
+        quarantine = pd.read_csv(tmp_path/"out/quarantine.csv", keep_default_na=False)
+        assert table.slide.unique().tolist() == ["first", "last"] and quarantine.slide.tolist() == ["bad"] and quarantine.path.tolist() == [str(bad)]
+        assert re.match(rf"unexpected {type(error).__name__} in \w+\.py, line \d+ \(\w+\)", quarantine.fault[0]) and quarantine.remedy[0]
+    assert len(read_jsonl(tmp_path/"out/journal.jsonl")) == 2
+    with pytest.raises(BadInput, match=f"bad.tiff: unexpected {type(error).__name__}") as raised: tile_cohort(cohort, tmp_path/"strict", workers=1, strict=True)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded")], ids=["Ctrl-C", "disk", "quota"])
+def test_what_is_no_slides_fault_stops_the_job(phantoms, tmp_path, monkeypatch, error):
+    def raising(*args, **kwargs): raise error
+    monkeypatch.setattr(tiling, "tile_slide", raising)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else BadInput, match=None if isinstance(error, KeyboardInterrupt) else "the disk is full"):
+        tile_cohort(phantoms, tmp_path/"out", workers=1)
+
+
+def test_a_worker_that_dies_costs_its_slide_only(phantoms, tmp_path):
+    rows = [(f"s{i}", r.image, r.mask, r.codes) for i, r in enumerate(pd.concat([phantoms.slides]*2).itertuples())]
+    cohort_of(rows).slides.to_parquet(tmp_path/"slides.parquet")
+    (tmp_path/"job.py").write_text("""import os, signal, sys
+import pandas as pd
+from histonb.data import tiling
+from histonb.data.cohorts import Cohort
+whole = tiling._tile
+def dying(job):
+    if job.slide == "s2": os.kill(os.getpid(), signal.SIGSEGV)
+    if job.slide == "s5": os._exit(7)
+    return whole(job)
+dying.__module__, dying.__qualname__, tiling._tile = "histonb.data.tiling", "_tile", dying
+if __name__ == "__main__":
+    slides = pd.read_parquet("slides.parquet")
+    tiling.tile_cohort(Cohort("test", slides, pd.DataFrame(columns=["slide", "path", "fault", "remedy"])), "out", workers=4)
+""")
+    done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    table, quarantine = pd.read_parquet(tmp_path/"out/tiles.parquet"), pd.read_csv(tmp_path/"out/quarantine.csv")
+    assert quarantine.slide.tolist() == ["s2", "s5"] and quarantine.path.tolist() == [rows[2][1], rows[5][1]]
+    assert [re.search(r"the process that tiled it died \((.*)\)", fault)[1] for fault in quarantine.fault] == ["SIGSEGV", "exit code 7"]
+    whole = tile_cohort(cohort_of([row for row in rows if row[0] not in ("s2", "s5")]), tmp_path/"whole")
+    pd.testing.assert_frame_equal(table, whole)
+    assert TileShards(tmp_path/"out").check() == whole.kept.sum() and not (tmp_path/"out/parts").exists()
+
+
+def test_a_worker_killed_by_somebody_costs_nothing(phantoms, tmp_path):
+    rows = [(f"{r.slide}_{i}", r.image, r.mask, r.codes) for i in range(4) for r in phantoms.slides.itertuples()]
+    cohort, parent, killed = cohort_of(rows), os.getpid(), threading.Event()
+    def kill():
+        "One of the two workers, once the first slides are done."
+        while not killed.is_set():
+            workers = [p for p in subprocess.run(["pgrep", "-P", str(parent), "-f", "spawn_main"], capture_output=True, text=True).stdout.split() if p]
+            journal = tmp_path/"out/journal.jsonl"
+            if len(workers) == 2 and journal.exists() and journal.read_bytes().count(b"\n") >= 2:
+                os.kill(int(workers[0]), signal.SIGKILL)
+                killed.set()
+            time.sleep(.01)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try: table = tile_cohort(cohort, tmp_path/"out", workers=4)
+    finally: was_killed = killed.is_set(); killed.set(); thread.join()
+    assert was_killed and pd.read_csv(tmp_path/"out/quarantine.csv").empty
+    tile_cohort(cohort, tmp_path/"whole", workers=1)
+    assert content(tmp_path/"out") == content(tmp_path/"whole") and table.slide.nunique() == len(rows)
+
+
+NAMES = [".hidden", "..", "a.b.c", "100%41", "a#b?c", "sp ace", "quo'te\"", "new\nline", "tab\t", "\u00e9", "e\u0301", "A", "a", "up/down", "NA", "\u8abf"*28, "\u75c5"*120, "x"*240]
+
+def test_names_of_every_kind(tmp_path):
+    "However a slide is called, hidden, long, or in any script: its tiles are kept under its own name, by one process and by two."
+    image, mask = half_slide(tmp_path/"a.tiff", shape=(896, 448))
+    cohort = cohort_of([(name, image, mask, "radboud") for name in NAMES] + [("lost, \u8abf", tmp_path/("\u8abf"*200 + ".tiff"), "", "radboud")])
+    for workers in (1, 4):
+        out = tmp_path/f"out{workers}"
+        table = tile_cohort(cohort, out, workers=workers)
+        assert table.slide.unique().tolist() == NAMES and table[table.kept].groupby("slide").size().eq(4).all()
+        assert TileShards(out).check() == 4*len(NAMES) and not (out/"parts").exists()
+        quarantine = pd.read_csv(out/"quarantine.csv")
+        assert quarantine.slide.tolist() == ["lost, \u8abf"]
+        assert tile_cohort(cohort, out, workers=workers).equals(table)
+    assert content(tmp_path/"out1") == content(tmp_path/"out4")
+
+
+def test_a_resolution_that_is_known_of_some_slides_only(tmp_path):
+    "A column of numbers and gaps: a gap is no resolution, and the file's own counts."
+    (image, mask), (bare, bare_mask) = half_slide(tmp_path/"a.tiff", shape=(896, 448)), half_slide(tmp_path/"b.tiff", mpp=None, shape=(896, 448))
+    cohort = cohort_of([("told", bare, bare_mask, "radboud"), ("says", image, mask, "radboud")])
+    cohort.slides["mpp"] = [.5, np.nan]
+    assert tile_cohort(cohort, tmp_path/"out", TileRule(mpp=.5)).groupby("slide").mpp.first().to_dict() == {"told": .5, "says": .5}
 
 
 def test_what_a_folder_is_protected_from(phantoms, tmp_path):

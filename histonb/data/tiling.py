@@ -8,20 +8,20 @@ __all__ = ['tile_cohort']
 # %% ../../nbs/data/03_tiling.ipynb #cell-002
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import multiprocessing
 import shutil
 import signal
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, append_jsonl, atomic_path, digest, progress, read_json, read_jsonl, write_json
+from ..core import BadInput, append_jsonl, atomic_path, digest, disk_is_full, foreign_errors, progress
+from ..core import read_json, read_jsonl, write_json
 from .criteria import metrics  # noqa: F401, the stage under one name
 from .labels import LABELS
 from .shards import ShardWriter
@@ -44,44 +44,75 @@ class _Job:
 
     @property
     def key(self): # changes when the files do
-        stats = [Path(p).stat() if p and Path(p).exists() else None for p in (self.image, self.mask)]
+        stats = [_stat(p) if p else None for p in (self.image, self.mask)]
         codes = sorted(self.codes.items()) if isinstance(self.codes, dict) else self.codes
         return digest([s and (s.st_size, s.st_mtime_ns) for s in stats], codes, self.mpp)
 
-    def part(self, suffix): return self.parts/(quote(self.slide, safe="") + suffix)
+    def part(self, suffix): return self.parts/(digest(self.slide) + suffix)  # a name may be longer than a file's may be
+
+def _stat(path):
+    "What the file system says of a file; None where it says nothing."
+    try: return Path(path).stat()
+    except (OSError, ValueError): return None
 
 def _tile(job: _Job): # {"incomplete": n, "background": n}, or the BadInput
     "Tile one slide into its two part files."
     try:
-        with open_slide(job.image, job.mpp) as slide, contextlib.ExitStack() as stack:
-            records = stack.enter_context(atomic_path(job.part(".tiles")))
+        with atomic_path(job.part(".tiles")) as records, contextlib.ExitStack() as stack:
             store = stack.enter_context(open(records, "wb")) if job.store else None
-            table, counts = tile_slide(slide, job.mask, job.codes, job.rule, store, job.threads)
+            with foreign_errors(job.image), open_slide(job.image, job.mpp) as slide:
+                table, counts = tile_slide(slide, job.mask, job.codes, job.rule, store, job.threads)
             with atomic_path(job.part(".parquet")) as path: table.assign(slide=job.slide).to_parquet(path, index=False)
     except BadInput as e: return e
     return counts[["incomplete", "background"]].sum().to_dict()
 
 def _quiet(): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
 
+@contextlib.contextmanager
+def _pool(processes):
+    "Spawned processes. They are ended, not waited for, where the slides under way are no longer wanted."
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _quiet)
+    try: yield pool
+    except BaseException:
+        for process in list((pool._processes or {}).values()): process.terminate()
+        raise
+    finally: pool.shutdown(cancel_futures=True)
+
+def _alone(job):
+    "Tile one slide in a process of its own, which may die of it."
+    try:
+        with _pool(1) as pool:
+            future = pool.submit(_tile, job)
+            process = next(iter(pool._processes.values()))
+            return future.result()
+    except BrokenProcessPool: code = process.exitcode or 0
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return BadInput(job.image, f"the process that tiled it died ({how}), alone too",
+                    'Give it more memory, or leave it out; in a script, tile under `if __name__ == "__main__":`.')
+
+def _ahead(jobs, ahead, processes):
+    "Yield (job, result) in order from a pool, whose undelivered jobs and futures lie in `ahead`."
+    with _pool(processes) as pool:
+        while jobs or ahead:
+            while jobs and len(ahead) < 2*processes:
+                ahead.append((jobs[0], pool.submit(_tile, jobs[0])))
+                jobs.popleft()
+            result = ahead[0][1].result()
+            yield ahead.popleft()[0], result
+
 def _results(jobs, processes):
-    "Yield (job, result) in order: in this process, or from spawned ones, a few slides ahead."
+    """Yield (job, result) in order: from this process, or from several, a few slides ahead.
+
+    A process that dies takes its pool with it. What was under way is then tiled slide by slide, to find whose fault it is."""
     if processes == 1:
         for job in jobs: yield job, _tile(job)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _quiet)
-    ahead, jobs = deque(), iter(jobs)
-    try:
-        while True:
-            for job in jobs:
-                ahead.append((job, pool.submit(_tile, job)))
-                if len(ahead) >= 2*processes: break
-            if not ahead: return
+    jobs, ahead = deque(jobs), deque()
+    while jobs:
+        with contextlib.suppress(BrokenProcessPool): yield from _ahead(jobs, ahead, processes)
+        while ahead:
             job, future = ahead.popleft()
-            yield job, future.result()
-    finally:
-        for process in list((pool._processes or {}).values()):
-            if ahead: process.terminate()  # interrupted: nobody waits for the slides under way
-        pool.shutdown(cancel_futures=True)
+            yield job, future.result() if future.done() and not future.exception() else _alone(job)
 
 # %% ../../nbs/data/03_tiling.ipynb #cell-009
 def _same_rule(out, rule, store):
@@ -140,8 +171,9 @@ def tile_cohort(
     twice = slides["slide"][slides["slide"].duplicated()].unique()
     if len(twice): raise BadInput(cohort.name, f"slides occur twice: {', '.join(map(str, twice[:5]))}", "Give every slide an id of its own.")
     parts, threads = out/"parts", min(2, max(1, workers))
-    jobs = [_Job(r.slide, r.image, r.mask or None, r.codes, getattr(r, "mpp", None), rule, parts, store, threads)
-            for r in slides.itertuples(index=False)]
+    given = slides["mpp"] if "mpp" in slides else [None]*len(slides)
+    jobs = [_Job(r.slide, r.image, r.mask or None, r.codes, None if pd.isna(mpp) else mpp, rule, parts, store, threads)
+            for r, mpp in zip(slides.itertuples(index=False), given, strict=True)]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(out/"journal.jsonl", "ab") as lock:
@@ -151,7 +183,7 @@ def tile_cohort(
             _same_rule(out, rule, store)
             return _run(cohort, out, jobs, max(1, workers//2), store, strict)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        if not disk_is_full(e): raise
         raise BadInput(out, "the disk is full", "Free some space and run again: finished slides are kept.") from e
 
 @contextlib.contextmanager
