@@ -8,7 +8,6 @@ __all__ = ['app', 'histonb', 'run', 'table', 'status', 'doctor', 'single_slides'
 
 # %% ../nbs/60_cli.ipynb #cell-002
 import csv
-import errno
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .core import BadInput, read_json
+from .core import BadInput, disk_is_full, foreign_errors, read_json
 
 # %% ../nbs/60_cli.ipynb #cell-005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -198,15 +197,33 @@ def doctor():
     raise typer.Exit(min(lost, 1))
 
 # %% ../nbs/60_cli.ipynb #cell-014
+def _is_text(path):
+    "Tell whether a path can be written into a table: names from elsewhere may hold bytes that are no letters."
+    try: str(path).encode()
+    except UnicodeEncodeError: return False
+    return True
+
+def _ids(paths):
+    "Call each slide by its file's name, with its ending and then its folder only where two are called alike."
+    ids = [p.stem for p in paths]
+    for longer in ([p.name for p in paths], [str(p) for p in paths]):
+        ids = [long if ids.count(short) > 1 else short for short, long in zip(ids, longer, strict=True)]
+    return ids
+
 def single_slides(
     paths: list, # slide files
 ): # a `Cohort` of slides without masks, each its own case
-    "Slides given by name, as a cohort."
+    "List slides given by name as a cohort."
     import pandas as pd
     from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort
-    slides = pd.DataFrame([{**dict.fromkeys(SLIDE_COLUMNS, ""), "slide": Path(p).stem, "image": str(p), "cohort": "slides", "case": Path(p).stem, "isup": -1}
-                           for p in paths])
-    return Cohort("slides", slides, pd.DataFrame(columns=QUARANTINE_COLUMNS, dtype=str))
+    paths = [Path(p) for p in paths]
+    usable = [p for p in paths if _is_text(p)]
+    slides = pd.DataFrame([{**dict.fromkeys(SLIDE_COLUMNS, ""), "slide": name, "image": str(p), "cohort": "slides", "case": name, "isup": -1}
+                           for p, name in zip(usable, _ids(usable), strict=True)],
+                          columns=SLIDE_COLUMNS)
+    odd = [str(p).encode(errors="backslashreplace").decode() for p in paths if not _is_text(p)]
+    aside = [(Path(p).stem, p, "its name is not UTF-8 text", "Rename it.") for p in odd]
+    return Cohort("slides", slides, pd.DataFrame(aside, columns=QUARANTINE_COLUMNS, dtype=str))
 
 @app.command()
 def tile(
@@ -232,7 +249,7 @@ def tile(
     """
     from histonb.data.cohorts import panda
     from histonb.data.tiling import TileRule, tile_cohort
-    cohort = panda(source[0]) if len(source) == 1 and source[0].is_dir() else single_slides(source)
+    cohort = panda(source[0]) if len(source) == 1 and os.path.isdir(source[0]) else single_slides(source)
     if slide_mpp is not None: cohort.slides["mpp"] = slide_mpp
     rule = TileRule(size=size, level=level, mpp=mpp, min_coverage=min_coverage)
     try: tiles = tile_cohort(cohort, out, rule=rule, workers=workers, store=store, strict=strict)
@@ -322,13 +339,15 @@ def annotate(
     scorer, lost = find_scorer(weights, [t.strip() for t in tasks.split(",")] if tasks else None, mpp, device, precision), []
     try:
         for slide in slides:
-            try: folder = annotate_slide(slide, scorer, out, slide_mpp=slide_mpp, tile=tile)
+            try:
+                with foreign_errors(slide):
+                    folder = annotate_slide(slide, scorer, out, slide_mpp=slide_mpp, tile=tile)
+                    about = read_json(folder/"annotation.json")
+                    counts = ", ".join(f"{n:,} {c}" for c, n in about["counts"].items())
+                    print(f"{folder}: {counts} in {about['tissue_mm2']:.2f} mm2 of tissue" + (f"; {about['note']}" if about["note"] else ""), flush=True)
             except BadInput as e:
                 if len(slides) == 1: raise
                 lost.append(e)
-                continue
-            about = read_json(folder/"annotation.json")
-            print(f"{folder}: {', '.join(f'{n:,} {c}' for c, n in about['counts'].items())} in {about['tissue_mm2']:.2f} mm2 of tissue" + (f"; {about['note']}" if about["note"] else ""), flush=True)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
@@ -343,7 +362,7 @@ def main():
         if "--debug" in sys.argv: raise
         sys.exit(_say(e, 2))
     except OSError as e:
-        if "--debug" in sys.argv or e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        if "--debug" in sys.argv or not disk_is_full(e): raise
         sys.exit(_say(f"{e.strerror}{f' ({e.filename})' if e.filename else ''}. Free some disk space and run the command again.", 1))
 
 def _say(fault, code):

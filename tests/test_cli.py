@@ -76,3 +76,46 @@ def test_tile_a_cohort_and_single_slides(tmp_path):
     single = pd.read_parquet(tmp_path / "single/tiles.parquet")
     assert single["kept"].sum() == tiles["kept"].sum() and (single["label"] == -1).all()
     assert "1 slides in" in done.stdout and "broken" in (tmp_path / "single/quarantine.csv").read_text()
+
+
+def test_tile_takes_files_of_any_name_and_sets_unusable_ones_aside(tmp_path):
+    "Equal stems, long and strange names; and whatever cannot even be looked for."
+    from histonb.data.phantom import write_cohort
+    write_cohort(tmp_path/"cohort", n_slides=1, shape=(1000, 1000), workers=0)
+    slide = next((tmp_path/"cohort/train_images").glob("*.tiff"))
+    names = ["a/x.tiff", "b/x.tiff", "x.svs", "y.b.tiff", ".z.tiff", "\u8abf"*28 + ".tiff", "100%41 #?'\n.TIFF", "-q.tiff"]
+    for name in names:
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).symlink_to(slide)
+    undecodable, endless = b"caf\xe9.tiff", "n"*300 + ".tiff"
+    (tmp_path/"loop.tiff").symlink_to(tmp_path/"loop.tiff")
+    done = histonb("tile", "--out", "out", "--coordinates-only", "--", *names, endless, "loop.tiff", "a", undecodable.decode(errors="surrogateescape"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table, quarantine = pd.read_parquet(tmp_path/"out/tiles.parquet"), pd.read_csv(tmp_path/"out/quarantine.csv", keep_default_na=False)
+    assert table["slide"].unique().tolist() == ["a/x.tiff", "b/x.tiff", "x.svs", "y.b", ".z", "\u8abf"*28, "100%41 #?'\n", "-q"]
+    assert quarantine["slide"].tolist() == ["caf\\udce9", "n"*300, "loop", "a"] and (quarantine["remedy"] != "").all()
+    assert "4 slides in" in done.stdout
+    alone = histonb("tile", endless, "--out", "alone", cwd=tmp_path)
+    assert alone.returncode == 2 and "Traceback" not in alone.stderr and "n"*300 in alone.stderr
+
+
+def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from histonb import cli
+    from histonb.core import BadInput, write_json
+    from histonb.multitask import annotate, stitching
+    def annotated(slide, scorer, out, **options):
+        if slide.stem == "bad": raise IndexError("index 7 is out of bounds")
+        if slide.stem == "full": raise OSError(28, "No space left on device")
+        if slide.stem == "known": raise BadInput(slide, "no such file", "Check the path.")
+        if slide.stem != "half": write_json(out/slide.stem/"annotation.json", {"counts": {"Gland": 3}, "tissue_mm2": 1., "note": ""})
+        return out/slide.stem
+    monkeypatch.setattr(annotate, "annotate_slide", annotated)
+    monkeypatch.setattr(stitching, "find_scorer", lambda *args: None)
+    def run(*slides): return CliRunner().invoke(cli.app, ["annotate", *slides, "--weights", "stain", "--out", str(tmp_path)])
+    done = run("a.svs", "bad.svs", "known.svs", "half.svs", "b.svs")
+    assert done.exit_code == 2 and done.stdout.count("3 Gland in 1.00 mm2") == 2
+    for said in ("bad.svs: unexpected IndexError in cli.py, line", "known.svs: no such file", "half.svs: unexpected FileNotFoundError"): assert said in done.output
+    assert isinstance(run("bad.svs").exception, BadInput)
+    assert run("a.svs", "full.svs", "b.svs").exception.errno == 28

@@ -6,7 +6,9 @@ import test_pairs
 import test_sicapv2
 from conftest import run_report
 
+from histonb.data.phantom import write_cohort
 from histonb.data.shards import SlideTiles, TileShards
+from histonb.data.slides import open_slide
 
 
 def test_sicapv2_with_its_official_parts(tmp_path):
@@ -46,3 +48,15 @@ def test_misspelt_parameters(tmp_path, parameters, says):
     make(tmp_path/"set")
     error, refused = run_report("10_tiles", tmp_path, root=str(tmp_path/"set"), **parameters)
     assert refused is None and says in error
+
+
+def test_a_slide_that_can_be_tiled_but_not_drawn(tmp_path):
+    "The level between the two that tiling reads is damaged: the picture says so, and the report comes to its end."
+    root = write_cohort(tmp_path/"cohort", n_slides=4, seed=0, shape=(2048, 1300), workers=0)
+    for path in (root/"train_images").iterdir():
+        with open_slide(path) as slide: at = int(slide.levels[1].offsets[0, 0, 0])
+        data = bytearray(path.read_bytes())
+        data[at:at + 64] = bytes(64)
+        path.write_bytes(data)
+    error, metrics = run_report("10_tiles", tmp_path, cohort="panda", root=str(root), split="random-tiles")
+    assert metrics and metrics["slides"] == 4 and metrics["quarantined"] == 0, error[-3000:]
