@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput
+from ..core import BadInput, check_ranges
 from .criteria import FRACTIONS, METRICS, code_matrix, fractions, highest, metrics
 from .labels import IGNORE, LABEL_COLORS, LABELS
 from .shards import HEADER, encoder, fit, record, tile_span
@@ -39,6 +39,7 @@ class TileRule:
     min_coverage: float = 0. # threshold: least fraction of the tile a class must cover to label it
 
     def __post_init__(self):
+        check_ranges(vars(self), "TileRule", mpp="above 0")
         if not 0 <= self.max_emptiness < self.background <= 1:
             raise BadInput("TileRule", f"max_emptiness {self.max_emptiness} is not below background {self.background}",
                            "Tiles that emptier than `background` are never measured: raise `background`, or lower `max_emptiness`.")

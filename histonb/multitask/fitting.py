@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core import BadInput, append_jsonl, atomic_path, digest, progress, read_json, read_jsonl, write_json
+from ..core import BadInput, append_jsonl, atomic_path, check_ranges, digest, progress, read_json, read_jsonl, write_json
 from ..models.backbones import fill, read_state
-from ..models.running import (Stopped, checkpoints, claim, draw_seed, find_device, find_precision, hold_signals, kept_rows, latest_checkpoint, loader,
-                                    memory_layout, memory_used, read_checkpoint, timed, write_checkpoint)
+from ..models.running import (Stopped, checkpoints, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision,
+                              kept_rows, latest_checkpoint, loader, memory_layout, memory_used, read_checkpoint, same_run, timed,
+                              write_checkpoint)
 from .pictures import Pictures, batches
 
 # %% ../../nbs/multitask/46b_fitting.ipynb #cell-005
@@ -39,6 +40,8 @@ class FitConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto" # of the products; auto = bf16 where the hardware has it
     workers: int = 1 # processes that augment; 0 = in the training process
 
+    def __post_init__(self): check_ranges(vars(self), "FitConfig")
+
 MACHINE = ("out", "device", "workers") # may change when a run goes on
 
 def settle(
@@ -46,8 +49,6 @@ def settle(
 ) -> FitConfig: # with device and precision settled
     "Replace what is left to choose, and refuse what cannot work."
     c = config
-    for name in ("epochs", "lr"):
-        if getattr(c, name) <= 0: raise BadInput(name, f"{getattr(c, name)}", "Choose more than 0.")
     if c.batch_size < 2: raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
     device = find_device(c.device)
     return dataclasses.replace(c, device=str(device), precision=find_precision(c.precision, device))
@@ -132,16 +133,17 @@ def fit(
     restart: bool = False, # discard the run in the folder
 ) -> list[dict]: # the log: one row an epoch
     "Train a network, or go on, or return at once where that is done."
-    c, folder = settle(config), Path(config.out)
-    claim(folder, dataclasses.asdict(c) | _identity(net, pictures), MACHINE, ("fit.json", "weights.safetensors"), restart)
-    fitter = _Fitter(c, net, loss, len(batches(pictures, c.batch_size, 0)))
-    if not (folder/"fit.json").exists():
-        if found := latest_checkpoint(folder): fitter.go_on(found[0])
-        kept_rows(folder/"log.jsonl", fitter.epoch*fitter.per_epoch)
-        with hold_signals() as asked: _epochs(fitter, pictures, select, at_epoch, asked)
-        _finish(fitter, select)
+    c, folder = settle(keep_precision(config, restart)), Path(config.out)
+    parameters = dataclasses.asdict(c) | _identity(net, pictures)
+    if restart or not (same_run(folder, parameters, MACHINE) and (folder/"fit.json").exists()):
+        with claim(folder, parameters, MACHINE, ("fit.json", "weights.safetensors"), restart), hold_signals() as asked:
+            fitter = _Fitter(c, net, loss, len(batches(pictures, c.batch_size, 0)))
+            if found := latest_checkpoint(folder): fitter.go_on(found[0])
+            kept_rows(folder/"log.jsonl", fitter.epoch*fitter.per_epoch)
+            _epochs(fitter, pictures, select, at_epoch, asked)
+            _finish(fitter, select)
     fill(net, read_state(folder/"weights.safetensors"), folder, type(net).__name__)
-    net.eval()
+    net.to(c.device).eval()
     return read_jsonl(folder/"log.jsonl")
 
 def _epochs(fitter, pictures, select, at_epoch, asked):

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, append_jsonl, atomic_path, progress, read_json, write_json
+from ..core import BadInput, append_jsonl, atomic_path, check_ranges, content_key, digest, progress, read_json, write_json
 from ..models import cerberus
 from ..models.cerberus import Cerberus
-from ..models.running import Stopped, claim, draw_seed, find_device, find_precision, hold_signals, kept_rows, latest_checkpoint, loader, memory_layout, memory_used, timed, write_checkpoint
+from ..models.running import (Stopped, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision, kept_rows,
+                              latest_checkpoint, loader, memory_layout, memory_used, same_run, timed, write_checkpoint)
 from .losses import task_loss
 from .samples import Batches, Samples, collate
 from .sets import read_sets
@@ -64,7 +65,9 @@ class TrainConfig:
     checkpoint_every: int = 500 # steps between checkpoints; the end of the run always has one
     keep: int = 2 # latest checkpoints to keep
 
-MACHINE = ("out", "device", "workers", "watch_every", "val_fields", "log_every", "checkpoint_every", "keep") # may change when a run goes on
+    def __post_init__(self): check_ranges(vars(self), "TrainConfig", mpp="above 0")
+
+MACHINE = ("out", "sets", "start", "device", "workers", "watch_every", "val_fields", "log_every", "checkpoint_every", "keep") # may change when a run goes on
 
 def learning_rate(
     config: TrainConfig, # settled
@@ -177,14 +180,30 @@ def train(
     "Train a network for several tasks, or go on, or return at once where that is done."
     sets, tasks = read_sets(config.sets, config.tasks, config.val_share, config.test_share, config.split_seed)
     part = {split: [fields.take((fields.table["split"] == split).to_numpy()) for fields in sets] for split in ("train", "val")}
-    c, folder = settle(config, [len(fields) for fields in part["train"]], any(map(_patches, sets))), Path(config.out)
-    claim(folder, dataclasses.asdict(c), MACHINE, ("cerberus.json", "cerberus.safetensors"), restart)
-    if (folder/"cerberus.json").exists() and read_json(folder/"cerberus.json").get("step") == c.steps: return folder
-    _write_fields(sets, folder)
-    trainer = Trainer(c, tasks)
-    if found := latest_checkpoint(folder): trainer.load_state_dict(found[0])
-    with hold_signals() as asked: _loop(trainer, part, asked)
+    c = settle(keep_precision(config, restart), [len(fields) for fields in part["train"]], any(map(_patches, sets)))
+    folder, parameters = Path(c.out), dataclasses.asdict(c) | {"data": _data_key(sets), "started_from": _start_key(c.start)}
+    free = (*MACHINE, *("steps", "epochs")*(c.schedule == "step"))  # whose rate of a step does not depend on how many follow
+    if not restart and same_run(folder, parameters, free) and _finished(folder, c): return folder
+    with claim(folder, parameters, free, ("cerberus.json", "cerberus.safetensors"), restart), hold_signals() as asked:
+        _write_fields(sets, folder)
+        trainer = Trainer(c, tasks)
+        if found := latest_checkpoint(folder): trainer.load_state_dict(found[0])
+        if trainer.step > c.steps: raise BadInput(folder, f"its run has taken {trainer.step} steps already", f"Set steps to {trainer.step} or more.")
+        _loop(trainer, part, asked)
     return folder
+
+def _finished(folder, c): return (folder/"cerberus.json").exists() and read_json(folder/"cerberus.json").get("step") == c.steps
+
+def _data_key(sets):
+    "Name the data by its fields and their splits, wherever their files lie."
+    return digest([[f.name, f.truths, f.table[["field", "case", "split"]].values.tolist()] for f in sets])
+
+def _start_key(start):
+    "Name the weights that a training starts from by their content; empty where it starts from random ones."
+    if not start: return ""
+    path = Path(start)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return digest([content_key(p) for p in files])
 
 def _write_fields(sets, folder):
     "Which field of which set is in which split."

@@ -20,7 +20,7 @@ from scipy.ndimage import binary_fill_holes
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, nearest
+from ..core import BadInput, check_ranges, nearest
 from ..data.augment import hed_from_rgb
 from ..data.ebhi import SIDE
 from ..data.images import Images
@@ -73,6 +73,8 @@ class Sizes:
     medt_side: int = 128 # pixels that MedT sees
     medt_width: int = 16 # channels of its first attention
     medt_heads: int = 8
+
+    def __post_init__(self): check_ranges(vars(self), "Sizes")
 
 class AtSide(nn.Module):
     "A network that sees pictures at a side of its own."

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from ..core import BadInput, build, nearest
+from ..core import BadInput, build, check_ranges, nearest
 from ..data.augment import MEAN, STD
 from ..models.running import find_device, find_precision
 from .dino import cosine_schedule, linear_schedule
@@ -89,6 +89,14 @@ class PretrainConfig:
     log_every: int = 10 # steps between rows of the log; values are means over them
     checkpoint_every: int = 500 # steps between checkpoints; the end of the run always has one
     keep: int = 2 # latest checkpoints to keep; the best by kNN is kept besides
+
+    def __post_init__(self):
+        check_ranges(vars(self), "PretrainConfig")
+        peak = self.lr*self.batch_size/256
+        if self.min_lr > peak:
+            raise BadInput("PretrainConfig", f"`min_lr` is {self.min_lr:g}, above the peak lr * batch_size/256 = {peak:g}",
+                           "Lower min_lr, or raise lr.")
+        if not (self.mean and self.std): raise BadInput("PretrainConfig", "`mean` or `std` is empty", "Give 3 numbers.")
 
 # %% ../../nbs/pretrain/22a_config.ipynb #cell-008
 PRESETS = {
