@@ -98,7 +98,7 @@ def atomic_path(
 # %% ../nbs/00_core.ipynb #cell-refusal
 _REFUSALS = { # number of the system's error: what is wrong, what to do
     errno.ENOSPC: ("the disk is full", "Free some space and run again: what is finished is kept."),
-    errno.EDQUOT: ("your quota of disk space is used up", "Free some space and run again: what is finished is kept."),
+    errno.EDQUOT: ("the disk is full as far as your quota goes", "Free some space and run again: what is finished is kept."),
     errno.EROFS: ("the file system can only be read", "Choose a folder that can be written to."),
     errno.EACCES: ("you have no permission to write here", "Choose another folder, or ask its owner for permission."),
     errno.EPERM: ("you have no permission to write here", "Choose another folder, or ask its owner for permission."),
@@ -165,11 +165,11 @@ def _acquire(lease, path, wait):
         try: touched = os.stat(lease.lock_file).st_mtime_ns
         except FileNotFoundError: continue  # released this moment
         first = first or touched
-        who = f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process"
+        who = f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "its claim cannot be read"
         alive = touched != first or (owner is not None and owner.hostname == _host())
-        if alive and not wait: raise BadInput(path, f"{who} is writing here", "Wait for it, or choose another folder.")
+        if alive and not wait: raise BadInput(path, f"another process is writing here ({who})", "Wait for it, or choose another folder.")
         why = "waiting for it" if alive else f"waiting {LEASE:.0f} s for a sign of life"
-        if not told: print(f"{path}: {who} holds it; {why}", flush=True)
+        if not told: print(f"{path}: another process writes here ({who}); {why}", flush=True)
         told = True
         time.sleep(.2)
 

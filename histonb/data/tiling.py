@@ -8,7 +8,6 @@ __all__ = ['tile_cohort']
 # %% ../../nbs/data/03_tiling.ipynb #cell-002
 import contextlib
 import dataclasses
-import fcntl
 import multiprocessing
 import shutil
 import signal
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, append_jsonl, atomic_path, digest, disk_is_full, foreign_errors, progress
+from ..core import BadInput, append_jsonl, atomic_path, content_key, digest, foreign_errors, hold, progress
 from ..core import read_json, read_jsonl, write_json
 from .criteria import metrics  # noqa: F401, the stage under one name
 from .labels import LABELS
@@ -44,18 +43,17 @@ class _Job:
 
     @property
     def key(self): # changes when the files do
-        stats = [_stat(p) if p else None for p in (self.image, self.mask)]
         codes = sorted(self.codes.items()) if isinstance(self.codes, dict) else self.codes
-        return digest([s and (s.st_size, s.st_mtime_ns) for s in stats], codes, self.mpp)
+        return digest([_content(p) if p else None for p in (self.image, self.mask)], codes, self.mpp)
 
     def part(self, suffix): return self.parts/(digest(self.slide) + suffix)  # a name may be longer than a file's may be
 
-def _stat(path):
-    "What the file system says of a file; None where it says nothing."
-    try: return Path(path).stat()
+def _content(path):
+    "The key of a file's content; None where it cannot be read."
+    try: return content_key(path)
     except (OSError, ValueError): return None
 
-def _tile(job: _Job): # {"incomplete": n, "background": n}, or the BadInput
+def _tile(job: _Job): # {"incomplete": n, "background": n, "key": of the files}, or the BadInput
     "Tile one slide into its two part files."
     try:
         with atomic_path(job.part(".tiles")) as records, contextlib.ExitStack() as stack:
@@ -64,7 +62,7 @@ def _tile(job: _Job): # {"incomplete": n, "background": n}, or the BadInput
                 table, counts = tile_slide(slide, job.mask, job.codes, job.rule, store, job.threads)
             with atomic_path(job.part(".parquet")) as path: table.assign(slide=job.slide).to_parquet(path, index=False)
     except BadInput as e: return e
-    return counts[["incomplete", "background"]].sum().to_dict()
+    return counts[["incomplete", "background"]].sum().to_dict() | {"key": job.key}
 
 def _quiet(): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
 
@@ -166,7 +164,7 @@ def tile_cohort(
 ) -> pd.DataFrame: # the tile table
     """Tile every slide of a cohort into one table and, on demand, shards.
 
-    Raises `BadInput` for slide ids that occur twice, a folder of another rule, a full disk, and where no slide is usable."""
+    Raises `BadInput` for slide ids that occur twice, a folder of another rule or process, a full disk, and where no slide is usable."""
     out, slides = Path(out), cohort.slides
     twice = slides["slide"][slides["slide"].duplicated()].unique()
     if len(twice): raise BadInput(cohort.name, f"slides occur twice: {', '.join(map(str, twice[:5]))}", "Give every slide an id of its own.")
@@ -174,17 +172,9 @@ def tile_cohort(
     given = slides["mpp"] if "mpp" in slides else [None]*len(slides)
     jobs = [_Job(r.slide, r.image, r.mask or None, r.codes, None if pd.isna(mpp) else mpp, rule, parts, store, threads)
             for r, mpp in zip(slides.itertuples(index=False), given, strict=True)]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out/"journal.jsonl", "ab") as lock:
-            try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise BadInput(out, "another process is tiling into this folder", "Wait for it, or choose another folder.") from e
-            _same_rule(out, rule, store)
-            return _run(cohort, out, jobs, max(1, workers//2), store, strict)
-    except OSError as e:
-        if not disk_is_full(e): raise
-        raise BadInput(out, "the disk is full", "Free some space and run again: finished slides are kept.") from e
+    with hold(out):
+        _same_rule(out, rule, store)
+        return _run(cohort, out, jobs, max(1, workers//2), store, strict)
 
 @contextlib.contextmanager
 def _parts(out, keep):
@@ -198,11 +188,10 @@ def _parts(out, keep):
 
 def _run(cohort, out, jobs, processes, store, strict):
     journal = out/"journal.jsonl"
-    rows = read_jsonl(journal)
-    with open(journal, "rb+") as f: f.truncate(f.read().rfind(b"\n") + 1)  # a line cut short by a crash
+    rows = read_jsonl(journal) if journal.exists() else []
     in_table = set(pd.read_parquet(out/"tiles.parquet", columns=["slide"])["slide"]) if (out/"tiles.parquet").exists() else ()
-    last, keys = {row["slide"]: row for row in rows}, {job.slide: job.key for job in jobs}
-    done = {job.slide: last[job.slide] for job in jobs if last.get(job.slide, {}).get("key") == keys[job.slide]
+    last = {row["slide"]: row for row in rows}
+    done = {job.slide: last[job.slide] for job in jobs if job.slide in last and last[job.slide]["key"] == job.key
             and (job.slide in in_table or job.part(".parquet").exists())}
     sizes = {}
     for row in rows:
@@ -218,7 +207,7 @@ def _run(cohort, out, jobs, processes, store, strict):
                 bad.append((job.slide, result.path, result.fault, result.remedy))
             else:
                 shard, start = writer.append(job.part(".tiles")) if store else (-1, 0)
-                row = {"slide": job.slide, "key": keys[job.slide], "shard": shard, "start": start, "end": writer.sizes.get(shard, 0), **result}
+                row = {"slide": job.slide, "shard": shard, "start": start, "end": writer.sizes.get(shard, 0), **result}
                 append_jsonl(journal, row)
                 job.part(".tiles").unlink()
                 done[job.slide] = row
