@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEASE', 'SMALL', 'RANGES', 'BadInput', 'disk_is_full', 'foreign_errors', 'nearest', 'atomic_path', 'refusal',
-           'refusals_told', 'sweep', 'hold', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'digest',
-           'content_key', 'folder_keys', 'check_ranges', 'build', 'in_notebook', 'progress', 'repo_root']
+           'refusals_told', 'sweep', 'hold', 'is_held', 'as_json', 'write_json', 'read_json', 'append_jsonl',
+           'read_jsonl', 'digest', 'content_key', 'folder_keys', 'check_ranges', 'build', 'in_notebook', 'progress',
+           'repo_root']
 
 # %% ../nbs/00_core.ipynb #cell-002
 import contextlib
@@ -25,6 +26,9 @@ import time
 import traceback
 import typing
 from pathlib import Path
+
+import platformdirs
+from filelock import SoftFileLease, Timeout
 
 # %% ../nbs/00_core.ipynb #cell-005
 class BadInput(ValueError):
@@ -144,7 +148,6 @@ def sweep(
 @functools.cache
 def _host():
     "This machine as a claim names it."
-    from filelock import SoftFileLease
     with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder)/"claim") as lease:
         return lease.owner.hostname
 
@@ -155,21 +158,29 @@ def _claim_lost(loss):
           file=sys.stderr, flush=True)
     os._exit(1)
 
-def _acquire(lease, path, wait):
+def _has_ended(pid):
+    "Whether a process of this machine has ended, though its parent has not asked how."
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in "ZX"
+    except OSError: return False
+
+def _acquire(lease, path, wait, fault):
     "Take the claim, or refuse where its owner is alive."
-    from filelock import Timeout
     first, told = None, False
     while True:
         try: return lease.acquire(blocking=False)
         except Timeout: owner = lease.owner
         try: touched = os.stat(lease.lock_file).st_mtime_ns
         except FileNotFoundError: continue  # released this moment
+        here = owner is not None and owner.hostname == _host()
+        if here and _has_ended(owner.pid):
+            lease.force_break()
+            continue
         first = first or touched
         who = f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "its claim cannot be read"
-        alive = touched != first or (owner is not None and owner.hostname == _host())
-        if alive and not wait: raise BadInput(path, f"another process is writing here ({who})", "Wait for it, or choose another folder.")
+        alive = here or touched != first
+        if alive and not wait: raise BadInput(path, fault.format(who), "Wait for it, or choose another folder.")
         why = "waiting for it" if alive else f"waiting {LEASE:.0f} s for a sign of life"
-        if not told: print(f"{path}: another process writes here ({who}); {why}", flush=True)
+        if not told: print(f"{path}: {fault.format(who)}; {why}", flush=True)
         told = True
         time.sleep(.2)
 
@@ -178,29 +189,47 @@ def hold(
     path, # folder that this process alone shall write into, made where missing; or a file
     claim=None, # file of the claim; by default `.lock` in the folder
     wait: bool = False, # wait for another process instead of refusing
+    fault: str = "another process is writing here ({})", # of the error, with a place for the other process
 ):
     """Hold a folder for the length of a `with` block.
 
     Raises `BadInput` where a living process holds it, and for what the file system refuses, also inside the block.
     What killed processes left half-written is swept first."""
-    from filelock import SoftFileLease
     path = Path(path)
     with refusals_told(path):
         lock = Path(claim or path/".lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         lease = SoftFileLease(lock, lease_duration=LEASE, heartbeat_interval=LEASE/6, thread_local=False,
                               on_compromise=_claim_lost)
-        _acquire(lease, path, wait)
+        _acquire(lease, path, wait, fault)
         try:
             if claim is None: sweep(path)
             yield
         finally: lease.release()
+
+def is_held(
+    claim, # file of a claim
+) -> bool: # also where its process is on another machine and may be gone
+    "Whether a process holds a claim."
+    lease = SoftFileLease(claim, lease_duration=LEASE, heartbeat_interval=LEASE/6, thread_local=False)
+    owner = lease.owner
+    if owner is None or (owner.hostname == _host() and _has_ended(owner.pid)): return False
+    try: lease.acquire(blocking=False)
+    except (Timeout, OSError): return True
+    lease.release()
+    return False
 
 # %% ../nbs/00_core.ipynb #cell-013
 def _plain(value):
     "What JSON cannot hold: numpy scalars and arrays as numbers and lists, anything else as text."
     if hasattr(value, "tolist"): return value.tolist()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+
+def as_json(
+    value, # dicts, lists, numbers, text; numpy values and dataclasses are converted
+): # dicts with texts as keys, lists, numbers, text
+    "What would be read back if the value were written as JSON."
+    return json.loads(json.dumps(value, default=_plain))
 
 def write_json(
     path, # file to write, atomically
@@ -269,7 +298,6 @@ def content_key(
     path, # file
 ) -> str: # 32 hexadecimal digits
     "Name a file by its content; of a large file that has not been written since, the key is remembered."
-    import platformdirs
     stat = os.stat(path)
     if stat.st_size <= SMALL: return _hash(path)
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -284,9 +312,11 @@ def content_key(
 
 def folder_keys(
     folder, # that holds files, also in folders below
+    wanted=lambda name: True, # function of a file's path from the folder: whether it counts
 ) -> dict: # path from the folder -> `content_key`, in the order of the names; "" for what is no readable file
     "Name each file of a folder by its content."
     paths = sorted(Path(home, name) for home, _, names in os.walk(folder) for name in names)
+    paths = [p for p in paths if wanted(p.relative_to(folder).as_posix())]
     large = sum(p.stat().st_size for p in paths if p.is_file()) > 2**32
     shown = progress(paths, f"reading {folder}", unit="file") if large else paths
     return {p.relative_to(folder).as_posix(): content_key(p) if p.is_file() else "" for p in shown}

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['read_yaml', 'read_notebook', 'notebook_parameters', 'Resources', 'Stage', 'Study', 'load_study', 'made_from',
-           'stage_record', 'library_digest', 'stage_states', 'headline', 'is_running', 'StageFailed', 'Stopped',
-           'Interrupted', 'run_study', 'status']
+           'stage_record', 'library_digest', 'stage_states', 'headline', 'run_alone', 'read_only', 'is_running',
+           'StageFailed', 'Stopped', 'Interrupted', 'cut', 'run_study', 'status']
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-002
 import ast
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -28,8 +28,8 @@ from pathlib import Path
 
 import yaml
 
-from ..core import BadInput, build, digest, nearest, read_json, repo_root, write_json
-from .runs import input_digest
+from ..core import BadInput, build, digest, hold, is_held, nearest, read_json, refusal, repo_root, sweep, write_json
+from .runs import input_digest, lost_outputs
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-005
 class _Loader(yaml.SafeLoader):
@@ -72,7 +72,11 @@ def notebook_parameters(
     cells = [c for c in read_notebook(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1: raise BadInput(path, f"{len(cells)} cells are tagged `parameters`, not one", "Tag the cell of its parameters.")
     found = {}
-    for line in ast.parse(_source(cells[0])).body:
+    try: lines = ast.parse(_source(cells[0])).body
+    except (SyntaxError, ValueError) as e:
+        raise BadInput(path, f"line {getattr(e, 'lineno', None) or 1} of the parameters cell is not Python ({getattr(e, 'msg', e)})",
+                       "Only `name = plain value` may stand there, no magics.") from None
+    for line in lines:
         try: found[line.targets[0].id] = ast.literal_eval(line.value)
         except (AttributeError, ValueError):
             raise BadInput(path, f"`{ast.unparse(line)}` in the parameters cell", "Only `name = plain value` may stand there.") from None
@@ -175,6 +179,16 @@ def load_study(
     return study
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-020
+def _texts(value):
+    "Every text in a value, also inside lists and mappings."
+    if isinstance(value, str): return [value] if value else []
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [text for v in values for text in _texts(v)]
+
+def _exists(root, name):
+    try: return os.path.exists(root/name)
+    except ValueError: return False  # a text with a null byte
+
 def made_from(
     study: Study, # the study
     stage: Stage, # one of its stages
@@ -182,10 +196,10 @@ def made_from(
     "What a stage is made from; two runs with the same answer need not both happen."
     code = [_source(c) for c in read_notebook(study.root/stage.notebook)["cells"] if c["cell_type"] == "code"]
     own = [study.stages[n].folder for n in stage.needs]
-    inputs = {k: v for k, v in stage.parameters.items() if isinstance(v, str) and v and k != "out"
-              and not any(f in v for f in own) and os.path.exists(study.root/v)}
+    inputs = {k: [v for v in _texts(value) if not any(f in v for f in own) and _exists(study.root, v)]
+              for k, value in stage.parameters.items() if k != "out"}
     return {"notebook": digest(code), "parameters": stage.parameters,
-            "inputs": {k: input_digest(study.root/v) for k, v in inputs.items()},
+            "inputs": {k: digest([input_digest(study.root/v) for v in paths]) for k, paths in inputs.items() if paths},
             "needs": {n: input_digest(study.root/study.stages[n].folder) if (study.root/study.stages[n].folder).is_dir() else "" for n in stage.needs}}
 
 def stage_record(
@@ -194,7 +208,8 @@ def stage_record(
 ) -> dict: # the runner's stage.json; empty where the stage never ran
     "What the runner noted about the stage's last run."
     path = study.root/stage.folder/"stage.json"
-    return read_json(path) if path.exists() else {}
+    record = read_json(path) if path.exists() else {}
+    return record if isinstance(record, dict) and {"made_from", "state", "library"} <= {*record} else {}
 
 def library_digest() -> str: # 16 hexadecimal digits
     "Key of the library's own code."
@@ -225,6 +240,7 @@ def stage_states(
             undone = [n for n in stage.needs if n not in done]
             changed = _differences(record["made_from"], made_from(study, stage))
             if not metrics.exists(): state, why = "not run", "its metrics.json is gone"
+            elif lost := lost_outputs(study.root/stage.folder): state, why = "stale", f"no longer what it wrote: {', '.join(lost[:3])}"
             elif undone or changed: state, why = "stale", f"{', '.join(undone)} to be run again" if undone else f"changed: {changed}"
             else:
                 done.add(stage.name)
@@ -243,36 +259,34 @@ def headline(
     return metrics.get("headline") or dict(list(plain.items())[:3])
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-022
-class _Lock:
-    "Hold a stage's folder for the length of a `with` block, alone or as one of its readers; `BadInput` where another process is in the way."
-    def __init__(self, folder, reading=False):
-        self.folder, self.reading, self.path = Path(folder), reading, Path(folder).parent/f".{Path(folder).name}.lock"
+def _claim(folder): return Path(folder).with_name(f".{Path(folder).name}.lock")
 
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+", encoding="utf-8")
-        try: fcntl.flock(self.file, (fcntl.LOCK_SH if self.reading else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            pid = self.file.read()
-            self.file.close()
-            raise BadInput(self.folder, f"this stage is being {f'run by process {pid}' if pid else 'read by another run'}", "Wait for it, or stop it with Ctrl-C.") from None
-        self.file.truncate(0)
-        self.file.write("" if self.reading else str(os.getpid()))
-        self.file.flush()
+@contextlib.contextmanager
+def run_alone(
+    folder, # of a stage
+):
+    "Hold a stage to run it. Where another process runs or reads it, that is `BadInput`."
+    folder = Path(folder)
+    with hold(folder, _claim(folder), fault="this stage is being run by {}"):
+        for reader in folder.parent.glob(f".{folder.name}.reader-*"):
+            with hold(folder, reader, fault="this stage is being read by {}"): pass  # whoever is gone is taken away
+        yield
 
-    def __exit__(self, *_): self.file.close()
+@contextlib.contextmanager
+def read_only(
+    folder, # of a stage
+):
+    "Keep a stage as it is while another one reads it. Where a process runs it, that is `BadInput`."
+    folder = Path(folder)
+    with hold(folder, folder.with_name(f".{folder.name}.reader-{secrets.token_hex(4)}")):
+        if is_running(folder): raise BadInput(folder, "this stage is being run by another process", "Wait for it, or stop it with Ctrl-C.")
+        yield
 
 def is_running(
     folder, # folder of a stage
-) -> bool: # whether a runner of this machine holds it now
+) -> bool: # whether a runner holds it now
     "Whether some process is running the stage."
-    lock = Path(folder).parent/f".{Path(folder).name}.lock"
-    if not lock.exists(): return False
-    with open(lock, encoding="utf-8") as f:
-        try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError: return True
-    return False
+    return is_held(_claim(folder))
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-025
 class StageFailed(RuntimeError):
@@ -285,13 +299,21 @@ class Interrupted(KeyboardInterrupt):
     "The run was asked to stop by a signal."
     def __init__(self, message, signum): super().__init__(message); self.signum = signum
 
+def cut(
+    text: str, # that may be very long
+    most: int, # characters to keep
+) -> str: # its beginning and end, and how much is left out
+    "Shorten a text in its middle."
+    if len(text) <= most: return text
+    return f"{text[:most//2]}\n... {len(text) - most:,} characters are left out ...\n{text[-(most//2):]}"
+
 class _Lines(io.TextIOBase):
     "Print whole lines with a prefix as soon as they are complete."
     def __init__(self, prefix): self.prefix, self.rest = prefix, ""
 
     def write(self, text):
         *lines, self.rest = (self.rest + text.replace("\r", "\n")).split("\n")
-        for line in filter(str.strip, lines): print(self.prefix + line, flush=True)
+        for line in filter(str.strip, lines): print(self.prefix + cut(line, 2000), flush=True)
         return len(text)
 
 class _Kernel:
@@ -313,6 +335,13 @@ class _Kernel:
 
     def send(self, signum):
         with contextlib.suppress(ProcessLookupError): os.killpg(self.group, signum)
+
+    def how_it_died(self):
+        "What ended the kernel."
+        code = self.run_sync(self.manager.provisioner.poll)()
+        if code is None: return "the kernel does not answer any more"
+        if code >= 0: return f"the kernel was ended by the notebook itself, with exit code {code}: leave out `exit()` and `os._exit()`"
+        return f"the kernel was ended by {signal.Signals(-code).name}" + ": was there enough memory?"*(code == -signal.SIGKILL)
 
     def on_signal(self, signum, frame):
         self.send(signal.SIGKILL if self.signum else signal.SIGINT)
@@ -337,12 +366,20 @@ def _mark(path, state, fault, at):
     except (BadInput, FileNotFoundError): return path.unlink(missing_ok=True)
     book["metadata"].setdefault("papermill", {}).update(input_path=None, output_path=None, exception=state != "finished" or None)
     book["metadata"]["histonb"] = {"state": state}
+    for output in (o for c in book["cells"] for o in c.get("outputs", ()) if o.get("output_type") == "stream"):
+        output["text"] = cut("".join(output["text"]), 100_000)
     if state != "finished":
         for i, cell in enumerate(c for c in book["cells"] if "papermill-error-cell-tag" not in c["metadata"].get("tags", [])):
             if i >= at: cell["metadata"].setdefault("papermill", {})["status"] = "failed" if i == at else "pending"
         book["cells"].insert(0, {"cell_type": "markdown", "id": "histonb-state", "metadata": {"tags": ["papermill-error-cell-tag"]},
                                  "source": f"**This run {'' if state == 'failed' else 'was '}{state}.** {fault.splitlines()[-1]}"})
     write_json(path, book)
+
+def _told(error):
+    "What the file system refused to a cell, in one sentence; empty for any other error of it."
+    number = re.match(r"\[Errno (\d+)\] .*?(?:: '(.*)')?$", error.evalue or "")
+    told = refusal(OSError(int(number[1]), "", number[2])) if number else None
+    return f"{told}" if told else ""
 
 def _execute(study, stage):
     "Execute a stage's notebook; returns how it ended, what was at fault, and the traceback."
@@ -364,14 +401,19 @@ def _execute(study, stage):
 
         try:
             papermill.execute_notebook(str(study.root/stage.notebook), str(target), parameters=stage.parameters, kernel_name="python3",
-                progress_bar=False, stdout_file=output, stderr_file=output, km=kernel.manager, on_cell_start=on_start, on_cell_execute=on_execute)
+                progress_bar=False, stdout_file=output, stderr_file=output, km=kernel.manager, on_cell_start=on_start, on_cell_execute=on_execute,
+                iopub_timeout=600)  # seconds, for cells that print a lot
             fault = None if (target.parent/"metrics.json").exists() else "it ended without a metrics.json: the last cell must call `run.finish(...)`"
             trace = ""
         except papermill.PapermillExecutionError as e:
             fault = e.evalue if e.ename == "BadInput" else f"{e.ename}: {(e.evalue.splitlines() or [''])[-1]}"
+            if told := _told(e): fault = told
             trace = "" if e.ename == "BadInput" else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
-        except OSError as e: fault, trace = f"{e.strerror or e}: {Path(e.filename).name if e.filename else target.name}", ""
-        except RuntimeError as e: fault, trace = f"{e}: was there enough memory?" if "died" in str(e) else str(e), ""
+        except OSError as e:
+            told = refusal(e, target)
+            fault, trace = f"{e.strerror or e}: {Path(e.filename).name if e.filename else target.name}", ""
+            if told: fault = f"{Path(told.path).name}: {told.fault}. {told.remedy}"
+        except RuntimeError as e: fault, trace = kernel.how_it_died() if "died" in str(e) else str(e), ""
         output.write("\n")
     where = f"cell {now['cell']} of {total}"
     if kernel.signum: return "interrupted", f"stopped by {signal.Signals(kernel.signum).name} in {where}", "", now["index"], kernel.signum
@@ -396,7 +438,10 @@ def _run_stage(study, stage, force):
     from histonb.jobs.site import figure_text, write_report
     folder = study.root/stage.folder
     made, old = made_from(study, stage), stage_record(study, stage)
+    sweep(folder)
     if old and (force or _differences(old["made_from"], made)): _clear(folder) # nothing of another making may mix in
+    elif (folder/"metrics.json").exists():
+        for name in lost_outputs(folder): (folder/name).unlink(missing_ok=True) # what was changed is made again
     for name in ("metrics.json", "report.html", "stop", "stopped"): (folder/name).unlink(missing_ok=True)
     record = {"stage": stage.name, "notebook": stage.notebook, "state": "running", "made_from": made, "library": library_digest(),
               "started": datetime.datetime.now(datetime.timezone.utc).isoformat()}
@@ -416,9 +461,8 @@ def _run_stage(study, stage, force):
     again = f"`histonb run {study.path}` goes on from here: finished stages are not run again."
     if signum: raise Interrupted(f"stage `{stage.name}` was {fault}. {again}", signum)
     if state == "stopped": raise Stopped(f"stage `{stage.name}` was stopped: {fault}. {again}")
-    remedy = "Free some disk space. " if "No space left" in fault or "Disk quota" in fault else ""
     raise StageFailed("\n".join(filter(None, [*trace.splitlines()[-25:], f"stage `{stage.name}` failed in {fault}",
-        f"See {stage.folder}/notebook.ipynb. {remedy}{again}"])))
+        f"See {stage.folder}/notebook.ipynb. {again}"])))
 
 def run_study(
     path, # the study's YAML file
@@ -430,8 +474,8 @@ def run_study(
     if only is not None and only not in study.stages: raise BadInput(path, f"no stage `{only}`", nearest(only, study.stages))
     with contextlib.ExitStack() as locks:
         for stage in study.stages.values():
-            if only in (None, stage.name): locks.enter_context(_Lock(study.root/stage.folder))
-            elif stage.name in study.stages[only].needs: locks.enter_context(_Lock(study.root/stage.folder, reading=True))
+            if only in (None, stage.name): locks.enter_context(run_alone(study.root/stage.folder))
+            elif stage.name in study.stages[only].needs: locks.enter_context(read_only(study.root/stage.folder))
         for i, stage in enumerate(study.stages.values(), 1):
             if only not in (None, stage.name): continue
             rows = {r["stage"]: r for r in stage_states(study)}

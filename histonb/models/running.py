@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core import BadInput, atomic_path, digest, hold, read_json, read_jsonl, refusal, write_json
+from ..core import BadInput, as_json, atomic_path, digest, hold, read_json, read_jsonl, refusal, write_json
 
 # %% ../../nbs/models/18a_running.ipynb #cell-005
 _NAME = re.compile(r"(best-)?(\d{7,})-([0-9a-f]{16})\.pt")
@@ -115,7 +115,7 @@ def same_run(
 ) -> bool: # False where the folder holds no run
     "Whether the folder holds a run with these parameters. One with others is `BadInput`."
     theirs = _recorded(folder)
-    mine = json.loads(json.dumps(parameters))
+    mine = as_json(parameters)
     changed = [k for k, v in mine.items() if k not in free and k in theirs and theirs[k] != v]
     if not changed: return bool(theirs)
     told = ", ".join(f"{k} {theirs[k]!r} -> {mine[k]!r}" for k in changed)

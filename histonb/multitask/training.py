@@ -192,7 +192,9 @@ def train(
         _loop(trainer, part, asked)
     return folder
 
-def _finished(folder, c): return (folder/"cerberus.json").exists() and read_json(folder/"cerberus.json").get("step") == c.steps
+def _finished(folder, c):
+    return ((folder/"cerberus.json").exists() and (folder/"cerberus.safetensors").exists()
+            and read_json(folder/"cerberus.json").get("step") == c.steps)
 
 def _data_key(sets):
     "Name the data by its fields and their splits, wherever their files lie."

@@ -233,7 +233,8 @@ def _identity(c, dataset, elastic):
 def _finished(c, identity):
     "Whether the folder holds this very run, at its end."
     folder = Path(c.out)
-    return same_run(folder, *identity) and (folder/"backbone.json").exists() and read_json(folder/"backbone.json").get("step") == c.steps
+    return (same_run(folder, *identity) and (folder/"backbone.json").exists() and (folder/"backbone.safetensors").exists()
+            and read_json(folder/"backbone.json").get("step") == c.steps)
 
 def _resume(trainer, folder, elastic):
     "Continue from the latest whole checkpoint, the same on all processes."
