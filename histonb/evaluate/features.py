@@ -6,6 +6,7 @@
 __all__ = ['PIXEL_COLUMNS', 'SAMPLES', 'tiles_key', 'extract_all', 'extract', 'cache_paths', 'load_features']
 
 # %% ../../nbs/evaluate/31_features.ipynb #cell-002
+import contextlib
 import hashlib
 import math
 import os
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from ..core import BadInput, atomic_path, digest, progress, read_json, write_json
+from ..core import BadInput, atomic_path, digest, hold, progress, read_json, write_json
 
 # %% ../../nbs/evaluate/31_features.ipynb #cell-007
 PIXEL_COLUMNS = ("slide", "x", "y", "level", "mpp", "shard", "offset", "nbytes") # which pixels a row stands for
@@ -98,18 +99,20 @@ def _finish(part, path, dataset, encoder, seconds):
         dataset.table[[c for c in (*PIXEL_COLUMNS[:5], "label") if c in dataset.table]].to_parquet(partial, index=False)
     found = np.load(path, mmap_mode="r")
     write_json(path.with_suffix(".json"), {"encoder": encoder.spec, "encoder_key": encoder.key, "shape": found.shape, "dtype": found.dtype.name,
-                                           "blake2b": _hash_file(path), "seconds": round(seconds, 1)})
+                                           "blake2b": _hash_file(path), "table_blake2b": _hash_file(path.with_suffix(".parquet")), "seconds": round(seconds, 1)})
 
 def _fault(path):
     "What is wrong with the cached features at `path`; empty where nothing is."
-    record = path.with_suffix(".json")
-    if not path.exists() or not record.exists(): return "one of the two files is missing"
+    record, table = path.with_suffix(".json"), path.with_suffix(".parquet")
+    if not (path.exists() and record.exists() and table.exists()): return "one of the three files (.npy, .parquet, .json) is missing"
     try: known = read_json(record)
     except BadInput as e: return e.fault
+    if not isinstance(known, dict): return "its record is no record"
     try: found = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as e: return f"not a whole .npy file ({e})"
+    except Exception as e: return f"not a whole .npy file ({e})"  # damaged headers fail in many ways
     if (list(found.shape), found.dtype.name) != (known.get("shape"), known.get("dtype")): return f"{found.dtype} of shape {found.shape}, the record says {known.get('dtype')} of {known.get('shape')}"
-    return "" if _hash_file(path) == known.get("blake2b") else "its bytes are not those that were written"
+    same = _hash_file(path) == known.get("blake2b") and _hash_file(table) == known.get("table_blake2b", _hash_file(table))
+    return "" if same else "its bytes are not those that were written"
 
 # %% ../../nbs/evaluate/31_features.ipynb #cell-014
 def extract_all(
@@ -129,14 +132,23 @@ def extract_all(
         found = [[encoder(tiles) for encoder in encoders] for _, tiles in _batches(dataset, 0, batch_size, workers, names)]
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
     paths = cache_paths(dataset, encoders, cache)
-    todo = [(encoder, path, _Part(path, len(dataset), batch_size)) for encoder, path in zip(encoders, paths, strict=True) if not _kept(path)]
+    lacking = {path: encoder for path, encoder in zip(paths, encoders, strict=True) if not _kept(path)}
+    with contextlib.ExitStack() as stack:
+        for path in sorted(lacking): stack.enter_context(hold(path, path.with_suffix(".lock"), wait=True))  # in order: no two wait for each other
+        wanted = [(encoder, path) for path, encoder in lacking.items() if _fault(path)]  # while this process waited, another may have made it
+        if wanted: _fill(dataset, wanted, batch_size, workers)
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+def _fill(dataset, wanted, batch_size, workers):
+    "Compute the features of (encoder, path) in one pass, from where an earlier run was interrupted."
+    todo = [(encoder, path, _Part(path, len(dataset), batch_size)) for encoder, path in wanted]
+    names = [encoder.spec.name for encoder, *_ in todo]
     began, first = time.monotonic(), min((part.rows for *_, part in todo), default=len(dataset))
     if 0 < first < len(dataset): print(f"{', '.join(names)}: going on at tile {first} of {len(dataset)}", flush=True)
-    for start, tiles in _batches(dataset, first, batch_size, workers, [e.spec.name for e, *_ in todo]) if first < len(dataset) else ():
+    for start, tiles in _batches(dataset, first, batch_size, workers, names) if first < len(dataset) else ():
         for encoder, _, part in todo:
             if part.rows == start: part.add(encoder(tiles))
     for encoder, path, part in todo: _finish(part, path, dataset, encoder, time.monotonic() - began)
-    return [np.load(path, mmap_mode="r") for path in paths]
 
 def _kept(path):
     "Whether whole features lie at `path`; says what is wrong with those that are not."
@@ -172,10 +184,11 @@ def load_features(
 ) -> np.ndarray: # a read-only memory map
     "Cached features of these very tiles. `BadInput` where they are of others."
     path, remedy = Path(path), "Extract the features of this tile table."
-    for p in (path, path.with_suffix(".parquet")):
-        if not p.exists(): raise BadInput(p, "there is no such file", "Give the .npy file that `extract` wrote, with its .parquet beside it.")
+    for p in (path, path.with_suffix(".parquet"), path.with_suffix(".json")):
+        if not p.exists(): raise BadInput(p, "there is no such file", "Give the .npy file that `extract` wrote, with its .parquet and .json beside it.")
+    if fault := _fault(path): raise BadInput(path, fault, remedy)
     try: features, rows = np.load(path, mmap_mode="r"), pd.read_parquet(path.with_suffix(".parquet"))
-    except (ValueError, EOFError, OSError) as e: raise BadInput(path, f"damaged ({e})", remedy) from e
+    except Exception as e: raise BadInput(path.with_suffix(".parquet"), f"damaged ({e})", remedy) from e  # damaged bytes fail in many ways
     if len(features) != len(table) or len(rows) != len(table): raise BadInput(path, f"features of {len(features)} tiles, the table has {len(table)}", remedy)
     for column in PIXEL_COLUMNS[:5]:
         ours, theirs = table[column].to_numpy(), rows[column].to_numpy()
