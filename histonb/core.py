@@ -107,7 +107,7 @@ def read_json(
 ):
     "Read a JSON file; a broken one is a `BadInput`."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not JSON, not text, a number of too many digits, brackets without end
         raise BadInput(path, f"not valid JSON ({e})", "Delete it and run the stage that writes it again.") from e
 
 # %% ../nbs/00_core.ipynb #cell-015

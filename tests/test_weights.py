@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from histonb.core import BadInput
+from histonb.core import BadInput, read_json
 from histonb.models.weights import check_tensors, fill, find_network, flat, read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -473,3 +473,10 @@ def test_what_does_not_fit_is_listed_and_cut(tmp_path):
 def test_old_files_lack_the_counter_of_batch_norm():
     state = {k: v for k, v in nn.BatchNorm2d(3).state_dict().items() if k != "num_batches_tracked"}
     assert fill(nn.BatchNorm2d(3), state, "w.pth", "a norm")["missing"] == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"], ids=lambda content: content[:6])
+def test_json_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(BadInput, match="x.json: not valid JSON"):
+        read_json(tmp_path / "x.json")
