@@ -26,9 +26,9 @@ def _drop(ids, smallest):
     keep[0] = False
     return (np.cumsum(keep, dtype=np.int32)*keep)[ids]
 
-def _label(mask, smallest):
-    "The connected parts of a mask, diagonals included, of at least so many pixels."
-    return _drop(cv2.connectedComponents(np.uint8(mask), connectivity=8)[1], smallest)
+def _label(mask, smallest, connectivity=4):
+    "The connected parts of a mask, of at least so many pixels; with a connectivity of 8 across corners too."
+    return _drop(cv2.connectedComponents(np.uint8(mask), connectivity=connectivity)[1], smallest)
 
 # %% ../../nbs/multitask/42_instances.ipynb #cell-010
 def _owners(parts, ids, n):
