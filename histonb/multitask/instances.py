@@ -87,7 +87,7 @@ def lumens(
 ) -> np.ndarray: # (H, W) int32, 0: none
     "Each lumen."
     probs, ds = _check(probs, mpp)
-    ids = _drop(_grow(_label(probs[1] > .5, 1), round(ds)), 150*ds**2)
+    ids = _fill(_drop(_grow(_label(probs[1] > .5, 1), round(ds)), 150*ds**2))
     if within is None: return ids
     if np.shape(within) != ids.shape: raise BadInput("within", f"a map of {np.shape(within)} for probabilities of {ids.shape}", "Give the glands of the same picture.")
     outside = np.bincount(ids.ravel(), np.ravel(np.asarray(within) == 0)) > .5*np.bincount(ids.ravel())
@@ -101,7 +101,7 @@ def nuclei(
     probs, ds = _check(probs, mpp)
     mask = cv2.erode(np.uint8(probs[1] + probs[2] > .5), _disc(round(ds)))
     markers = _fill(_label(probs[1] > .5, 4*ds**2))
-    return _drop(_flood(probs[1], markers, _label(mask, 8*ds**2) > 0), 1)
+    return _fill(_drop(_flood(probs[1], markers, _label(mask, 8*ds**2) > 0), 1))
 
 def _check(probs, mpp):
     "Probabilities as float32, and pixels for each of those at 0.5 um/px."
