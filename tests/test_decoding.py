@@ -13,7 +13,7 @@ from histonb.evaluate import decoding, scoring
 from histonb.evaluate.encoders import load_encoder
 from histonb.evaluate.features import cache_paths, extract, load_features
 from histonb.evaluate.scoring import MASK_FIGURES, Constant, mask_counts, mask_figures
-from histonb.models.decoders import MaskDecoder, PatchSegmenter
+from histonb.models.decoders import MaskDecoder, MLPClassifier, PatchSegmenter
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,15 +36,40 @@ QUICK = dict(epochs=3, batch_size=8, lr=5e-3)
 
 # the decoders themselves
 
-def test_study_decoder_in_numbers():
-    "Parameters by formula, 7 to 224, between 0 and 1; independent of other tiles of the batch."
-    model = MaskDecoder(64, 3).eval()
-    widths = [256, 128, 64, 32, 16, 3]
-    assert sum(p.numel() for p in model.parameters()) == 256 * 49 * 65 + sum(16 * a * b + b for a, b in zip(widths, widths[1:]))
+def restated(dim, channels=1):
+    "The decoder of the Bony report's figure 21, layer by layer; independent of ours."
+    layers = [torch.nn.Linear(dim, 256*7*7), torch.nn.Unflatten(1, (256, 7, 7))]
+    for a, b in ((256, 128), (128, 64), (64, 32), (32, 16)):
+        layers += [torch.nn.ConvTranspose2d(a, b, kernel_size=3, stride=2, padding=1, output_padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU()]
+    last = torch.nn.ConvTranspose2d(16, channels, kernel_size=3, stride=2, padding=1, output_padding=1)
+    return torch.nn.Sequential(*layers, last, torch.nn.Sigmoid())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mask_decoder_is_that_of_figure_21(channels):
+    "The same pictures, gradients and running statistics as the figure's layers; 392,545 parameters after `fc`; 7 to 224, between 0 and 1."
+    torch.manual_seed(0)
+    ours, theirs = MaskDecoder(64, channels), restated(64, channels)
+    named = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+    assert list(named)[:2] == ["fc.weight", "fc.bias"]
+    ours.load_state_dict(named)
     x = torch.randn(3, 64)
-    out = model(x)
-    assert out.shape == (3, 3, 224, 224) and 0 < out.min() and out.max() < 1
-    assert torch.allclose(model(x[1:2]), out[1:2], atol=1e-6)
+    out, wanted = ours(x), theirs(x)
+    assert out.shape == (3, channels, 224, 224) and 0 < out.min() and out.max() < 1
+    assert torch.allclose(out, wanted, atol=1e-6)
+    (out**2).mean().backward()
+    (wanted**2).mean().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True): assert torch.allclose(p.grad, q.grad, atol=1e-6)
+    ours.eval(), theirs.eval()
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6) and torch.allclose(ours(x[1:2]), ours(x)[1:2], atol=1e-6)
+    if channels == 1: assert sum(p.numel() for p in ours.decode.parameters()) == 392_545
+
+
+def test_classifier_has_the_reports_widths():
+    "7192, 2048, 512 and 128 by default: 45,312,285 parameters on the 4096 scores."
+    with torch.device("meta"): model = MLPClassifier(4096)
+    assert [m.out_features for m in model if isinstance(m, torch.nn.Linear)] == [7192, 2048, 512, 128, 5]
+    assert sum(p.numel() for p in model.parameters()) == 45_312_285
 
 
 @pytest.mark.parametrize("grid, size", [(14, 224), (7, 224), (16, 224), (4, 32), (14, 56)])

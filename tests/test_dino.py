@@ -1,4 +1,5 @@
 "DINO's parts against a plain double loop, on real backbones, and with the crops of the study."
+import dataclasses
 import math
 
 import numpy as np
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from histonb.core import BadInput
+from histonb.data.augment import MultiCrop
 from histonb.models.backbones import backbone
 from histonb.models.heads import DINOHead, split_checkpoint
+from histonb.pretrain.config import preset, schedules
 from histonb.pretrain.dino import DINOLoss, MultiCropNet, cosine_schedule, ema_update, param_groups, stack_crops, view_pairs
 
 
@@ -91,3 +94,18 @@ def test_schedule_ends():
     assert (values[0], values[100], values[-1]) == (.9, .996, 1.)
     assert (np.diff(values) >= 0).all() and len(values) == 1000
     assert math.isclose(cosine_schedule(2., 0., 101)[50], 1.)
+
+
+def test_bony_names_what_dino_does_not_say():
+    "Every default of DINO's own trainer, but what the report, and for the rate Meta, say; the temperature is .04 from first to last."
+    dino = dict(norm_last_layer=True, momentum=.996, momentum_end=1., head_bn=False, teacher_temp_start=.04, teacher_temp=.04, teacher_temp_epochs=0.,
+                student_temp=.1, center_momentum=.9, weight_decay=.04, weight_decay_end=.4, clip=3., clip_how="tensor", epochs=100., freeze_last_epochs=1.,
+                warmup_epochs=10., min_lr=1e-6, drop_path=.1, hidden=2048, bottleneck=256)
+    report = dict(arch="xcit_medium_24_p16_224", out_dim=4096, n_global=1, n_local=5, batch_size=9600, micro_batch=100)
+    c = preset("bony", out="")
+    for name, value in (dino | report).items(): assert getattr(c, name) == value, name
+    assert c.lr*c.batch_size/256 == pytest.approx(1e-3)
+    crops = MultiCrop(c.n_global, c.n_local, c.global_size, c.local_size, c.global_scale or None, c.local_scale or None, c.recipe)
+    assert (crops.global_scale, crops.local_scale) == ((.4, 1.), (.05, .4))
+    values = schedules(dataclasses.replace(c, steps=50, batch_size=10), 100)
+    assert np.all(values["teacher_temp"] == .04)

@@ -1,4 +1,6 @@
 "Losses beyond DINO's in the same trainer: cut into parts, spread over processes, stopped and continued, they stay the same run."
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,16 +10,17 @@ from histonb.models.backbones import backbone
 from histonb.models.fronts import FRONTS
 from histonb.models.hiding import hide, token_grid
 from histonb.pretrain.config import PRESETS, preset, settle
+from histonb.pretrain.dino import clip_student
 from histonb.pretrain.loading import crop_loader
 from histonb.pretrain.memory import estimate_memory, measure_memory
-from histonb.pretrain.spread import sinkhorn
-from histonb.pretrain.trainer import Stopped, Trainer, load_backbone, pretrain
+from histonb.pretrain.spread import sinkhorn, spread
+from histonb.pretrain.trainer import Stopped, Taught, Trainer, load_backbone, pretrain
 from test_trainer import NO_BN, Tiles, assert_same_run, child, config, finished, last_state, log, losses, stop_after, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATCHES = dict(patch_weight=1.)
-ALL = dict(patch_weight=1., spread_weight=.1, spread_group=2, centering="sinkhorn")
+ALL = dict(patch_weight=1., spread_weight=.1, spread_group=2, centering="sinkhorn", clip=.1, clip_how="network")
 LOSSES = {"ibot": PATCHES, "shared head": dict(patch_weight=1., patch_head="shared"), "koleo": dict(spread_weight=.1, spread_group=2),
           "kde": dict(spread_weight=.1, spread="kde", spread_group=4), "sinkhorn": dict(centering="sinkhorn"), "dinov2": ALL}
 
@@ -87,6 +90,50 @@ def test_a_patch_head_alone_learns_nothing_of_frozen_prototypes():
     trainer.train_step(iter(crop_loader(Tiles(), c)))
     trainer.train_step(iter(crop_loader(Tiles(), c)))
     assert all(torch.equal(a, head.last_layer.weight) for a, head in zip(before, (trainer.student.head, trainer.student.patch_head), strict=True))
+
+
+def test_koleo_enters_as_dinov2_has_it():
+    "A tenth of the sum over both large crops. DINOv2's own class says .5539 and .5450 of these features, and its trainer adds .1099."
+    features = torch.sin(torch.arange(2*8*16.)).view(2, 8, 16)
+    assert torch.allclose(spread(features), torch.tensor([.5539072155952454, .5450376272201538]), atol=1e-6)
+    c = settle(config("", **NO_BN, batch_size=8, spread_weight=.1), 12)
+    trainer = Trainer(c, 12)
+    trainer.parallel = lambda crops, masks, hidden: (features, torch.zeros(2, 8, c.out_dim))
+    crops, q = [torch.zeros(2, 8, 3, 32, 32)], torch.full((2, 8, c.out_dim), 1/c.out_dim)
+    apart = trainer._losses(Taught(crops, None, None, None, None, q), crops[0], 0, None, None)[2]
+    assert c.spread_weight*apart.item() == pytest.approx(.10989449173212051, abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(per_crop_backward=True), dict(n_global=1, n_local=3)], ids=["two crops", "crop by crop", "one crop"])
+def test_gradient_and_log_have_the_sum_over_large_crops(changes):
+    c = settle(config("", **NO_BN | dict(batch_size=4, spread_weight=.7) | changes), 12)
+    with_it, without = Trainer(c, 12), Trainer(dataclasses.replace(c, spread_weight=0.), 12)
+    batch = next(iter(crop_loader(Tiles(), c)))
+    for trainer in (with_it, without): trainer._accumulate(next(trainer._taught([batch], .04)), 0)
+    apart = spread(with_it.student([batch[0]])[0]).sum()
+    weights = [*with_it.student.backbone.parameters()]
+    for p, q, g in zip(weights, without.student.backbone.parameters(), torch.autograd.grad(apart, weights), strict=True):
+        assert torch.allclose(p.grad, (0 if q.grad is None else q.grad) + .7*g, atol=1e-4)
+    again = Trainer(c, 12)
+    assert again.train_step(iter([batch]))["spread_loss"] == pytest.approx(apart.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(patch_head="shared"), dict(patch_weight=0.)], ids=["two heads", "one head", "no patches"])
+def test_backbone_and_heads_are_clipped_apart(changes):
+    "As DINOv2's trainer does, which calls torch's `clip_grad_norm_` for each of its student's networks."
+    c = settle(config("", **dict(patch_weight=1., arch="vit_tiny_patch16_224") | changes), 12)
+    student, reference = Trainer(c, 12).student, Trainer(c, 12).student
+    for n, (p, q) in enumerate(zip(student.parameters(), reference.parameters(), strict=True)):
+        if not p.requires_grad: continue
+        p.grad = n*torch.randn(p.shape)
+        q.grad = p.grad.clone()
+    networks = [[*reference.backbone.parameters(), *([reference.mask_token] if c.patch_weight else [])], [*reference.head.parameters()]]
+    if c.patch_weight and c.patch_head == "separate": networks.append([*reference.patch_head.parameters()])
+    norms = torch.stack([torch.nn.utils.clip_grad_norm_(part, 3.) for part in networks])
+    assert len({round(n.item()) for n in norms}) == len(norms)  # each is scaled by a factor of its own
+    assert torch.allclose(clip_student(student, 3., "network"), norms.norm())
+    for p, q in zip(student.parameters(), reference.parameters(), strict=True): assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-6)
+    assert preset("dinov2", out="").clip_how == "network"
 
 
 def test_sinkhorn_is_the_even_assignment_of_a_reference():

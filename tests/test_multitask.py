@@ -77,6 +77,43 @@ def test_weights_that_cannot_be_read(tmp_path):
     with pytest.raises(BadInput, match="lacks `tasks`"): cerberus.load(tmp_path)
 
 
+def published(net):
+    "A network by the authors' names."
+    heads = {task: name.split("/") for name, task in cerberus.PUBLISHED.items()}
+    layers = ("bn1", "relu1", "dropout", "conv1", "bn2", "relu2", "conv2")
+    found = {"module.backbone.fc.weight": torch.zeros(1000, 512)}
+    for key, tensor in net.state_dict().items():
+        part, *rest = key.split(".")
+        if part == "encoder": name = ".".join(["backbone", *rest])
+        elif part == "map": name = "conv_map.weight"
+        elif rest[0] == "tissue": name = f"decoder_head.Patch-Class.{layers[int(rest[1])]}.{rest[2]}"
+        elif rest[1] == "blocks": name = f"decoder_head.{heads[rest[0]][0]}.{rest[2]}.block.{int(rest[3])//3}.{'bn' if int(rest[3]) % 3 else 'conv'}.{rest[4]}"
+        else: name = "output_head.{}.{}.x.".format(*heads[rest[0]]) + {"0": "0.block.0.conv", "1": "0.block.0.bn", "3": "1.conv"}[rest[2]] + f".{rest[3]}"
+        found[f"module.{name}"] = tensor
+    return found
+
+
+def test_published_weights_keep_their_classes(tmp_path):
+    "As `dataset.yml` of the authors' repository names them; a gland on the surface is no malignant one."
+    net = Cerberus(cerberus.PUBLISHED.values())
+    torch.save({"desc": published(net)}, tmp_path/"weights.tar")
+    found, _ = cerberus.load(tmp_path/"weights.tar")
+    assert all(a.equal(b) for a, b in zip(net.state_dict().values(), found.state_dict().values(), strict=True))
+    assert {name: task.classes for name, task in found.tasks.items() if task.kind != "instances"} == {
+        "gland-type-cerberus": ("none", "gland", "surface epithelium"),
+        "nucleus-type": ("none", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective"),
+        "tissue": ("background", "abnormal epithelium", "normal epithelium", "inflammatory", "muscle", "stroma", "debris", "mucous", "adipose")}
+    torch.save({"desc": {f"{k}.old" if "Gland#TYPE" in k else k: v for k, v in published(net).items()}}, tmp_path/"foreign.tar")
+    with pytest.raises(BadInput, match="unexpected"): cerberus.load(tmp_path/"foreign.tar")
+
+
+def test_a_task_of_the_same_name_with_other_classes_is_not_trained_on(tmp_path):
+    task = dataclasses.replace(TASKS["nucleus-type"], classes=("none", *"abcdef"))
+    cerberus.save(Cerberus(["nucleus", task], "resnet18", .125), tmp_path/"one")
+    typed = dataclasses.replace(config(tmp_path/"two", steps=2, start=str(tmp_path/"one")), sets=(PHANTOMS | {"truths": ["nucleus-type"]},))
+    with pytest.raises(BadInput, match="its `nucleus-type` tells none, a, b"): train(typed)
+
+
 # --- targets
 
 def test_numbers_with_gaps_change_no_target():

@@ -24,11 +24,13 @@ from .phantom import draw_field
 from .tissue import MPP
 
 # %% ../../nbs/data/05d_fields.ipynb #cell-005
-TRUTHS = {"gland": "instances", "lumen": "instances", "nucleus": "instances", "gland-type": "types", "nucleus-type": "types",
-          "nucleus-type-consep": "types", "nucleus-type-pannuke": "types", "tissue": "class"} # name of a truth -> its kind
+TRUTHS = {"gland": "instances", "lumen": "instances", "nucleus": "instances", "gland-type": "types",
+          "gland-type-cerberus": "types", "nucleus-type": "types", "nucleus-type-consep": "types", "nucleus-type-pannuke": "types",
+          "tissue": "class"} # name of a truth -> its kind
 TISSUES = ("background", "abnormal epithelium", "normal epithelium", "inflammatory", "muscle", "stroma", "debris", "mucous", "adipose")
 CLASSES = {
     "gland-type": ("none", "benign", "malignant"),
+    "gland-type-cerberus": ("none", "gland", "surface epithelium"),
     "nucleus-type": ("none", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective"),
     "nucleus-type-consep": ("none", "other", "inflammatory", "epithelial", "spindle-shaped"),
     "nucleus-type-pannuke": ("none", "neoplastic", "inflammatory", "connective", "dead", "epithelial"),

@@ -201,7 +201,7 @@ def fit_mlp(
     seed: int = 0, # of weights, order and dropout
     twice: bool = False, # put a softmax before the loss, which has its own: the study's slip, to be shown
 ) -> MLPProbe:
-    "Fit the study's MLP probe. Raises `BadInput` for unusable features or labels."
+    "Fit an MLP probe. Raises `BadInput` for unusable features or labels."
     n_classes = n_classes or int(np.max(y_train)) + 1
     x_train, y_train = _training(x_train, y_train, n_classes)
     mean, std = _scale(x_train)

@@ -8,6 +8,7 @@ __all__ = ['REGIONS', 'TISSUE', 'TASKS', 'PATCH', 'PUBLISHED', 'MPP', 'Task', 'f
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-002
 import dataclasses
+import re
 from pathlib import Path
 
 import timm
@@ -39,6 +40,7 @@ TASKS = {task.name: task for task in (
     Task("lumen", "instances", kernel=3, weight=1.5),
     Task("nucleus", "instances", kernel=3),
     Task("gland-type", "types", ("none", "benign", "malignant"), of="gland"),
+    Task("gland-type-cerberus", "types", ("none", "gland", "surface epithelium"), of="gland"),
     Task("nucleus-type", "types", ("none", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective"), of="nucleus",
          class_weights=(12., 1., 2., 6., 12., 2.)),
     Task("nucleus-type-consep", "types", ("none", "other", "inflammatory", "epithelial", "spindle-shaped"), of="nucleus"),
@@ -173,25 +175,31 @@ def reach(
     return down + sum(2*s + 2*s for s in (8, 4, 2, 1))
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-021
-PUBLISHED = {"Gland/INST": "gland", "Lumen/INST": "lumen", "Nuclei/INST": "nucleus", "Gland#TYPE/TYPE": "gland-type", "Nuclei#TYPE/TYPE": "nucleus-type",
-             "Patch-Class/OUT": "tissue"} # decoder/output of the authors -> task
+PUBLISHED = {"Gland/INST": "gland", "Lumen/INST": "lumen", "Nuclei/INST": "nucleus", "Gland#TYPE/TYPE": "gland-type-cerberus",
+             "Nuclei#TYPE/TYPE": "nucleus-type", "Patch-Class/OUT": "tissue"} # decoder/output of the authors -> task
+_PUBLISHED_DECODERS = {name.split("/")[0]: task for name, task in PUBLISHED.items()}
+_PATCH_LAYERS = ("bn1", "relu1", "dropout", "conv1", "bn2", "relu2", "conv2") # of the published patch head, in the order of `PatchHead`
 
 def from_published(
     state: dict, # the authors' tensors by name
 ) -> dict: # by the names of `Cerberus`
-    "Rename the tensors of the published network; those it does not use (a classifier of ImageNet) are left out."
-    names, out = {p.split("/")[0]: task for p, task in PUBLISHED.items()}, {}
-    for key, tensor in state.items():
-        part, *rest = key.removeprefix("module.").split(".")
-        if part == "backbone" and rest[0] != "fc": out[".".join(["encoder", *rest])] = tensor
-        elif part == "conv_map": out["map.weight"] = tensor
-        elif part == "decoder_head" and rest[0] == "Patch-Class":
-            out[f"decoders.tissue.{('bn1', 'relu1', 'dropout', 'conv1', 'bn2', 'relu2', 'conv2').index(rest[1])}.{rest[2]}"] = tensor
-        elif part == "decoder_head":  # name, step, "block", 0 or 1, conv or bn, tensor
-            out[f"decoders.{names[rest[0]]}.blocks.{rest[1]}.{3*int(rest[3]) + (rest[4] == 'bn')}.{rest[5]}"] = tensor
-        elif part == "output_head":  # name, output, "x", 0: "block", 0, conv or bn; 1: conv
-            out[f"decoders.{names[rest[0]]}.head.{3 if rest[3] == '1' else int(rest[6] == 'bn')}.{rest[-1]}"] = tensor
-    return out
+    "Rename the tensors of the published network; those it does not use (a classifier of ImageNet) are left out, names it does not have stay as they are."
+    names = {key: _renamed(key.removeprefix("module.")) for key in state}
+    return {name: state[key] for key, name in names.items() if not name.startswith("backbone.fc.")}
+
+def _renamed(key):
+    "The name of a published tensor in `Cerberus`."
+    if key == "conv_map.weight": return "map.weight"
+    if m := re.fullmatch(r"backbone\.(?!fc\.)(.+)", key): return f"encoder.{m[1]}"
+    if m := re.fullmatch(rf"decoder_head\.Patch-Class\.({'|'.join(_PATCH_LAYERS)})\.(\w+)", key):
+        return f"decoders.tissue.{_PATCH_LAYERS.index(m[1])}.{m[2]}"
+    m = re.fullmatch(r"decoder_head\.([^.]+)\.(\d)\.block\.([01])\.(conv|bn)\.(\w+)", key)
+    if m and m[1] in _PUBLISHED_DECODERS:
+        return f"decoders.{_PUBLISHED_DECODERS[m[1]]}.blocks.{m[2]}.{3*int(m[3]) + (m[4] == 'bn')}.{m[5]}"
+    m = re.fullmatch(r"output_head\.([^.]+)\.[^.]+\.x\.(?:0\.block\.0\.(conv|bn)|1\.conv)\.(\w+)", key)
+    if m and m[1] in _PUBLISHED_DECODERS:
+        return f"decoders.{_PUBLISHED_DECODERS[m[1]]}.head.{ {'conv': 0, 'bn': 1, None: 3}[m[2]]}.{m[3]}"
+    return key
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-025
 MPP = .5 # um per pixel of the pictures that the network reads

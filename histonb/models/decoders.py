@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 # %% ../../nbs/models/13_decoders.ipynb #cell-004
 class MLPClassifier(nn.Sequential):
-    "Linear layers that narrow from a feature vector to class scores, ReLU between them (the prostate study's classifier)."
+    "Linear layers that narrow from a feature vector to class scores, ReLU between them (by default the Bony report's)."
     def __init__(
         self,
         dim: int, # length of a feature vector, D
         n_classes: int = 5, # C
-        hidden: tuple[int, ...] = (2048, 512, 128), # widths between
+        hidden: tuple[int, ...] = (7192, 2048, 512, 128), # widths between
     ):
         widths = [dim, *hidden, n_classes]
         layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
@@ -34,7 +34,7 @@ class MLPClassifier(nn.Sequential):
 
 # %% ../../nbs/models/13_decoders.ipynb #cell-009
 class MaskDecoder(nn.Module):
-    "From a feature vector to a picture with values in 0..1: a linear layer, then transposed convolutions (the prostate study's decoder)."
+    "From a feature vector to a picture with values in 0..1: a linear layer, then transposed convolutions (figure 21 of the Bony report)."
     def __init__(
         self,
         dim: int, # length of a feature vector, D
@@ -43,15 +43,17 @@ class MaskDecoder(nn.Module):
         side: int = 7, # of the first maps; the picture's is `side * 2**len(widths)`
     ):
         super().__init__()
+        def up(a, b): return nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1)
+        layers = [layer for a, b in pairwise(widths) for layer in (up(a, b), nn.BatchNorm2d(b), nn.ReLU())]
         self.shape = (widths[0], side, side)
-        layers = [layer for a, b in pairwise([*widths, out_channels]) for layer in (nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, 1))]
-        self.expand, self.decode = nn.Linear(dim, widths[0]*side**2), nn.Sequential(*layers, nn.Sigmoid())
+        self.fc = nn.Linear(dim, widths[0]*side**2)
+        self.decode = nn.Sequential(*layers, up(widths[-1], out_channels), nn.Sigmoid())
 
     def forward(
         self,
         x: torch.Tensor, # (B, D) features
     ) -> torch.Tensor: # (B, C, H, W), by default 224x224, in 0..1
-        return self.decode(self.expand(x).unflatten(1, self.shape))
+        return self.decode(self.fc(x).unflatten(1, self.shape))
 
 # %% ../../nbs/models/13_decoders.ipynb #cell-013
 class PatchSegmenter(nn.Module):

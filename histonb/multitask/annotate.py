@@ -176,7 +176,7 @@ def _objects(work, task):
         if long.any(): pieces.append(table[long])
         edges.append(pd.read_parquet(work.part(f"{task}-edges", i)))
         yield table[~long]
-    if pieces: yield join(pd.concat(pieces, ignore_index=True), pd.concat(edges, ignore_index=True), filled=task == "gland")
+    if pieces: yield join(pd.concat(pieces, ignore_index=True), pd.concat(edges, ignore_index=True))
 
 def _groups(work):
     "Objects of all tasks as they are on the slide, glands first."

@@ -45,7 +45,7 @@ def stain_nuclei(
     stain = cv2.GaussianBlur(_stain(image, mpp, .5), (0, 0), .7)
     around = cv2.GaussianBlur(stain, (0, 0), 12)
     mask = stain > np.maximum(_threshold(stain, .25), around + .03)
-    mask = _fill(_label(mask, 20)) > 0
+    mask = _fill(_label(mask, 20, connectivity=8)) > 0
     return _back(_drop(_cut(mask, 3), 20), image.shape)
 
 def _cut(mask, apart):
@@ -63,7 +63,7 @@ def threshold_glands(
 ) -> np.ndarray: # (H, W) int32, 0: none
     "Glands as dark pieces with their holes."
     stain = cv2.GaussianBlur(_stain(image, mpp, 2), (0, 0), 1)
-    mask = _fill(_label(stain > _threshold(stain, .1), 1)) > 0
+    mask = _fill(_label(stain > _threshold(stain, .1), 1, connectivity=8)) > 0
     return _back(_drop(_cut(mask, 20), 200), image.shape)
 
 # %% ../../nbs/multitask/42a_baseline.ipynb #cell-010

@@ -26,6 +26,7 @@ from ..models.cerberus import PATCH, TISSUE
 
 # %% ../../nbs/multitask/43c_exporting.ipynb #cell-005
 COLORS = {"gland": (0, 150, 60), "lumen": (0, 110, 255), "nucleus": (255, 220, 0), "benign": (0, 150, 60), "malignant": (210, 30, 30),
+          "surface epithelium": (177, 52, 235),
           "epithelial": (255, 150, 0), "neoplastic": (255, 0, 0), "lymphocyte": (0, 235, 235), "inflammatory": (0, 235, 235), "plasma": (140, 170, 255), "neutrophil": (255, 60, 255),
           "eosinophil": (255, 0, 0), "connective": (90, 230, 90), "spindle-shaped": (90, 230, 90), "dead": (40, 40, 40), "other": (220, 220, 220),
           "background": (255, 255, 255), "abnormal epithelium": (210, 30, 30), "normal epithelium": (0, 150, 60), "muscle": (170, 90, 40), "stroma": (240, 170, 190),

@@ -26,9 +26,9 @@ def _drop(ids, smallest):
     keep[0] = False
     return (np.cumsum(keep, dtype=np.int32)*keep)[ids]
 
-def _label(mask, smallest):
-    "The connected parts of a mask, diagonals included, of at least so many pixels."
-    return _drop(cv2.connectedComponents(np.uint8(mask), connectivity=8)[1], smallest)
+def _label(mask, smallest, connectivity=4):
+    "The connected parts of a mask, of at least so many pixels; with a connectivity of 8 across corners too."
+    return _drop(cv2.connectedComponents(np.uint8(mask), connectivity=connectivity)[1], smallest)
 
 # %% ../../nbs/multitask/42_instances.ipynb #cell-010
 def _owners(parts, ids, n):
@@ -87,7 +87,7 @@ def lumens(
 ) -> np.ndarray: # (H, W) int32, 0: none
     "Each lumen."
     probs, ds = _check(probs, mpp)
-    ids = _drop(_grow(_label(probs[1] > .5, 1), round(ds)), 150*ds**2)
+    ids = _fill(_drop(_grow(_label(probs[1] > .5, 1), round(ds)), 150*ds**2))
     if within is None: return ids
     if np.shape(within) != ids.shape: raise BadInput("within", f"a map of {np.shape(within)} for probabilities of {ids.shape}", "Give the glands of the same picture.")
     outside = np.bincount(ids.ravel(), np.ravel(np.asarray(within) == 0)) > .5*np.bincount(ids.ravel())
@@ -101,7 +101,7 @@ def nuclei(
     probs, ds = _check(probs, mpp)
     mask = cv2.erode(np.uint8(probs[1] + probs[2] > .5), _disc(round(ds)))
     markers = _fill(_label(probs[1] > .5, 4*ds**2))
-    return _drop(_flood(probs[1], markers, _label(mask, 8*ds**2) > 0), 1)
+    return _fill(_drop(_flood(probs[1], markers, _label(mask, 8*ds**2) > 0), 1))
 
 def _check(probs, mpp):
     "Probabilities as float32, and pixels for each of those at 0.5 um/px."

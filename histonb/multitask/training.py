@@ -168,6 +168,9 @@ def _network(c, tasks):
     before, about = cerberus.load(c.start)
     if abs(about["mpp"] - c.mpp) > .01*c.mpp: raise BadInput(c.start, f"trained at {about['mpp']} um/px, not {c.mpp}", f"Set mpp to {about['mpp']}.")
     known = list(before.tasks)
+    for task in tasks:
+        theirs = before.tasks.get(task.name, task).classes
+        if theirs != task.classes: raise BadInput(c.start, f"its `{task.name}` tells {', '.join(theirs)}, not {', '.join(task.classes)}", "Train a task of another name.")
     net = Cerberus([*before.tasks.values(), *(t for t in tasks if t.name not in known)], before.arch, before.width)
     net.load_state_dict(before.state_dict(), strict=False)
     return net, known

@@ -54,7 +54,7 @@ class PretrainConfig:
     weight_decay: float = .04 # of the first step
     weight_decay_end: float = .4 # of the last
     clip: float = 3. # limit of the gradient norm; 0 = none
-    clip_how: Literal["tensor", "global"] = "tensor" # each tensor by itself (DINO) or all together (DINOv2)
+    clip_how: Literal["tensor", "network", "global"] = "tensor" # each tensor by itself (DINO), backbone and heads apart (DINOv2), or all together
     freeze_last_epochs: float = 1. # the prototypes stand still so long
     # teacher
     momentum: float = .996 # of the teacher's average, first step
@@ -71,7 +71,7 @@ class PretrainConfig:
     patch_head: Literal["shared", "separate"] = "separate" # one head for crops and patches (iBOT), or two (DINOv2)
     mask_chance: float = .5 # share of the large crops in which patches are hidden from the student
     mask_share: tuple[float, ...] = (.1, .5) # of the patches of such a crop, least and most
-    spread_weight: float = 0. # of the loss that spreads features; 0 = none, .1 = DINOv2
+    spread_weight: float = 0. # of the loss that spreads features, a sum over the large crops; 0 = none, .1 = DINOv2
     spread: Literal["koleo", "kde"] = "koleo" # away from the nearest neighbour, or from the density of all
     spread_group: int = 0 # images among which neighbours are sought; 0 = a micro-batch of one process
     # what is watched
@@ -101,14 +101,14 @@ class PretrainConfig:
 # %% ../../nbs/pretrain/22a_config.ipynb #cell-008
 PRESETS = {
     "bony": dict(arch="xcit_medium_24_p16_224", out_dim=4096, recipe="dino", n_global=1, n_local=5, batch_size=9600, micro_batch=100,
-                 lr=1e-3*256/9600, momentum=.996, workers=8, log_every=20, checkpoint_every=100),
+                 lr=1e-3*256/9600, momentum=.996, teacher_temp=.04, teacher_temp_epochs=0., workers=8, log_every=20, checkpoint_every=100),
     "dino-xcit-m24": dict(arch="xcit_medium_24_p16_224", drop_path=.15, out_dim=65536, norm_last_layer=False, recipe="dino",
                           global_scale=(.3, 1.), local_scale=(.05, .3), epochs=300., batch_size=1024, micro_batch=32, lr=1e-3*256/1024,
                           min_lr=1e-5, workers=8, log_every=50, checkpoint_every=500),
     "histology": dict(arch="xcit_small_12_p16_224", out_dim=8192, global_scale=(.4, 1.), local_scale=(.1, .4), batch_size=512, micro_batch=64,
                       clip=.3, workers=8, log_every=50, checkpoint_every=1000),
     "dinov2": dict(arch="vit_small_patch16_224", drop_path=.3, out_dim=65536, norm_last_layer=False, n_global=2, n_local=8, batch_size=1024,
-                   micro_batch=32, lr=1e-3, clip_how="global", momentum=.992, teacher_bn="ema", centering="sinkhorn", patch_weight=1.,
+                   micro_batch=32, lr=1e-3, clip_how="network", momentum=.992, teacher_bn="ema", centering="sinkhorn", patch_weight=1.,
                    spread_weight=.1, spread_group=32, workers=8, log_every=50, checkpoint_every=500),
     "cpu": dict(drop_path=0., out_dim=512, hidden=512, n_local=3, global_size=112, local_size=56, global_scale=(.3, .6),
                 local_scale=(.06, .15), steps=650, batch_size=32, lr=5e-3, min_lr=1e-5, warmup_epochs=.5, weight_decay_end=.04, clip=.3,

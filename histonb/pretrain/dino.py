@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['view_pairs', 'CentredLoss', 'DINOLoss', 'ema_update', 'stack_crops', 'MultiCropNet', 'cosine_schedule',
-           'linear_schedule', 'param_groups', 'clip_gradients', 'freeze_last_layer']
+           'linear_schedule', 'param_groups', 'clip_gradients', 'clip_student', 'freeze_last_layer']
 
 # %% ../../nbs/pretrain/20_dino.ipynb #cell-002
 import contextlib
@@ -132,6 +132,13 @@ class MultiCropNet(nn.Module):
         self.backbone, self.head, self.pool = backbone, head, pool
         if patch_head is not None: self.patch_head, self.mask_token = patch_head, nn.Parameter(torch.zeros(backbone.num_features))
 
+    def networks(self) -> list: # of lists of parameters
+        "Parameters of the backbone, the token of its masked patches among them, and of each head."
+        heads = {id(head): head for head in (self.head, getattr(self, "patch_head", self.head))}.values()
+        parts = [list(head.parameters()) for head in heads]
+        of_heads = {id(p) for part in parts for p in part}
+        return [[p for p in self.parameters() if id(p) not in of_heads], *parts]
+
     def forward(
         self,
         crops: list, # tensors (v, B, 3, h, w), as `stack_crops` makes them
@@ -186,7 +193,7 @@ def param_groups(
 def clip_gradients(
     parameters, # iterable of parameters; those without gradient are left out
     max_norm: float, # limit; 0 only measures
-    how: str = "tensor", # "tensor": each tensor by its own norm (DINO); "global": all by their common norm (DINOv2)
+    how: str = "tensor", # "tensor": each tensor by its own norm (DINO); "global": all by their common norm
 ) -> torch.Tensor: # scalar, norm of the whole gradient before clipping
     "Clip gradients in place."
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -196,6 +203,16 @@ def clip_gradients(
         factors = (max_norm/((norms if how == "tensor" else total.expand_as(norms)) + 1e-6)).clamp(max=1.)
         torch._foreach_mul_(grads, list(factors.unbind()))
     return total
+
+def clip_student(
+    student: MultiCropNet, # after `backward`
+    max_norm: float, # limit; 0 only measures
+    how: str = "tensor", # as in `clip_gradients`, or "network": the backbone and each head by their own norms (DINOv2)
+) -> torch.Tensor: # scalar, norm of the whole gradient before clipping
+    "Clip the gradients of a student in place."
+    if how != "network": return clip_gradients(student.parameters(), max_norm, how)
+    trained = [part for part in student.networks() if any(p.grad is not None for p in part)]
+    return torch.stack([clip_gradients(part, max_norm, "global") for part in trained]).norm()
 
 # %% ../../nbs/pretrain/20_dino.ipynb #cell-047
 def freeze_last_layer(

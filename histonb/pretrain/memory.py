@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..models.hiding import token_grid
 from .config import PretrainConfig, micro_batches, settle
-from .dino import DINOLoss, clip_gradients, ema_update, param_groups
+from .dino import DINOLoss, clip_student, ema_update, param_groups
 from .trainer import networks, passes
 
 # %% ../../nbs/pretrain/23b_memory.ipynb #cell-006
@@ -105,7 +105,7 @@ def _rehearse(c, tiles, parts, world):
         _accumulate(c, ledger, student, teacher, loss, crops, masks)
         del crops, masks
         ledger.part = "update"
-        clip_gradients(student.parameters(), c.clip, c.clip_how)
+        clip_student(student, c.clip, c.clip_how)
         optimiser.step()
         ema_update(teacher, student, c.momentum, c.teacher_bn)
         del buckets

@@ -56,7 +56,7 @@ def spread(
     features: torch.Tensor, # (v, B, D) of v crops of B images
     how: str = "koleo", # of SPREADS
     group: int = 0, # images among which neighbours are sought; 0 = all B
-) -> torch.Tensor: # (v,) float32: mean over the groups of each crop
+) -> torch.Tensor: # (v,) float32: mean over the groups of each crop; their sum enters the loss
     "Spread of each crop's features, in groups."
     if how not in SPREADS: raise BadInput("spread", f"unknown: `{how}`", nearest(how, SPREADS))
     group = group or features.shape[1]

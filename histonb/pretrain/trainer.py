@@ -29,7 +29,7 @@ from ..models.running import (Stopped, checkpoints, claim, draw_seed, hold_signa
 from . import ranks
 from .config import PretrainConfig, micro_batches, schedules, settle
 from .diagnostics import LiveCurves, collapse, entropy, feature_std, rankme, suspect
-from .dino import DINOLoss, MultiCropNet, clip_gradients, ema_update, freeze_last_layer, param_groups
+from .dino import DINOLoss, MultiCropNet, clip_student, ema_update, freeze_last_layer, param_groups
 from .ibot import PatchLoss, mask_weights
 from .loading import crop_loader
 from .online import OnlineKNN
@@ -136,7 +136,7 @@ class Trainer:
         large = first < c.n_global - self.loss.skip
         return torch.stack([self.loss.cross_entropy(scores, t.q, first) if first >= 0 else 0*scores.sum(),  # every parameter has a gradient
                             self.patch_loss.cross_entropy(patches[0], patch_q, mask_weights(masks, c.n_global)) if patches else zero,
-                            spread(features, c.spread, c.spread_group).sum()/c.n_global if c.spread_weight and large else zero])
+                            spread(features, c.spread, c.spread_group).sum() if c.spread_weight and large else zero])
 
     def _accumulate(self, t, part):
         "Add a micro-batch's gradient; returns (3K + 6,): mean score, mean answer, sum and number of the patches' scores, teacher entropy, feature std, losses."
@@ -169,7 +169,7 @@ class Trainer:
         self.optimiser.zero_grad()
         sums = sum(self._accumulate(t, part) for part, t in enumerate(self._taught(batches, now["teacher_temp"])))
         scores, answers, patches, n, figures = (ranks.total(sums)/(self.parts*self.world)).split([c.out_dim]*3 + [1, 5])
-        norm = clip_gradients(self.student.parameters(), c.clip, c.clip_how)
+        norm = clip_student(self.student, c.clip, c.clip_how)
         if not torch.isfinite(norm): self._diverged("gradient", [(n, p.grad) for n, p in self.student.named_parameters()])
         if self.step < c.freeze_last_epochs*self.per_epoch: freeze_last_layer(self.student)
         self.optimiser.step()
