@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .core import BadInput, disk_is_full, foreign_errors, read_json
+from .core import BadInput, disk_is_full, foreign_errors, read_json, refusal
 
 # %% ../nbs/60_cli.ipynb #cell-005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -346,7 +346,7 @@ def annotate(
                     counts = ", ".join(f"{n:,} {c}" for c, n in about["counts"].items())
                     print(f"{folder}: {counts} in {about['tissue_mm2']:.2f} mm2 of tissue" + (f"; {about['note']}" if about["note"] else ""), flush=True)
             except BadInput as e:
-                if len(slides) == 1: raise
+                if len(slides) == 1 or disk_is_full(e): raise
                 lost.append(e)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted. The same command goes on from here.", err=True)
@@ -358,12 +358,10 @@ def annotate(
 def main():
     "Entry point of the `histonb` command."
     try: app()
-    except BadInput as e:
-        if "--debug" in sys.argv: raise
-        sys.exit(_say(e, 2))
-    except OSError as e:
-        if "--debug" in sys.argv or not disk_is_full(e): raise
-        sys.exit(_say(f"{e.strerror}{f' ({e.filename})' if e.filename else ''}. Free some disk space and run the command again.", 1))
+    except (BadInput, OSError) as e:
+        told = e if type(e) is BadInput else refusal(e)
+        if "--debug" in sys.argv or told is None: raise
+        sys.exit(_say(told, 1 if isinstance(told, OSError) else 2))
 
 def _say(fault, code):
     typer.echo(f"histonb: {fault}", err=True)

@@ -101,13 +101,16 @@ def atomic_path(
 
 # %% ../nbs/00_core.ipynb #cell-refusal
 _REFUSALS = { # number of the system's error: what is wrong, what to do
-    errno.ENOSPC: ("the disk is full", "Free some space and run again: what is finished is kept."),
-    errno.EDQUOT: ("the disk is full as far as your quota goes", "Free some space and run again: what is finished is kept."),
+    errno.ENOSPC: ("the disk is full (No space left on device)",
+                   "Free some disk space and run again: what is finished is kept."),
+    errno.EDQUOT: ("the disk is full (Disk quota exceeded)",
+                   "Free some disk space and run again: what is finished is kept."),
     errno.EROFS: ("the file system can only be read", "Choose a folder that can be written to."),
     errno.EACCES: ("you have no permission to write here", "Choose another folder, or ask its owner for permission."),
     errno.EPERM: ("you have no permission to write here", "Choose another folder, or ask its owner for permission."),
     errno.ENOTDIR: ("a file stands where a folder is wanted", "Choose another folder, or move the file away."),
     errno.EEXIST: ("a file stands where a folder is wanted", "Choose another folder, or move the file away."),
+    errno.ENOTEMPTY: ("the folder is not empty", "Choose another folder."),
     errno.ENAMETOOLONG: ("a name is longer than the file system takes", "Choose a shorter name."),
     errno.EMFILE: ("too many files are open", "Raise the limit with `ulimit -n 4096`, or use fewer workers."),
     errno.EIO: ("the disk or the network drive failed", "Run again once it answers: what is finished is kept."),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ..core import BadInput, atomic_path, nearest, read_json, write_json
+from ..core import BadInput, atomic_path, hold, nearest, read_json, write_json
 from .cohorts import QUARANTINE_COLUMNS, Cohort, read_csv
 from .labels import LABELS
 from .shards import shard_path
@@ -163,6 +163,10 @@ def join_stores(
         if not (s/"tiles.parquet").exists(): raise BadInput(s/"tiles.parquet", "there is no tile table here", "Give the folder that tiling wrote.")
     sizes = {s.name: read_json(s/"rule.json")["size"] for s in stores}
     if len({*sizes.values()}) > 1: raise BadInput("stores", f"their tiles differ in size: {sizes}", "Cut them with one size.")
+    with hold(out): return _join(stores, out, labelled, sizes[stores[0].name])
+
+def _join(stores, out, labelled, size):
+    "Link the shards, then write the tables."
     tables, accounts, asides, first = [], [], [], 0
     for s in stores:
         table, account = pd.read_parquet(s/"tiles.parquet"), pd.read_parquet(s/"account.parquet")
@@ -176,7 +180,7 @@ def join_stores(
         if (s/"quarantine.csv").exists(): asides.append(pd.read_csv(s/"quarantine.csv", dtype=str))
         first = max(first, table["shard"].max() + 1)
     if labelled: write_json(out/"classes.json", list(class_names(labelled).values()))
-    write_json(out/"rule.json", {"size": sizes[names[0]]})
+    write_json(out/"rule.json", {"size": size})
     with atomic_path(out/"quarantine.csv") as p: pd.concat(asides or [pd.DataFrame(columns=QUARANTINE_COLUMNS)]).to_csv(p, index=False)
     with atomic_path(out/"account.parquet") as p: pd.concat(accounts, ignore_index=True).to_parquet(p, index=False)
     table = pd.concat(tables, ignore_index=True)
@@ -199,8 +203,9 @@ def store_with(
     "Write a store with the tiles of another and a table of its own. Raises `BadInput` where both are one folder."
     store, out = Path(store), Path(out)
     if store.resolve() == out.resolve(): raise BadInput(out, "is the store itself", "Choose another folder: the store's own table stays as it is.")
-    for shard in table["shard"][table["shard"] >= 0].unique(): _link(shard_path(store, shard), shard_path(out, shard))
-    for name in ("rule.json", "classes.json", "quarantine.csv", "account.parquet"):
-        if not (store/name).exists(): continue
-        with atomic_path(out/name) as p: shutil.copyfile(store/name, p)
-    with atomic_path(out/"tiles.parquet") as p: table.to_parquet(p, index=False)
+    with hold(out):
+        for shard in table["shard"][table["shard"] >= 0].unique(): _link(shard_path(store, shard), shard_path(out, shard))
+        for name in ("rule.json", "classes.json", "quarantine.csv", "account.parquet"):
+            if not (store/name).exists(): continue
+            with atomic_path(out/name) as p: shutil.copyfile(store/name, p)
+        with atomic_path(out/"tiles.parquet") as p: table.to_parquet(p, index=False)

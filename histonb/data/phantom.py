@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..core import BadInput, atomic_path, progress
+from ..core import BadInput, atomic_path, hold, progress
 from .staining import draw_stain, enlarge, paint
 from .tissue import PATTERNS, grow, noise
 from .writing import write_mask, write_slide
@@ -215,6 +215,11 @@ def write_cohort(
     jobs = [(root, f"phantom{seed}_{i:03d}", (seed, i), tuple(shape), CONTENTS[i%len(CONTENTS)],
              "karolinska" if int((i + 1)*karolinska) > int(i*karolinska) else "radboud",
              i >= n - n_blank, n - n_blank - n_pen <= i < n - n_blank, options) for i in range(n)]
+    with hold(root): return _write(root, jobs, workers)
+
+def _write(root, jobs, workers):
+    "Draw the slides, then write the tables."
+    n = len(jobs)
     for name in ("train.csv", "suspicious.csv"): (root/name).unlink(missing_ok=True)
     cv2.setNumThreads(1)  # slides run in parallel, and a fork would break OpenCV's own threads
     if workers > 1:

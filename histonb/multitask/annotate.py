@@ -8,9 +8,7 @@ __all__ = ['GLASS', 'OVERVIEW', 'tissue_squares', 'tiles_with_tissue', 'tissue_m
 # %% ../../nbs/multitask/43_annotate.ipynb #cell-002
 import contextlib
 import dataclasses
-import fcntl
 import functools
-import os
 import shutil
 import time
 import zipfile
@@ -22,7 +20,7 @@ import pandas as pd
 import shapely
 
 import histonb
-from ..core import BadInput, atomic_path, digest, progress, read_json, write_json
+from ..core import BadInput, atomic_path, digest, hold, progress, read_json, write_json
 from ..data.slides import open_slide
 from ..data.tiles import Grid, low_resolution_glass
 from ..models.cerberus import PATCH
@@ -66,18 +64,14 @@ def tissue_mm2(
 @contextlib.contextmanager
 def _claimed(folder, settings):
     "Make the folder this work's own."
-    (folder/"parts").mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise BadInput(folder, "another process is annotating into this folder", "Wait for it, or choose another folder.") from None
+    with hold(folder):
+        (folder/"parts").mkdir(exist_ok=True)
         if (folder/"settings.json").exists():
             found = read_json(folder/"settings.json")
             changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
             if changed: raise BadInput(folder, f"begun with other settings ({', '.join(changed)})", "Choose another folder, or delete this one.")
         else: write_json(folder/"settings.json", settings)
         yield
-    finally: os.close(handle)
 
 class Parts:
     "The probabilities of tiles, as files."

@@ -40,7 +40,7 @@ class FitConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto" # of the products; auto = bf16 where the hardware has it
     workers: int = 1 # processes that augment; 0 = in the training process
 
-    def __post_init__(self): check_ranges(vars(self), "FitConfig")
+    def __post_init__(self): check_ranges(vars(self), "FitConfig", epochs="1 or more")
 
 MACHINE = ("out", "device", "workers") # may change when a run goes on
 

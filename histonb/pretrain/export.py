@@ -10,8 +10,8 @@ __all__ = ['FIGURES', 'PRIVATE', 'CARD', 'NO_LICENCE', 'POOLING', 'timm_config',
 import dataclasses
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import histonb
-from ..core import BadInput, digest, read_json, read_jsonl, write_json
+from ..core import BadInput, digest, read_json, read_jsonl, refusals_told, write_json
 from ..models import backbones
 from .config import PRESETS, preset
 
@@ -198,14 +198,14 @@ def export(
     if info.get("step") != info.get("steps") and not (unfinished or best):
         raise BadInput(run, f"the run stands at step {info['step']} of {info['steps']}", "Let it finish, or ask for the unfinished one.")
     settings = timm_config(model, info, read_json(run/"config.json")["global_size"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial/"model.safetensors", {"format": "pt"})
-        write_json(partial/"config.json", settings)
-        (partial/"README.md").write_text(card(run, info, settings, out.name, licence), encoding="utf-8")
-        _check_in_timm(model, info, partial, settings["pretrained_cfg"]["input_size"][1])
-        partial.chmod(0o755)
-        os.rename(partial, out)
-    finally: shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f".{out.name[:40]}-{secrets.token_hex(4)}")
+    with refusals_told(out):
+        try:
+            partial.mkdir(parents=True)
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial/"model.safetensors", {"format": "pt"})
+            write_json(partial/"config.json", settings)
+            (partial/"README.md").write_text(card(run, info, settings, out.name, licence), encoding="utf-8")
+            _check_in_timm(model, info, partial, settings["pretrained_cfg"]["input_size"][1])
+            os.rename(partial, out)
+        finally: shutil.rmtree(partial, ignore_errors=True)
     return out
