@@ -411,8 +411,8 @@ def _execute(study, stage):
             trace = "" if e.ename == "BadInput" else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
         except OSError as e:
             told = refusal(e, target)
-            fault, trace = f"{e.strerror or e}: {Path(e.filename).name if e.filename else target.name}", ""
-            if told: fault = f"{Path(told.path).name}: {told.fault}. {told.remedy}"
+            name = Path(e.filename).name if e.filename else target.name
+            fault, trace = f"{e.strerror or e}: {name}" + (f". {told.remedy}" if told else ""), ""
         except RuntimeError as e: fault, trace = kernel.how_it_died() if "died" in str(e) else str(e), ""
         output.write("\n")
     where = f"cell {now['cell']} of {total}"
