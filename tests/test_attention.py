@@ -97,8 +97,8 @@ def test_xcit_is_timm_by_hand(name, size):
     theirs.load_state_dict(encoder.model.state_dict())
     layers = {("block", k): theirs.blocks[k].attn for k in (0, 6, 11)} | {("class layer", k): theirs.cls_attn_blocks[k].attn for k in (0, 1)}
     for key, layer in layers.items(): layer.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
-    rows, columns = (n//patch for n in size)
-    theirs(prepared(encoder, tiles)[..., :rows*patch, :columns*patch])
+    rows, columns = (-(-n//patch) for n in size)
+    theirs(prepared(encoder, tiles))
     for (layer, k), x in seen.items():
         attn, b, n = layers[layer, k], len(x), x.shape[1]
         h = attn.num_heads
@@ -180,6 +180,20 @@ def test_at_the_size_of_the_tile():
     assert np.array_equal(overlay(noise(3, 3), np.full((3, 3), np.nan)), noise(3, 3)) and overlay(noise(3, 3), np.ones((3, 3))).dtype == np.uint8
 
 
+@pytest.mark.parametrize("shape", [(35, 47), (33, 41), (40, 48)], ids=str)
+def test_patches_over_the_edge_are_cut_there(shape):
+    "The last row and column of an XCiT's grid reach over the edge of the tile."
+    rng = np.random.default_rng(0)
+    values, pixels = rng.random((2, 5, 6)).astype(np.float32), rng.random((2, *shape)) < .3
+    large, mask = to_tile(values, shape, 8), to_tile(values > .5, shape, 8)
+    assert np.array_equal(large, to_tile(values, (40, 48), 8)[:, :shape[0], :shape[1]]) and not np.isnan(large).any()
+    assert np.array_equal(mask, np.kron(values > .5, np.ones((8, 8), bool))[:, :shape[0], :shape[1]])
+    shares = on_grid(pixels, (5, 6), 8)
+    for y, x in itertools.product(range(5), range(6)): assert np.allclose(shares[:, y, x], pixels[:, 8*y:8*y + 8, 8*x:8*x + 8].mean((1, 2)))
+    assert np.array_equal(on_grid(mask, (5, 6), 8), values > .5)
+    with pytest.raises(BadInput, match="does not fit"): to_tile(values, (48, 48), 8)
+
+
 def test_figures_are_small():
     tiles = draw_field(0, 4, 256).image[None, :224, :224]
     xcits, vits = encoder_of(xcit("xcit_nano_12_p16", num_heads=8)), encoder_of(vit("vit_tiny_patch16_224", num_heads=6))
@@ -234,6 +248,16 @@ def test_tiles_lie_where_they_were(slide, level, mpp, side):
         assert np.allclose(there.mean(), alone.mean(), rtol=1e-3)
         assert np.allclose(alone, tiles[i][0][..., 0].max()/255, atol=.04)  # attention is at the reddest patch of its tile
     assert np.array_equal(~np.isnan(found.values[0]), covered)
+
+
+def test_maps_of_odd_tiles_do_not_reach_into_the_next(slide):
+    "An XCiT on tiles of 90 pixels has six patches of 16 a side, 96 pixels: neighbours meet at the tile's edge nevertheless."
+    encoder, table = load_encoder("random:xcit_nano_12_p16_224"), table_of([(0, 0), (64, 0)])
+    both, first, second = (slide_map(slide, SlideTiles(rows, {"one": slide}, lambda t: fit(t, 90), size=64), encoder, "token_norm", size=96, tile=64).values[0]
+                           for rows in (table, table.iloc[[0]], table.iloc[[1]]))
+    assert not (~np.isnan(first) & ~np.isnan(second)).any()
+    assert np.allclose(both, np.where(np.isnan(first), second, first), equal_nan=True, rtol=1e-4)
+    assert np.array_equal(~np.isnan(both), np.pad(np.ones((8, 16), bool), ((0, 56), (0, 80))))
 
 
 def test_overlap_scale_and_memory(slide):

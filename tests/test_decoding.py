@@ -80,6 +80,22 @@ def test_segmenter_shapes(grid, size):
     assert torch.allclose(model(x[1:]), model(x)[1:], atol=1e-5)
 
 
+def test_grids_that_are_not_as_large_as_the_tile():
+    "Seven patches of 16 on 100 pixels are cut at its edge, six on 100 repeat their last row; whole patches stay as they were."
+    span = decoding.grid_span(49, 16, 100)
+    assert (span, decoding.grid_span(36, 16, 100), decoding.grid_span(196, 16, 224)) == (1.12, .96, 1.)
+    x = torch.randn(2, 49, 6)
+    def made(size, grid=7, span=1.):
+        torch.manual_seed(0)
+        return PatchSegmenter(6, 3, grid, size, width=32, span=span).eval()
+    assert torch.allclose(made(100, span=span)(x), made(112)(x)[..., :100, :100], atol=1e-5)
+    padded, whole = made(100, 6, .96)(x[:, :36]), made(96, 6)(x[:, :36])
+    assert padded.shape == (2, 3, 100, 100) and torch.allclose(padded[..., :96, :96], whole, atol=1e-5) and torch.equal(padded[..., 99, :96], padded[..., 95, :96])
+    masks, tokens, _, _, _ = toy()
+    a, b = (decoding.fit_segmenter(tokens, masks, TRAIN, VAL, **QUICK, **k) for k in ({}, {"span": 1.25}))
+    assert a(tokens[:2]).shape == b(tokens[:2]).shape and a.history != b.history
+
+
 def test_segmenter_keeps_places():
     "Tokens mirrored left to right give mirrored scores, where the kernels are symmetric."
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import torch
 
 from histonb.core import BadInput
 from histonb.models.backbones import backbone
-from histonb.models.fronts import FRONTS
+from histonb.models.fronts import FRONTS, token_pixels
 from histonb.models.hiding import hide, token_grid
 from histonb.pretrain.config import PRESETS, preset, settle
 from histonb.pretrain.dino import clip_student
@@ -162,6 +162,33 @@ def test_front_ends_train_hide_and_come_back(tmp_path, front, network):
     changed = x.clone()
     changed[:, :, :224//grid[0]*2] = 0.5  # two rows of tokens
     with hide(model, mask, torch.zeros(tokens.shape[-1])): assert torch.equal(model.forward_features(x), model.forward_features(changed))
+
+
+@pytest.mark.parametrize("front", ["", *(f"{name}+" for name in FRONTS)])
+@pytest.mark.parametrize("network", ["xcit_nano_12_p8_224", "xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
+def test_grids_and_masks_of_any_size(front, network):
+    "The grid is that of the tokens that come out, and of what hidden patches show nothing reaches them, up to the edge of the image."
+    model = backbone(front + network).eval()
+    for size in ((70, 101), (67, 96), (80, 81)):
+        grid = token_grid(model, size)
+        x = torch.rand(1, 3, *size)
+        with torch.no_grad(): tokens = model.forward_features(x)
+        assert tokens.shape[1] == 1 + grid[0]*grid[1]
+        mask = torch.zeros(1, *grid, dtype=torch.bool)
+        mask[0, -1], mask[0, :, -1] = True, True
+        hidden = np.kron(mask[0], np.ones((token_pixels(model),)*2, bool))[:size[0], :size[1]]  # pixels past a whole patch stay in sight
+        changed = x.clone()
+        changed[:, :, :hidden.shape[0], :hidden.shape[1]][:, :, torch.from_numpy(hidden)] = .5
+        with torch.no_grad(), hide(model, mask, torch.ones(tokens.shape[-1])):
+            assert torch.equal(model.forward_features(x), model.forward_features(changed))
+
+
+def test_crops_of_begun_patches_train_with_hidden_ones():
+    c = settle(config("", **PATCHES, global_size=40, local_size=24, steps=1), 12)
+    trainer = Trainer(c, 12)
+    batch = next(iter(crop_loader(Tiles(), c)))
+    assert batch[-1].shape[-2:] == (3, 3)
+    assert np.isfinite(trainer.train_step(iter([batch]))["patch_loss"])
 
 
 def test_a_front_end_reads_rgb_of_a_token_at_least():

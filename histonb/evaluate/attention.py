@@ -174,14 +174,15 @@ def to_tile(
 ) -> np.ndarray: # (...,height,width): bool, or float32; beyond the last whole patch False, or NaN
     "Maps at the size of the tile: masks by repetition, numbers bilinear."
     values, (rows, columns) = np.asarray(values), np.shape(values)[-2:]
-    if (rows, columns) != (shape[0]//patch, shape[1]//patch):
+    if any(n not in (side//patch, -(-side//patch)) for n, side in zip((rows, columns), shape)):
         raise BadInput("shape", f"a map of {rows}x{columns} patches of {patch} pixels does not fit a tile of {shape[0]}x{shape[1]}", "Give the tile's own height and width; channel maps have no place on it.")
     if values.dtype == bool: large = values.repeat(patch, -2).repeat(patch, -1)
     else:
         flat = torch.tensor(values, dtype=torch.float32).reshape(1, -1, rows, columns)
         large = nn.functional.interpolate(flat, size=(rows*patch, columns*patch), mode="bilinear").numpy().reshape(*values.shape[:-2], rows*patch, columns*patch)
     out = np.full((*values.shape[:-2], *shape[:2]), False if values.dtype == bool else np.nan, bool if values.dtype == bool else np.float32)
-    out[..., :rows*patch, :columns*patch] = large
+    height, width = min(rows*patch, shape[0]), min(columns*patch, shape[1])
+    out[..., :height, :width] = large[..., :height, :width]
     return out
 
 def overlay(
@@ -281,7 +282,8 @@ def slide_map(
             if scale == "tile":
                 values -= values.min((2, 3), keepdims=True)
                 values /= np.maximum(values.max((2, 3), keepdims=True), 1e-12)
-            seen = [n*encoder.spec.patch/pixels for n, pixels in zip(values.shape[2:], tiles.shape[1:3], strict=True)]  # what whole patches cover
+            seen = [n*encoder.spec.patch/pixels for n, pixels in zip(values.shape[2:], tiles.shape[1:3], strict=True)]  # what patches cover
+            if max(seen) > 1: values, seen = to_tile(values, tiles.shape[1:3], encoder.spec.patch), (1, 1)  # cut at the edge of the tile
             for maps, (x, y, side) in zip(values, places): _put(total, count, maps, x, y, *(side*part for part in seen))
             bar.update(len(tiles))
     return SlideMap(np.where(count, total/np.maximum(count, 1), np.nan).astype(np.float32), wanted, image, downsample, scale)
@@ -334,5 +336,8 @@ def on_grid(
     patch: int, # pixels a patch covers along each side
 ) -> np.ndarray: # (...,rows,columns) share of each patch, 0..1
     "Share of each patch that a mask of pixels covers."
-    (rows, columns), lead = grid, pixels.shape[:-2]
-    return pixels[..., :rows*patch, :columns*patch].reshape(*lead, rows, patch, columns, patch).mean((-3, -1))
+    (rows, columns), (height, width) = grid, pixels.shape[-2:]
+    y, x = np.arange(rows)*patch, np.arange(columns)*patch  # where patches begin; the last may reach over the edge
+    covered = np.add.reduceat(pixels[..., :rows*patch, :columns*patch], y, -2, dtype=float)
+    area = (np.minimum(y + patch, height) - y)[:, None]*(np.minimum(x + patch, width) - x)
+    return np.add.reduceat(covered, x, -1)/area

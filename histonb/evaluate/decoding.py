@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZERO_BOUND', 'toy', 'check_rows', 'read_target', 'batches', 'study_mse', 'soft_dice', 'ce_dice', 'class_counts',
-           'check_classes', 'Decoder', 'fit', 'fit_mask_decoder', 'fit_segmenter', 'fit_reconstructor']
+           'check_classes', 'Decoder', 'fit', 'grid_span', 'fit_mask_decoder', 'fit_segmenter', 'fit_reconstructor']
 
 # %% ../../nbs/evaluate/33_decoding.ipynb #cell-002
 import copy
@@ -238,6 +238,14 @@ def _sides(features, targets):
     elif math.isqrt(tokens)**2 != tokens: raise BadInput("features", f"{tokens} tokens are no square grid", "Encode square tiles with pool='patch'.")
     return h, tokens and math.isqrt(tokens)
 
+def grid_span(
+    tokens: int, # of a square tile
+    patch: int, # pixels that each covers along each side, `spec.patch` of the encoder
+    side: int, # of the tile as it was encoded, in pixels
+) -> float:
+    "Side of the grid of tokens by the side of the tile: above 1 where the last patch reaches over the edge, below where the rest of one is left out."
+    return math.isqrt(tokens)*patch/side
+
 def fit_mask_decoder(
     features, # (N,D) vectors
     targets, # N masks (H,W) of class ids
@@ -256,23 +264,25 @@ def fit_segmenter(
     train, # rows to learn from
     val, # rows that decide when to stop
     n_classes: int = len(LABELS), # C
+    span: float = 1., # side of the grid of tokens / side of the tile, from `grid_span`
     **options, # of `fit`
 ) -> Decoder: # its output (B,C,H,W) are class scores
     "The sound setting: `PatchSegmenter` with cross-entropy and Dice on class ids. A class that val has and train lacks is a `BadInput`."
     if features.ndim != 3: raise BadInput("features", f"of shape {features.shape}", "Give patch tokens: encode with pool='patch'.")
     (side, grid), (train, val) = _sides(features, targets), check_rows(features, targets, train=train, val=val)
     check_classes({"train": class_counts(targets, train, n_classes), "val": class_counts(targets, val, n_classes)}, LABELS if n_classes <= len(LABELS) else range(n_classes))
-    return fit(lambda: PatchSegmenter(features.shape[2], n_classes, grid, side), ce_dice, features, targets, train, val, **{"desc": "segmenter", **options})
+    return fit(lambda: PatchSegmenter(features.shape[2], n_classes, grid, side, span=span), ce_dice, features, targets, train, val, **{"desc": "segmenter", **options})
 
 def fit_reconstructor(
     features, # (N,D) vectors or (N,T,D) patch tokens
     targets, # N images (H,W,3)
     train, # rows to learn from
     val, # rows that decide when to stop
+    span: float = 1., # of tokens: side of their grid / side of the tile, from `grid_span`
     **options, # of `fit`
 ) -> Decoder: # its output (B,3,H,W) are images in 0..1
     "Images, with the mean squared error: from vectors by `MaskDecoder` (the study's setting), from tokens by `PatchSegmenter` with a sigmoid."
     side, grid = _sides(features, targets)
     build = ((lambda: MaskDecoder(features.shape[1], 3, side=side//32)) if grid is None else
-             (lambda: nn.Sequential(PatchSegmenter(features.shape[2], 3, grid, side), nn.Sigmoid())))
+             (lambda: nn.Sequential(PatchSegmenter(features.shape[2], 3, grid, side, span=span), nn.Sigmoid())))
     return fit(build, lambda out, y: F.mse_loss(out, y.permute(0, 3, 1, 2)/255), features, targets, train, val, **{"desc": "reconstructor", **options})

@@ -65,10 +65,11 @@ class PatchSegmenter(nn.Module):
         grid: int = 14, # tokens along a side, g
         size: int = 224, # side of the result in pixels, S
         width: int = 128, # maps after the 1x1 convolution; halved at each doubling, down to 32
+        span: float = 1., # side of the grid / side of the tile: not 1 where patches reach over the tile's edge, or leave a rest
     ):
         super().__init__()
-        self.grid, self.size = grid, size
-        doublings = max(0, math.ceil(math.log2(size/4/grid)))
+        self.grid, self.size, self.span = grid, size, round(span*size)
+        doublings = max(0, math.ceil(math.log2(self.span/4/grid)))
         widths = [max(width >> i, 32) for i in range(doublings + 1)]
         layers = [nn.Conv2d(dim, width, 1), nn.GroupNorm(8, width), nn.GELU()]
         for a, b in pairwise(widths):
@@ -80,4 +81,6 @@ class PatchSegmenter(nn.Module):
         x: torch.Tensor, # (B, g*g, D) patch tokens in reading order
     ) -> torch.Tensor: # (B, C, S, S) scores; softmax makes them probabilities
         scores = self.decode(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
-        return F.interpolate(scores, size=(self.size, self.size), mode="bilinear")
+        scores = F.interpolate(scores, size=(self.span, self.span), mode="bilinear")[..., :self.size, :self.size]
+        rest = max(self.size - self.span, 0)
+        return F.pad(scores, (0, rest, 0, rest), mode="replicate") if rest else scores

@@ -35,6 +35,8 @@ class Haar(nn.Module):
         bands = dwt(x, self.dims)
         return bands["a"*len(self.dims)] if self.approximation else torch.cat(list(bands.values()), 1)
 
+    def length(self, n: int) -> int: return (n + 1)//2  # of a side of n pixels behind it
+
     def extra_repr(self): return f"dims={self.dims}, {'approximation' if self.approximation else 'all bands'}"
 
 # %% ../../nbs/models/12a_fronts.ipynb #cell-008
@@ -55,6 +57,8 @@ class ScatteringChannels(nn.Module):
     ): # (B, 3 paths, H//2^J, W//2^J)
         with torch.no_grad(): maps = self.scattering(x)  # nothing before it is learnt
         return self.norm(maps.flatten(1, 2))
+
+    def length(self, n: int) -> int: return n >> self.scattering.J  # of a side of n pixels behind it
 
 # %% ../../nbs/models/12a_fronts.ipynb #cell-011
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,10 @@ def token_grid(
     size, # (height, width) of the image in pixels
 ) -> tuple[int, int]: # rows and columns of tokens
     "How many tokens an image has."
-    pixels = token_pixels(model)
-    if pixels is None: raise BadInput(type(model).__name__, "has no tokens", "Choose an XCiT or a ViT.")
-    return size[0]//pixels, size[1]//pixels
+    if token_pixels(model) is None: raise BadInput(type(model).__name__, "has no tokens", "Choose an XCiT or a ViT.")
+    embed = model.patch_embed
+    if hasattr(embed, "front"): size = [embed.front.length(n) for n in size]
+    return embed.dynamic_feat_size(tuple(size))
 
 @contextlib.contextmanager
 def hide(

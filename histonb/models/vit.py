@@ -19,7 +19,7 @@ from ..core import BadInput, nearest
 VIT = timm.list_models(module="vision_transformer") # names of the plain ViTs
 
 def _whole_patches(patch_embed, args):
-    "Crop images to whole patches, as the XCiTs do."
+    "Crop images to whole patches."
     (x,), (p, q) = args, patch_embed.patch_size
     height, width = x.shape[-2]//p*p, x.shape[-1]//q*q
     if not height*width: raise BadInput("image", f"{x.shape[-2]}x{x.shape[-1]} px is smaller than a patch of {p}", "Give larger crops.")

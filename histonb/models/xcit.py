@@ -46,15 +46,21 @@ class ConvStem(nn.Module):
         layers = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (_conv_bn(*pair), GELU())]
         self.proj = nn.Sequential(*layers[:-1])
 
+    def dynamic_feat_size(
+        self,
+        img_size: tuple[int, int], # height and width of what the stem sees
+    ) -> tuple[int, int]:
+        "Rows and columns of tokens; a begun patch counts (the method has the name of timm's own embeddings)."
+        return -(-img_size[0]//self.patch_size), -(-img_size[1]//self.patch_size)
+
     def forward(
         self,
         x, # (B, in_chans, H, W)
-    ): # tokens (B, N, dim) in reading order, and the grid (H//patch, W//patch) with N = product
+    ): # tokens (B, N, dim) in reading order, and the grid (rows, columns) with N = product
         p, (height, width) = self.patch_size, x.shape[-2:]
-        grid = height//p, width//p
-        if not all(grid): raise BadInput("image", f"{height}x{width} px is smaller than a patch of {p}", "Give larger crops.")
-        x = x[..., :grid[0]*p, :grid[1]*p].contiguous(memory_format=torch.channels_last)
-        return self.proj(x).flatten(2).transpose(1, 2), grid
+        if min(height, width) < p: raise BadInput("image", f"{height}x{width} px is smaller than a patch of {p}", "Give larger crops.")
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return x.flatten(2).transpose(1, 2), self.dynamic_feat_size((height, width))
 
 # %% ../../nbs/models/12_xcit.ipynb #cell-010
 def fourier_codes(
@@ -372,13 +378,13 @@ class XCiT(nn.Module):
 
     def forward(
         self,
-        x, # images (B, in_chans, H, W), sides floored to a multiple of the patch
+        x, # images (B, in_chans, H, W) of any size from one patch on
     ): # class token (B, D)
         return self.norm(self._tokens(x, class_only=True)[:, 0])
 
     def forward_features(
         self,
-        x, # images (B, in_chans, H, W), sides floored to a multiple of the patch
+        x, # images (B, in_chans, H, W) of any size from one patch on
         maps: bool = False, # also return what was looked at
     ): # tokens (B, 1+N, D), class token first; with `maps`, a pair (tokens, `Maps`)
         "Class token and patch tokens in reading order."
