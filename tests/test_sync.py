@@ -1,5 +1,8 @@
 """What holds the repository together: notebooks, library, README and the rule of who may call whom."""
 import ast
+import configparser
+import functools
+import importlib.metadata
 import json
 import re
 import shutil
@@ -97,6 +100,55 @@ def test_imports_are_seen(tmp_path):
     """The rule above would be empty if `imports` saw nothing."""
     seen = {name.split(".")[1] for p in (ROOT / "histonb").rglob("*.py") for name in imports(p) if name.startswith("histonb.")}
     assert {"core", "data", "models"} <= seen
+
+
+UNSEEN = { # required, though nothing here imports it: why
+    "ipykernel": "runs the notebooks", "ipywidgets": "draws the progress bars of notebooks", "openpyxl": "pandas reads workbooks with it",
+    "jupyterlab": "make lab", "pytest-xdist": "make test", "ruff": "make check", "furo": "the site's looks", "myst-nb": "the site's notebooks",
+    "sphinx": "the site", "openslide-bin": "openslide-python loads it", "setuptools": "pytorch-wavelets imports it"}
+OPTIONAL = {"kymatio"} # imported by a benchmark only where it can be
+
+
+def declared(*extras):
+    """Names of the distributions that settings.ini requires, with what each extra adds."""
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    lists = (config["DEFAULT"][f"{e}_requirements" if e else "requirements"] for e in ("", *extras))
+    return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for text in lists for r in text.split()}
+
+
+def imported(sources):
+    """Distributions whose modules are imported, beside the standard library and the project."""
+    names = {name.split(".")[0] for source in sources for node in ast.walk(ast.parse(source))
+             for name in ([a.name for a in node.names] if isinstance(node, ast.Import)
+                          else [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else [])}
+    own = {"histonb", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    owner = {"openslide": ["openslide-python"], **importlib.metadata.packages_distributions()}  # which `make test` does not install
+    return {owner.get(n, [n])[0].lower().replace("_", "-") for n in names - own - set(sys.stdlib_module_names)}
+
+
+@functools.cache
+def sources(kind):
+    """Python texts: of the library, the tests, the benchmarks, the site, the notebooks."""
+    if kind == "notebooks":
+        cells = (c for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "code")
+        return ["".join(line for line in c["source"] if not line.lstrip().startswith(("%", "!"))) for c in cells]
+    paths = {"library": (ROOT / "histonb").rglob("*.py"), "tests": (ROOT / "tests").glob("[!b]*.py"),
+             "bench": (ROOT / "tests").glob("bench_*.py"), "docs": [ROOT / "nbs/conf.py"]}
+    return [p.read_text() for p in paths[kind]]
+
+
+def test_what_is_imported_is_declared():
+    assert imported(sources("library")) <= declared()
+    assert imported(sources("tests")) | imported(sources("notebooks")) <= declared("dev")
+    assert imported(sources("bench")) - OPTIONAL <= declared("dev", "bench")
+    assert imported(sources("docs")) <= declared("dev", "docs")
+
+
+def test_what_is_declared_is_imported():
+    assert declared() - imported(sources("library")) <= UNSEEN.keys()
+    everything = set().union(*(imported(sources(k)) for k in ("library", "tests", "bench", "docs", "notebooks")))
+    assert declared("dev", "docs", "bench") - everything <= UNSEEN.keys()
 
 
 def test_readme_is_the_index_notebook():

@@ -27,9 +27,10 @@ def duration_text(
 ) -> str: # such as `2 h 5 min`
     "A length of time in its two largest units."
     if seconds is None: return ""
-    if seconds < 60: return f"{seconds:.0f} s"
-    minutes = round(seconds/60) if seconds >= 3600 else int(seconds//60)
-    return f"{minutes//60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds % 60:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes: return f"{rest} s"
+    hours, minutes = divmod(round(seconds/60), 60) if minutes >= 60 else (0, minutes)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 # %% ../../nbs/jobs/53_site.ipynb #cell-008
 _MATH = re.compile(r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|(?<![\\$\w])\$(?![\s$])([^$\n]+?)(?<!\s)\$(?!\w)", re.S)
