@@ -9,6 +9,7 @@ import timm
 import torch
 
 from histonb.core import BadInput, append_jsonl, digest, read_json, write_json
+from histonb.evaluate.encoders import load_encoder
 from histonb.models import backbones
 from histonb.pretrain.config import PRESETS, preset
 from histonb.pretrain.export import card, export, last_figures, nearest_preset, origin, timm_config
@@ -164,3 +165,120 @@ def test_the_best_by_knn(tmp_path):
     x, text = torch.randn(1, 3, 64, 64), (out/"README.md").read_text()
     with torch.inference_mode(): torch.testing.assert_close(timm.create_model(f"local-dir:{out}", pretrained=True).eval()(x), other(x), atol=1e-5, rtol=1e-5)
     assert "5 of 10, 32 tiles each (**not the last step**)" in text and "| loss | 6 |" in text and "rankme" not in text
+
+
+# folders for timm are read back
+
+
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "xcit_nano_12_p16", "vit_tiny_patch16_224", "resnet18"])
+def test_an_export_is_loaded_again(tmp_path, arch):
+    run = finished(tmp_path / "run", arch)
+    out = export(run, tmp_path / "out")
+    model, x = backbones.load(run)[0], torch.randn(1, 3, 96, 96)
+    for path in (out, out / "model.safetensors"):
+        again, info = backbones.load(path)
+        with torch.inference_mode():
+            assert torch.equal(again(x), model(x))
+        assert (info["mean"], info["std"]) == (list(MEAN), list(STD))
+        assert load_encoder(str(path)).spec.mean == load_encoder("anything", checkpoint=path).spec.mean == MEAN
+    assert load_encoder(f"run:{out}").key == load_encoder("x", checkpoint=out).key
+
+
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
+def test_an_export_of_mean_tokens_is_the_same_backbone(tmp_path, arch):
+    run = finished(tmp_path / "run", arch, pool="mean")
+    model, x = backbones.load(run)[0], torch.randn(1, 3, 96, 96)
+    backbones.save(model, run, arch, MEAN, STD, step=10, steps=10, pool="mean")
+    again, info = backbones.load(export(run, tmp_path / "out"))
+    with torch.inference_mode():
+        assert torch.equal(backbones.features(again, x, info["pool"]), backbones.features(model, x, "mean"))
+
+
+def test_a_folder_of_the_hub_is_loaded(tmp_path):
+    "As timm's own push_to_hf_hub writes it: a classifier, a tag in the name, arguments of the model."
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=4, init_values=1e-5, img_size=112).eval()
+    cfg = {"tag": "mine", "mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 112, 112]}
+    args = {"img_size": 112, "init_values": 1e-5, "num_classes": 4, "dynamic_img_size": True}
+    write_json(
+        tmp_path / "config.json",
+        {"architecture": "vit_tiny_patch16_224.mine", "model_args": args, "pretrained_cfg": cfg},
+    )
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    model, info = backbones.load(tmp_path)
+    x = torch.randn(1, 3, 112, 112)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), theirs.forward_head(theirs.forward_features(x), pre_logits=True))
+    assert info["std"] == [0.25] * 3
+    for changed, says in [
+        ({"checkpoint_path": "/etc/passwd"}, "`checkpoint_path` is not known here"),
+        ({"img_size": 10**9}, "`img_size` is 1000000000"),
+        ({"depth": 10**9}, "`depth` is not known"),
+        ({"in_chans": "3"}, "`in_chans` is '3'"),
+        ({"init_values": [1]}, r"`init_values` is \[1\]"),
+    ]:
+        write_json(
+            tmp_path / "config.json",
+            {"architecture": "vit_tiny_patch16_224", "model_args": changed, "pretrained_cfg": cfg},
+        )
+        with pytest.raises(BadInput, match=says):
+            backbones.load(tmp_path)
+
+
+NANO = "xcit_nano_12_p16_224"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"name": None}, "lacks the `name`"),
+        ({"name": "xcit_nana_12_p16"}, "no such backbone"),
+        ({"name": "xcit_large_24_p8_224"}, "not the weights of xcit_large"),
+        ({"name": "\x1b[31mred"}, "lacks the `name`"),
+        ({"name": "zzz"}, "no such backbone.*and 1[0-9]* more"),
+        ({"mean": [0.5, 0.5]}, "lacks `mean`"),
+        ({"mean": "abc"}, "lacks `mean`"),
+        ({"std": [0, 0, 0]}, "lacks `std`"),
+        ({"std": [float("nan")] * 3}, "lacks `std`"),
+        ({"in_chans": 0}, "`in_chans` is 0"),
+        ({"in_chans": 10**30}, "`in_chans` is 1000"),
+        ({"in_chans": True}, "`in_chans` is True"),
+        ({"in_chans": 4, "mean": [0.5] * 4, "std": [0.5] * 4}, "not the weights"),
+        ({"weights": "0" * 16}, "not the weights that backbone.json describes"),
+    ],
+)
+def test_what_stands_in_the_json_is_looked_at(tmp_path, change, says):
+    run = finished(tmp_path / "run")
+    write_json(run / "backbone.json", read_json(run / "backbone.json") | change)
+    for load in (backbones.load, lambda path: load_encoder("x", checkpoint=path)):
+        with pytest.raises(BadInput, match=says) as e:
+            load(run)
+        assert str(e.value).isprintable() and len(str(e.value)) < 1000
+
+
+def test_json_that_is_none(tmp_path):
+    run = finished(tmp_path / "run")
+    for content, says in [
+        ("[]", "holds no names"),
+        ("{", "not valid JSON"),
+        ("", "not valid JSON"),
+        ("3", "holds no names"),
+        ("{}", "lacks the `name`"),
+    ]:
+        (run / "backbone.json").write_text(content)
+        with pytest.raises(BadInput, match=says):
+            backbones.load(run)
+        with pytest.raises(BadInput, match=says):
+            load_encoder("x", checkpoint=run / "backbone.safetensors")
+
+
+def test_a_json_beside_foreign_weights_is_not_taken_for_ours(tmp_path):
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "best.pth")
+    write_json(tmp_path / "best.json", {"epoch": 3, "name": "my run"})
+    assert load_encoder("vit_tiny_patch16_224", tmp_path / "best.pth").spec.dim == 192
+    with pytest.raises(BadInput, match="best.json: lacks|name the network and give its weights as checkpoint"):
+        load_encoder(str(tmp_path / "best.pth"))
+    with pytest.raises(BadInput, match="NaN"):
+        nan = {k: v * torch.nan for k, v in backbones.backbone(NANO).state_dict().items()}
+        write_json(tmp_path / "nan.json", {"name": NANO, "mean": [0.5] * 3, "std": [0.5] * 3})
+        torch.save(nan, tmp_path / "nan.pth")
+        backbones.load(tmp_path / "nan.pth")

@@ -1,4 +1,6 @@
 "Published encoders, rebuilt from files in each maker's layout with random weights, against independent constructions."
+import argparse
+import pathlib
 import re
 
 import numpy as np
@@ -168,7 +170,7 @@ def test_files_that_do_not_fit(tmp_path, bony):
     torch.save(timm.create_model("vit_small_patch8_224").state_dict(), tmp_path/"vit8.pth")
     assert load_encoder("vit_tiny_patch16_224", tmp_path/"vit.pth")(TILES).shape == (2, 192)  # its classifier is left out
     for name, path, message in [("vit_small_patch16_224", tmp_path/"vit.pth", r"vit.pth: not the weights of vit_small_patch16_224.*wanted \(1, 1, 384\)"),
-                                ("vit_tiny_patch16_224", bony[0], "not the weights of vit_tiny"), ("bony", tmp_path/"vit.pth", "vit.pth: no `backbone.` weights"),
+                                ("vit_tiny_patch16_224", bony[0], "not the weights of vit_tiny"), ("bony", tmp_path/"vit.pth", "vit.pth: not the weights of bony: 0 of 713 tensors match"),
                                 ("hibou-b", tmp_path/"vit.pth", "missing .reg_token"), ("vit_small_patch16_224", tmp_path/"vit8.pth", r"patch_embed.proj.weight \(384, 3, 8, 8\), wanted \(384, 3, 16, 16\)"),
                                 ("vit_tiny_patch16_224", tmp_path/"none.pth", "no such folder or file")]:
         with pytest.raises(BadInput, match="(?s)" + message): load_encoder(name, path)
@@ -194,3 +196,182 @@ def test_weights_are_found_in_a_folder_and_never_fetched_unasked(tmp_path, monke
     body = timm.create_model("xcit_small_12_p16_224", num_classes=0)
     torch.save(body.state_dict(), tmp_path/"histoencoder-small.pth")
     assert load_encoder("histoencoder-small", mean=(.5,)*3, std=(.2,)*3).spec.dim == 2*384
+
+
+# what training scripts leave, in their own layouts
+
+VIT = "vit_tiny_patch16_224"
+
+
+def old_names(head):
+    "A head's weights as torch called them when the published checkpoints were written."
+    names = {"original0": "weight_g", "original1": "weight_v"}
+    return {
+        re.sub(r"parametrizations\.weight\.(original\d)", lambda m: names[m[1]], k): v
+        for k, v in head.state_dict().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def trained():
+    "A ViT, its DINO head without and with batch norm."
+    torch.manual_seed(0)
+    return (
+        timm.create_model(VIT, num_classes=0).eval(),
+        DINOHead(192, 32, 24, 16).eval(),
+        DINOHead(192, 32, 24, 16, batch_norm=True).eval(),
+    )
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_dino_writes(tmp_path, trained, legacy, normed):
+    "All that main_dino.py puts into checkpoint.pth."
+    body, head = trained[0], trained[1 + normed]
+    network = {f"backbone.{k}": v for k, v in body.state_dict().items()} | {
+        f"head.{k}": v for k, v in old_names(head).items()
+    }
+    student = {f"module.{k}": torch.zeros_like(v) for k, v in network.items()}
+    optimizer = torch.optim.AdamW(body.parameters())
+    args = argparse.Namespace(
+        arch="vit_tiny", lr=5e-4, global_crops_scale=(0.4, 1.0), output_dir=pathlib.PosixPath("out")
+    )
+    held = {
+        "student": student,
+        "teacher": network,
+        "optimizer": optimizer.state_dict(),
+        "epoch": 100,
+        "args": args,
+        "dino_loss": {"center": torch.zeros(1, 32)},
+        "fp16_scaler": {"scale": 65536.0, "_growth_tracker": np.int64(3)},
+    }
+    torch.save(held, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=not legacy)
+    ours = load_encoder(VIT, tmp_path / "checkpoint.pth")
+    with torch.no_grad():
+        token = body(F.interpolate(prepared(TILES, ours.spec.mean, ours.spec.std), 224))
+        assert torch.equal(ours.model(F.interpolate(prepared(TILES, ours.spec.mean, ours.spec.std), 224)), token)
+        assert torch.allclose(
+            load_encoder(VIT, tmp_path / "checkpoint.pth", pool="head").model[1](token), head(token), atol=1e-6
+        )
+    assert ours.report["prefix"] == "teacher/backbone." and not ours.report["missing"] + ours.report["unexpected"]
+
+
+LAYOUTS = {
+    "torch.compile": lambda body, head: {
+        "teacher": {f"_orig_mod.backbone.{k}": v for k, v in body.items()}
+        | {f"_orig_mod.dino_head.{k}": v for k, v in head.items()}
+    },
+    "DINOv2": lambda body, head: {
+        "model": {
+            f"{n}.{part}.{k}": v if n == "teacher" else v * 0
+            for n in ("student", "teacher")
+            for part, state in (
+                ("backbone", body),
+                ("ibot_head", {k: v * 0 for k, v in head.items()}),
+                ("dino_head", head),
+            )
+            for k, v in state.items()
+        }
+    },
+    "lightly": lambda body, head: {
+        "state_dict": {
+            f"{n}_{part}.{k}": v if n == "teacher" else v * 0
+            for n in ("student", "teacher")
+            for part, state in (("backbone.wrapped_model._model", body), ("head", head))
+            for k, v in state.items()
+        },
+        "hyper_parameters": {"args": argparse.Namespace(lr=1)},
+        "pytorch-lightning_version": "2.5",
+    },
+    "half precision": lambda body, head: {
+        "teacher": {f"module.backbone.{k}": v.half() for k, v in body.items()}
+        | {f"module.head.{k}": v for k, v in head.items()}
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_and_backbones_of_other_training_scripts(tmp_path, trained, layout):
+    body, head, _ = trained
+    torch.save(LAYOUTS[layout](body.state_dict(), old_names(head)), tmp_path / "last.ckpt")
+    found, scores, report = load_published(VIT, tmp_path / "last.ckpt")
+    x, tolerance = torch.randn(2, 3, 224, 224), 2e-2 if layout == "half precision" else 0
+    with torch.no_grad():
+        assert torch.allclose(found(x), body(x), atol=tolerance) and torch.allclose(
+            scores(body(x)), head(body(x)), atol=1e-6
+        )
+    assert report["matched"] == len(body.state_dict())
+
+
+def test_a_vit_of_dinov2_under_all_its_names(tmp_path):
+    "DINOv2 without registers keeps the class token's position code, with them timm does not."
+    for name, registers in (("vit_small_patch14_dinov2", 0), ("vit_small_patch14_reg4_dinov2", 4)):
+        torch.manual_seed(1)
+        theirs = timm.create_model(name, num_classes=0, img_size=112).eval()
+        theirs.cls_token.data.normal_()
+        state = dict(theirs.state_dict()) | {"mask_token": torch.zeros(1, 384)}
+        if registers:
+            state["register_tokens"] = state.pop("reg_token")
+            code = torch.randn(1, 1, 384)  # is added to the token
+            state["cls_token"], state["pos_embed"] = state["cls_token"] - code, torch.cat([code, state["pos_embed"]], 1)
+        torch.save(state, tmp_path / "official.pth")
+        found, _, report = load_published(name, tmp_path / "official.pth")
+        x = torch.randn(1, 3, 112, 112)
+        with torch.no_grad():
+            assert torch.allclose(found(x), theirs(x), atol=1e-4)
+        assert found.patch_embed.img_size == (112, 112) and not report["unexpected"]  # built for the grid of the file
+
+
+def test_positions_are_an_option_of_the_loader(tmp_path, trained):
+    torch.save(trained[0].state_dict(), tmp_path / "vit.pth")
+    plain, dino = (load_encoder(VIT, tmp_path / "vit.pth", positions=p) for p in ("timm", "dino"))
+    own = np.random.default_rng(2).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
+    assert (
+        np.array_equal(plain(own), dino(own)) and not np.allclose(plain(TILES), dino(TILES)) and plain.key != dino.key
+    )
+    model, _, _ = load_published(VIT, tmp_path / "vit.pth", positions="dino")
+    with torch.no_grad():
+        assert np.allclose(model(prepared(TILES, dino.spec.mean, dino.spec.std)), dino(TILES), atol=1e-5)
+    with pytest.raises(BadInput, match="`dino` for Pooled|`dino` for XCiT"):
+        load_encoder("random:xcit_nano_12_p16_224", positions="dino")
+
+
+def test_weights_that_are_not_finite(tmp_path, trained):
+    for value in (torch.nan, torch.inf):
+        state = dict(trained[0].state_dict())
+        state["blocks.3.mlp.fc1.bias"] = torch.full_like(state["blocks.3.mlp.fc1.bias"], value)
+        torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()}}, tmp_path / "w.pth")
+        for strict in (True, False):
+            with pytest.raises(BadInput, match="w.pth: `blocks.3.mlp.fc1.bias` holds NaN or infinite"):
+                load_encoder(VIT, tmp_path / "w.pth", strict=strict)
+    save_file(
+        {k: torch.full_like(v, torch.nan) if k == "pos_embed" else v for k, v in trained[0].state_dict().items()},
+        tmp_path / "w.safetensors",
+    )
+    with pytest.raises(BadInput, match="`pos_embed` holds NaN"):
+        load_encoder(VIT, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["histoencoder-small.ckpt", "histoencoder-small.pth.tar", "histoencoder-small.bin"])
+def test_any_ending_is_found_in_the_folder_of_weights(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HISTONB_WEIGHTS", str(tmp_path))
+    torch.save({"model": {}}, tmp_path / name)
+    with pytest.raises(BadInput, match=f"{name}: not the weights of histoencoder-small"):
+        load_encoder("histoencoder-small", mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("mean", (0.5, 0.5)),
+        ("mean", (0.5, 0.5, np.nan)),
+        ("std", (0.2, 0, 0.2)),
+        ("std", (0.2, -0.2, 0.2)),
+        ("std", ".2"),
+        ("mean", 0.5),
+        ("mean", ("a", "b", "c")),
+    ],
+)
+def test_a_normalisation_is_three_numbers(key, value):
+    with pytest.raises(BadInput, match=f"{key}: .* is not three numbers"):
+        load_encoder("random:xcit_nano_12_p16_224", **{key: value})

@@ -1,4 +1,5 @@
 "ViT: timm's outputs at its own size, this library's rule for other sizes, the attention, and training with DINO."
+import copy
 import math
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 
 from histonb.core import BadInput, read_jsonl
 from histonb.models.backbones import backbone
-from histonb.models.vit import VIT, class_attention, vit
+from histonb.models.vit import VIT, class_attention, set_positions, vit
 from histonb.models.xcit import xcit
 from histonb.pretrain import trainer
 from histonb.models.heads import DINOHead
@@ -126,3 +127,71 @@ def test_it_trains(tmp_path, sizes, precision, monkeypatch):
     assert all(math.isfinite(row["loss"]) for row in read_jsonl(run/"log.jsonl") if "loss" in row)
     teacher = load_backbone(run)
     assert not torch.equal(teacher.pos_embed, start["pos_embed"]) and teacher(torch.zeros(1, 3, 48, 32)).shape == (1, 192)
+
+
+# DINO's own way to resize position codes; every number comes from its published code
+
+def test_dino_resizes_position_codes_as_its_authors_do():
+    model = vit(SMALL, depth=1, positions="dino")
+    steps = torch.arange(196.).view(14, 14)
+    with torch.no_grad():
+        model.pos_embed[:, 1:] = torch.sin(.7*steps + .01*steps*steps).reshape(1, 196, 1)
+        model.pos_embed[:, 0] = 5.
+        model.cls_token.zero_()
+    expected = {
+        (96, 96): (-2.5253, [-.02867, -1.05822, -.20334, -.29857, -.06518, .54389, .46845, -.63051, -.57112]),
+        (112, 176): (.3581, [-.38439, .04038, -.14806, .03524, .20879, -.47579, -.43415, .42919, .65506]),
+        (448, 230): (2.5283, [.07456, .24507, -1.12257, .65166, -.28772, -.32095, .04015, -1.15471, .93078]),
+        (224, 112): (1.0949, [.28635, -.16847, -.6761, .03467, .14954, -.15013, -.54138, -.66022, .28863]),
+    }
+    for (height, width), (total, some) in expected.items():
+        a, b = height//16, width//16
+        with torch.no_grad():
+            codes = model._pos_embed(torch.zeros(1, a, b, 192))[0, :, 0]
+        corners = codes[1:].unflatten(0, (a, b))[[0, a//2, -1]][:, [0, b//3, -1]]
+        assert codes[0] == 5 and torch.allclose(corners.flatten(), torch.tensor(some), atol=2e-5)
+        assert abs(codes[1:].sum().item() - total) < 1e-3
+
+
+def by_formula(model):
+    "Weights that any code can write down, so that two of them can be compared without a file."
+    for i, (name, p) in enumerate(sorted(model.named_parameters())):
+        wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64)*(.37 + .001*i)).float().reshape(p.shape)
+        is_scale = name.endswith(("norm1.weight", "norm2.weight")) or name == "norm.weight"
+        p.copy_(wave*(.05 if p.ndim > 1 else .1) + is_scale)
+    codes = torch.sin(torch.arange(model.pos_embed.numel(), dtype=torch.float64)*.11).float()
+    model.pos_embed.copy_(codes.reshape(model.pos_embed.shape))
+    return model.eval()
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((224, 224), [1.54024, .29589, 4.07712, 1.14654, 1.31836, 1.63475]),
+    ((96, 96), [1.53851, .29969, 4.07339, 1.14608, 1.32169, 1.63741]),
+    ((112, 176), [1.53802, .30096, 4.07236, 1.14607, 1.32275, 1.63824]),
+    ((230, 97), [1.53854, .29977, 4.07346, 1.14616, 1.32175, 1.63747]),
+    ((448, 448), [1.5385, .29954, 4.07355, 1.146, 1.3215, 1.63725]),
+], ids=str)
+def test_dinos_own_code_gives_these_features(size, expected):
+    with torch.no_grad():
+        model = by_formula(backbone(SMALL, positions="dino"))
+        image = torch.cos(torch.arange(3*448*448, dtype=torch.float64)*.013).float().reshape(1, 3, 448, 448)
+        assert torch.allclose(model(image[..., :size[0], :size[1]])[0, :6], torch.tensor(expected), atol=3e-5)
+
+
+def test_positions_stay_with_the_model():
+    model = vit(SMALL, depth=1, positions="dino")
+    again, x = copy.deepcopy(model), torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        model.pos_embed.normal_()
+        assert not torch.allclose(model.eval()(x), again.eval()(x))  # each resizes its own codes
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(model(x), again(x))
+        plain = vit(SMALL, depth=1).eval()
+        plain.load_state_dict(model.state_dict())
+        own = torch.ones(1, 3, 224, 224)
+        assert torch.equal(plain(own), model(own)) and not torch.allclose(plain(x), model(x))
+        registers = vit("vit_small_patch14_reg4_dinov2", depth=1, img_size=224, positions="dino").eval()
+        assert registers.forward_features(torch.randn(1, 3, 112, 70)).shape == (1, 5 + 8*5, 384)
+    with pytest.raises(BadInput, match="unknown `dinov1`.*Did you mean `dino`"): vit(SMALL, positions="dinov1")
+    with pytest.raises(BadInput, match="`dino` for XCiT, which learns none"):
+        set_positions(xcit("xcit_nano_12_p16"), "dino")

@@ -7,6 +7,7 @@ __all__ = ['CPU_PIXELS', 'EncoderSpec', 'Encoder', 'ColourStatistics', 'Pooled',
 
 # %% ../../nbs/evaluate/30_encoders.ipynb #cell-002
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..core import BadInput, digest, nearest
 from .published import ENCODERS, entry, load_published
 from ..models import backbones
 from ..models.fronts import token_pixels
+from ..models.vit import set_positions
 
 # %% ../../nbs/evaluate/30_encoders.ipynb #cell-005
 @dataclasses.dataclass(frozen=True)
@@ -133,25 +135,41 @@ def with_class_token(
     return getattr(model, "cls_attn_blocks", None) or getattr(model, "blocks", nn.ModuleList())
 
 # %% ../../nbs/evaluate/30_encoders.ipynb #cell-016
-def _network(name, model, mean, std, mpp, random_init, architecture, bf16, pool, blocks=1, head=None, report=None):
-    "An encoder around a backbone, its shape asked of the model."
-    patch = token_pixels(model)
+def _channels(key, values):
+    "Mean or deviation of red, green and blue, as floats."
+    try: found = tuple(float(v) for v in values)
+    except (TypeError, ValueError): found = ()
+    if len(found) == 3 and all(math.isfinite(v) and (v > 0 or key == "mean") for v in found): return found
+    wanted = "three numbers" if key == "mean" else "three numbers above 0"
+    raise BadInput(key, f"{values} is not {wanted}", "Give those of red, green and blue.")
+
+def _network(spec, model, architecture, bf16, pool, blocks, positions, head=None, report=None):
+    "An encoder around a backbone: the spec's dimension, patch and prefix are asked of the model."
+    name, patch = spec.name, token_pixels(model)
     prefix = getattr(model, "num_prefix_tokens", 1 if patch else 0)
+    set_positions(model, positions)
+    if positions != "timm": architecture = f"{architecture} {positions}"
     dim, pools = model.num_features, (*backbones.POOLS, "patch", "head")
     if pool not in pools: raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, pools))
     if pool == "head":
         if head is None: raise BadInput(name, "has no DINO head whose scores could be taken", "Use pool='class', the backbone's own feature.")
         dim, model, architecture = head.last_layer.out_features, nn.Sequential(model, head), f"{architecture} head"
     elif pool != "class" or blocks > 1:
-        if not prefix: raise BadInput(name, "has no class token to set beside the mean", "Use pool='class', which takes the network's own pooled feature.")
-        if pool in ("mean", "patch") and blocks > 1 or not 1 <= blocks <= len(with_class_token(model)):
-            raise BadInput("blocks", f"class tokens of {blocks} blocks, pool `{pool}`", f"{name} has them in {len(with_class_token(model))} blocks; choose pool='class' or 'class+mean'.")
-        dim, model, architecture = backbones.feature_dim(model, pool) + (blocks - 1)*dim, Pooled(model, pool, blocks), f"{architecture} {pool} {blocks}"
-    return Encoder(EncoderSpec(name, dim, patch, tuple(mean), tuple(std), prefix, mpp, random_init), model, architecture, bf16, report)
+        if not prefix:
+            raise BadInput(name, "has no class token to set beside the mean", "Use pool='class', the network's own feature.")
+        last = len(with_class_token(model))
+        if pool in ("mean", "patch") and blocks > 1 or not 1 <= blocks <= last:
+            raise BadInput("blocks", f"class tokens of {blocks} blocks, pool `{pool}`",
+                           f"{name} has them in {last} blocks; choose pool='class' or 'class+mean'.")
+        dim = backbones.feature_dim(model, pool) + (blocks - 1)*dim
+        model, architecture = Pooled(model, pool, blocks), f"{architecture} {pool} {blocks}"
+    mean, std = _channels("mean", spec.mean), _channels("std", spec.std)
+    spec = dataclasses.replace(spec, dim=dim, patch=patch, prefix_tokens=prefix, mean=mean, std=std)
+    return Encoder(spec, model, architecture, bf16, report)
 
 def load_encoder(
     name: str, # `colour`, `random:<backbone>`, `run:<folder>`, the path of a saved backbone, or a name of `published.ENCODERS` or `timm`
-    checkpoint=None, # file of published weights; or folder or file of a saved backbone, with any name
+    checkpoint=None, # file of published weights, or folder with one; with any name: folder or file of a saved backbone
     seed: int = 0, # of random weights
     bf16: bool = False, # run matrix products in bfloat16
     pool: str = "", # a network's feature, of `backbones.POOLS`, or `patch` or `head`; empty: what its authors take; colour has only one
@@ -160,16 +178,22 @@ def load_encoder(
     std=None, # of the channels
     strict: bool = True, # refuse a file that does not fit in every tensor
     hub: bool = False, # fetch published weights that are not here
+    positions: str = "timm", # of `vit.POSITIONS`: how a ViT resizes its position codes for tiles of another size
 ) -> Encoder:
     "Load an encoder by name. A name or a path that does not exist, or a file of another model, is a `BadInput`."
     name = str(name)
+    def spec(mpp, own_mean, own_std, random_init=False):
+        return EncoderSpec(name, 0, None, mean or own_mean, std or own_std, 0, mpp, random_init)
     if checkpoint is None and name.startswith("run:"): checkpoint = name.removeprefix("run:")
     elif checkpoint is None and Path(name).exists(): checkpoint = name
-    if checkpoint is not None and not Path(checkpoint).exists(): raise BadInput(checkpoint, "no such folder or file", "Run the pre-training stage first, or correct the path.")
-    if checkpoint is not None and (Path(checkpoint).is_dir() or Path(checkpoint).with_suffix(".json").exists()):
+    if checkpoint is not None and not Path(checkpoint).exists():
+        raise BadInput(checkpoint, "no such folder or file", "Run the pre-training stage first, or correct the path.")
+    known_name = name in ENCODERS or timm.is_model(name)
+    if checkpoint is not None and (backbones.find_saved(checkpoint) or not known_name):
         model, info = backbones.load(checkpoint)
-        return _network(name, model, mean or info["mean"], std or info["std"], info.get("mpp"), False, info["name"], bf16, pool or "class", blocks,
-                        report={"matched": len(model.state_dict()), "missing": [], "unexpected": [], "reshaped": []})
+        report = {"matched": len(model.state_dict()), "missing": [], "unexpected": [], "reshaped": []}
+        about = spec(info.get("mpp"), info["mean"], info["std"])
+        return _network(about, model, info["name"], bf16, pool or "class", blocks, positions, report=report)
     if name == "colour":
         model = ColourStatistics()
         return Encoder(EncoderSpec(name, 6 + 3*model.bins, None, (0., 0., 0.), (1., 1., 1.), 0, None, False), model, f"colour {model.top}")
@@ -178,10 +202,17 @@ def load_encoder(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = backbones.backbone(architecture)
-        return _network(name, model, mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD, None, True, architecture, bf16, pool or "class", blocks)
-    if timm.is_model(name) and checkpoint is None: raise BadInput(name, "an architecture without weights", f"Use `random:{name}` for random weights, or give a checkpoint.")
-    if name not in ENCODERS and not timm.is_model(name): raise BadInput(name, "no such encoder", nearest(name, ["colour", "random:<backbone>", "run:<folder>", *ENCODERS]))
+        about = spec(None, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, random_init=True)
+        return _network(about, model, architecture, bf16, pool or "class", blocks, positions)
+    if timm.is_model(name) and checkpoint is None:
+        raise BadInput(name, "an architecture without weights", f"Use `random:{name}`, or give a checkpoint.")
+    if not known_name:
+        names = "colour", "random:<backbone>", "run:<folder>", *ENCODERS
+        raise BadInput(name, "no such encoder", nearest(name, names))
     known = entry(name)
-    if not (mean or known.mean): raise BadInput(name, "its makers publish no normalisation", "Pass mean and std of your own tiles: `augment.channel_stats(tiles)` gives them.")
+    if not (mean or known.mean):
+        raise BadInput(name, "its makers publish no normalisation",
+                       "Pass mean and std of your own tiles: `augment.channel_stats(tiles)` gives them.")
     model, head, report = load_published(name, checkpoint, strict, hub)
-    return _network(name, model, mean or known.mean, std or known.std, known.mpp, False, name, bf16, pool or known.pool, blocks, head, report)
+    about = spec(known.mpp, known.mean, known.std)
+    return _network(about, model, name, bf16, pool or known.pool, blocks, positions, head, report)

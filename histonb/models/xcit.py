@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SIZES', 'XCIT', 'GELU', 'ConvStem', 'fourier_codes', 'FourierPosition', 'Maps', 'CrossCovariance', 'scaled', 'XCA',
            'LPI', 'MLP', 'residual', 'XCABlock', 'ClassAttention', 'ClassAttentionBlock', 'frozen_statistics', 'XCiT',
-           'xcit', 'from_official']
+           'xcit', 'rename_official', 'from_official']
 
 # %% ../../nbs/models/12_xcit.ipynb #cell-002
 import contextlib
 import dataclasses
 import math
+import re
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import BadInput, nearest
+from .weights import find_network, flat
 
 # %% ../../nbs/models/12_xcit.ipynb #cell-006
 class GELU(nn.Module):
@@ -428,18 +430,21 @@ def xcit(
     return XCiT(**(XCIT[name] | kwargs))
 
 # %% ../../nbs/models/12_xcit.ipynb #cell-044
-def from_official(
-    state: dict, # tensors by name; or the whole checkpoint, of which `teacher`, `model` or `state_dict` is taken
-) -> dict: # tensors by the names used here and in `timm`, without any head
-    "Rename the weights of the official XCiT or DINO code."
-    for key in ("teacher", "model", "state_dict"):
-        if isinstance(state.get(key), dict): state = state[key]
+def rename_official(
+    state: dict, # name -> tensor, from `weights.flat`
+) -> dict: # likewise, in any wrapper as they were
+    "Give weights of the official XCiT code the names used here and in `timm`."
     renamed = {}
     for name, value in state.items():
-        name = name.removeprefix("module.").removeprefix("backbone.").replace("pos_embeder.", "pos_embed.")
-        if name.startswith("head."): continue
-        stem, qkv, kind = name.partition(".attn.qkv.")
-        if qkv and stem.startswith("cls_attn_blocks."):
-            for letter, part in zip("qkv", value.chunk(3), strict=True): renamed[f"{stem}.attn.{letter}.{kind}"] = part
-        else: renamed[name] = value
+        name = re.sub(r"(^|[./])pos_embeder\.", r"\1pos_embed.", name)
+        fused = re.fullmatch(r"(.*\bcls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
+        if not fused or value.ndim == 0 or len(value) % 3: renamed[name] = value
+        else: renamed |= {f"{fused[1]}{z}.{fused[2]}": part for z, part in zip("qkv", value.chunk(3), strict=True)}
     return renamed
+
+def from_official(
+    state: dict, # tensors by name; or the whole checkpoint, of which the teacher's network is taken
+) -> dict: # tensors by the names used here and in `timm`, without any head
+    "Take an XCiT out of a file of the official XCiT or DINO code."
+    with torch.device("meta"): names = XCiT(embed_dim=16, depth=24).state_dict()
+    return find_network(rename_official(flat(state)), names, "the official weights")[0]
