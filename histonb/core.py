@@ -73,11 +73,12 @@ def foreign_errors(
 def nearest(
     name: str, # what was asked for
     names: typing.Iterable[str], # what there is
-) -> str: # a sentence: the nearest name, or all of them where none is near
+) -> str: # a sentence: the nearest name, or all of them where none is near, or the first of very many
     "Suggest the right name for a misspelt one."
     names = [str(n) for n in names]
     close = difflib.get_close_matches(str(name), names, n=1)
-    return f"Did you mean `{close[0]}`?" if close else f"Choose one of: {', '.join(names)}."
+    more = f", and {len(names) - 30} more" if len(names) > 30 else ""
+    return f"Did you mean `{close[0]}`?" if close else f"Choose one of: {', '.join(names[:30])}{more}."
 
 # %% ../nbs/00_core.ipynb #cell-011
 @contextlib.contextmanager
