@@ -7,6 +7,7 @@ __all__ = ['input_digest', 'output_keys', 'outputs_digest', 'lost_outputs', 'git
            'start', 'scalars']
 
 # %% ../../nbs/jobs/50_runs.ipynb #cell-002
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -18,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core import BadInput, append_jsonl, as_json, content_key, digest, folder_keys, read_json, repo_root, write_json
+from ..core import BadInput, append_jsonl, as_json, content_key, digest, folder_keys, hold, read_json, repo_root, sweep, write_json
 
 # %% ../../nbs/jobs/50_runs.ipynb #cell-005
 def input_digest(
@@ -134,20 +135,32 @@ class Run:
             "started": self.started, "ended": _now(),
             "wall_seconds": round(time.monotonic() - self._clock, 2), "cpu_seconds": round(_cpu_seconds() - self._cpu, 2)})
         write_json(self.out/"metrics.json", metrics)
+        _let_go(self.out)
         return metrics
+
+_HELD = {} # folders of this process' open runs -> what lets go of them
+
+def _let_go(out):
+    with contextlib.suppress(KeyError): _HELD.pop(out.resolve()).close()
 
 def start(
     out, # folder of the run; empty = a new temporary folder
     parameters: dict, # the notebook's parameters by name
     inputs: dict | None = None, # name -> file or folder that the run reads
 ) -> Run: # the open run
-    "Open a run in `out`. An older run's metrics.json is removed: what is being redone does not count as done."
+    """Open a run in `out`, which is this process' own until it has finished. Where another process runs there, that is `BadInput`.
+
+    An older run's metrics.json is removed: what is being redone does not count as done."""
     inputs = {name: Path(path) for name, path in (inputs or {}).items()}
     out = Path(out) if str(out) else Path(tempfile.mkdtemp(prefix="histonb-"))
     root = Path.cwd()
     records = {name: {"path": path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name,
                       "digest": input_digest(path)} for name, path in inputs.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    _let_go(out)  # a cell that is executed again
+    held = contextlib.ExitStack()
+    held.enter_context(hold(out, out/".run.lock"))
+    _HELD[out.resolve()] = held
+    sweep(out)
     (out/"metrics.json").unlink(missing_ok=True)
     return Run(out, dict(parameters), records)
 
