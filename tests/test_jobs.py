@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
 from histonb.core import BadInput, read_json
 from histonb.jobs import studies
 from histonb.jobs.site import write_report
-from histonb.jobs.studies import StageFailed, is_running, load_study, run_study, status
+from histonb.jobs.studies import StageFailed, is_running, load_study, parameter_types, run_study, status
+from histonb.pretrain.config import PretrainConfig
 
 HISTONB = str(Path(sys.executable).with_name("histonb"))
+ROOT = Path(__file__).resolve().parents[1]
 STUDY = """
 study: tiny
 title: Two stages
@@ -254,6 +257,29 @@ def test_mistakes_are_found_before_anything_runs(root, right, wrong, message):
     assert message in str(e.value) and "tiny.yaml" in str(e.value)
     assert not (root / "runs/tiny").exists()
     assert status(root)[0]["state"] == "unreadable"  # and does not hide the other studies
+
+
+@pytest.mark.parametrize("given, said", [("lr: fast", "`lr` is 'fast', not of type float | None"), ("steps: 10.5", "`steps` is 10.5"), ("arch: 18", "`arch` is 18"),
+                                         ("head_bn: 1", "`head_bn` is 1"), ("global_scale: 0.4", "`global_scale` is 0.4"), ("global_scale: [a, b]", "`global_scale`"),
+                                         ("batchsize: 8", "Did you mean `batch_size`"), ("lr: 0.1, global_scale: [0.4, 1], steps: 3, arch: resnet18, knn_every: null", "")])
+def test_parameters_without_a_default_have_types_nevertheless(root, given, said):
+    """What the preset of a pre-training decides is None in its report; a wrong value is found before anything runs."""
+    (root/"nbs/reports/20_pretrain.ipynb").write_text((ROOT/"nbs/reports/20_pretrain.ipynb").read_text())
+    study = root/"runs/tiny.yaml"
+    study.write_text(STUDY + f"  train:\n    notebook: 20_pretrain\n    parameters: {{{given}}}\n")
+    if not said:
+        assert load_study(study).stages["train"].parameters["lr"] == .1
+        return
+    with pytest.raises(BadInput) as error: load_study(study)
+    assert said in str(error.value) and "stage `train`" in str(error.value)
+
+
+def test_types_of_the_pretraining_report_are_those_of_its_configuration():
+    hints, types = get_type_hints(PretrainConfig), parameter_types(ROOT/"nbs/reports/20_pretrain.ipynb")
+    assert hints.keys() - types.keys() == {"mean", "std", "device"} and types.keys() - hints.keys() == {"processes", "elastic", "preset"}
+    for name, hint in hints.items():
+        wanted = str if get_origin(hint) is Literal else list[float] if get_origin(hint) is tuple else hint
+        if name in types: assert types[name] in (wanted, wanted | None), name
 
 
 def test_unreadable_study_and_notebook(root):

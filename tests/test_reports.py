@@ -43,6 +43,25 @@ def test_report_runs_by_hand(notebook, tmp_path):
     assert json.loads((tmp_path / "run/provenance.json").read_text())["packages"]["torch"]
 
 
+@pytest.mark.parametrize("arch, drawn", [("resnet18", False), ("vit_tiny_patch16_224.augreg_in21k", True)])
+def test_pretraining_comes_to_its_end_with_any_backbone(arch, drawn, tmp_path, small_tiles):
+    """Also where the network has no attention to draw, where its name has a tag, and with fewer tiles than pictures."""
+    error, found = run_report("20_pretrain", tmp_path, tiles=str(small_tiles), arch=arch, steps=2, batch_size=4, workers=0)
+    assert found, error[-3000:]
+    book = (tmp_path/"out.ipynb").read_text()
+    assert found["steps"] == 2 and (f"{arch} has no class token" in book) != drawn
+
+
+@pytest.fixture(scope="module")
+def small_tiles(tmp_path_factory):
+    """A store of five tiles in train."""
+    store = example_tiles(tmp_path_factory.mktemp("few")/"tiles", n_slides=4, seed=0)
+    table = pd.read_parquet(store/"tiles.parquet")
+    kept = table[table.split == "train"].index[:5]
+    table.assign(split=table.split.where(table.index.isin(kept), "test")).to_parquet(store/"tiles.parquet")
+    return store
+
+
 def probe(tmp_path, tiles, **parameters):
     """Run the probe report."""
     return run_report("30_probe", tmp_path / "probe", **{"tiles": str(tiles), "encoder": "colour", "n_boot": 50, **parameters})

@@ -56,6 +56,22 @@ def test_sizes_are_cut_to_whole_patches(size):
         with pytest.raises(BadInput, match="8x32 px is smaller than a patch"): model(torch.zeros(2, 3, 8, 32))
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.augreg_in21k", "xcit_nano_12_p16_224.fb_in1k", "haar2d+xcit_nano_12_p16_224.fb_in1k", "resnet18.a1_in1k"])
+def test_a_tag_changes_nothing(name):
+    "timm's tags name published weights; a network without weights is the same, and takes crops of any size."
+    torch.manual_seed(0)
+    tagged = backbone(name).eval()
+    torch.manual_seed(0)
+    plain = backbone(name.split(".")[0]).eval()
+    x = torch.randn(1, 3, 96, 80)
+    with torch.no_grad(): assert type(tagged) is type(plain) and torch.equal(tagged(x), plain(x))
+
+
+def test_a_tag_that_is_none_is_refused():
+    with pytest.raises(BadInput, match="no such weights of timm. Did you mean `vit_tiny_patch16_224.augreg_in21k`"): backbone("vit_tiny_patch16_224.augreg_in22k")
+    with pytest.raises(BadInput, match="no such backbone"): backbone("vit_tinny_patch16_224.augreg_in21k")
+
+
 def test_position_codes_are_interpolated_not_cut():
     model, _ = pair(SMALL, depth=1)
     with torch.no_grad():
