@@ -184,14 +184,15 @@ def _has_ended(pid):
 
 def _acquire(lease, path, wait, fault):
     "Take the claim, or refuse where its owner is alive."
-    first, told = None, False
+    first, told, began = None, False, time.monotonic()
     while True:
         try: return lease.acquire(blocking=False)
         except Timeout: owner = lease.owner
         try: touched = os.stat(lease.lock_file).st_mtime_ns
         except FileNotFoundError: continue  # released this moment
         here = owner is not None and owner.hostname == _host()
-        if here and _has_ended(owner.pid):
+        silent = owner is None and time.monotonic() - began > LEASE  # no claim that anybody could read
+        if silent or (here and _has_ended(owner.pid)):
             lease.force_break()
             continue
         first = first or touched

@@ -96,7 +96,7 @@ def test_another_machine_with_signs_of_life_is_not(tmp_path, monkeypatch):
 def test_a_claim_that_cannot_be_read_is_succeeded(tmp_path, monkeypatch, content):
     monkeypatch.setattr(core, "LEASE", 1.)
     (tmp_path/".lock").write_bytes(content)
-    with hold(tmp_path): pass
+    with hold(tmp_path): assert is_held(tmp_path/".lock")
 
 
 def test_no_lock_of_the_system_is_needed(tmp_path, monkeypatch):
