@@ -1,6 +1,8 @@
 """Slides: every TIFF layout against tifffile's own decoding, scale, sharing between threads and processes, and bad files."""
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -396,6 +398,159 @@ def test_a_damaged_packed_tile_is_named(tmp_path, compression):
     data[offset + 10:offset + count] = bytes(count - 10)
     path.write_bytes(data)
     with open_slide(path) as slide, pytest.raises(BadInput, match="row 1, column 2"): slide.level(0)
+
+
+def saved(path, form, pixels, **options):
+    from PIL import Image
+    Image.fromarray(pixels).save(path, form, **options)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["thumbnail", "several pictures", "zeros behind it", "notes behind it", "progressive"])
+def test_photographs_as_cameras_write_them(tmp_path, kind):
+    from PIL import Image
+    from test_streams import exif_with_thumbnail
+    options = {"thumbnail": {"exif": exif_with_thumbnail()}, "progressive": {"progressive": True},
+               "several pictures": {"save_all": True, "append_images": [Image.fromarray(image(seed=1))]}}.get(kind, {})
+    path = saved(tmp_path/"photo.jpg", "MPO" if "several" in kind else "JPEG", image(), **options)
+    behind = {"zeros behind it": bytes(3000), "notes behind it": b"a note\xff\xfe"*50}.get(kind, b"")
+    path.write_bytes(path.read_bytes() + behind)
+    with open_slide(path) as slide: assert np.array_equal(slide.level(0), np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("pad", ["zeros", "FF"])
+def test_internal_tiles_that_are_padded_to_whole_blocks(tmp_path, pad):
+    "Writers that give every tile whole disk blocks: the byte counts reach beyond the streams."
+    path = with_broken_tiles(tmp_path/"slide.tif", [])
+    truth = tifffile.imread(path)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        page = tiff.pages[0]
+        data = path.read_bytes()
+        streams = [data[a:a + n] for a, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        whole = [s + (b"\xff" if pad == "FF" else b"\0")*(4096 + -len(s) % 4096) for s in streams]
+        starts = np.cumsum([len(data), *map(len, whole)])
+        page.tags["TileOffsets"].overwrite(starts[:-1].tolist())
+        page.tags["TileByteCounts"].overwrite([len(s) for s in whole])
+    with open(path, "ab") as f:
+        f.seek(starts[0])
+        f.truncate()
+        f.write(b"".join(whole))
+    with open_slide(path) as slide: assert np.array_equal(slide.level(0), truth)
+
+
+def with_broken_tiles(path, places, levels=(1,)):
+    "A JPEG slide of 128 px tiles with broken streams at (row, column) of level 0."
+    with tifffile.TiffWriter(path) as out:
+        for d in levels:
+            pixels = np.ascontiguousarray(image()[::d, ::d])
+            out.write(pixels, photometric="ycbcr", compression="jpeg", tile=(128, 128), metadata=None)
+    page, data = tifffile.TiffFile(path).pages[0], bytearray(path.read_bytes())
+    for row, column in places:
+        at = page.dataoffsets[5*row + column]
+        data[at:at + 50] = bytes(50)
+    path.write_bytes(data)
+    return path
+
+
+def test_damage_that_is_allowed_is_blank_and_listed(tmp_path):
+    path = with_broken_tiles(tmp_path/"slide.tif", [(1, 2), (4, 0)])
+    whole = tifffile.imread(with_broken_tiles(tmp_path/"whole.tif", []))
+    with open_slide(path, max_damaged=2) as slide:
+        found, broken = slide.level(0), np.zeros(SHAPE, bool)
+        broken[128:256, 256:384] = broken[512:640, :128] = True
+        assert (found[broken] == 255).all() and np.array_equal(found[~broken], whole[~broken])
+        assert set(slide.damaged) == {(0, 1, 2), (0, 4, 0)} and "does not begin as a JPEG" in slide.damaged[0, 1, 2]
+        near = {(200, 130): False, (217, 130): True, (383, 255): True, (384, 255): False, (300, 256): False}
+        assert {xy: slide.touches_damage(*xy, 40) for xy in near} == near
+        assert pickle.loads(pickle.dumps(slide)).max_damaged == 2
+    with open_slide(path, max_damaged=2) as slide:
+        xy = [(x, y) for y in range(0, 700, 60) for x in range(0, 533, 60)]
+        lost = slide.map_tiles(lambda i, tile: slide.touches_damage(*xy[i], 60), xy, 60, threads=4)
+        assert lost == [bool(broken[y:y + 60, x:x + 60].any()) for x, y in xy]
+    too_many, one = "2 internal tiles are damaged, 1 may be.*row 4, column 0", "damaged internal tile .level 0, row 1, column 2"
+    for allowed, fault in ((1, too_many), (0, one)):
+        with open_slide(path, max_damaged=allowed) as slide, pytest.raises(BadInput, match=fault): slide.level(0)
+    with open_slide(path, mask=True, max_damaged=2) as mask: assert (mask.level(0)[broken] == 0).all()
+
+
+def test_whatever_a_codec_raises_is_the_librarys_own_error(tmp_path, monkeypatch):
+    path = with_broken_tiles(tmp_path/"slide.tif", [])
+    def failing(error):
+        def decode(*args): raise error
+        return decode
+    for error in (TypeError("odd"), IndexError("odd"), RecursionError("odd"), AssertionError("odd")):
+        monkeypatch.setattr("histonb.data.slides.decode", failing(error))
+        fault = f"level 0, row 0, column 0.: {type(error).__name__}: odd"
+        with open_slide(path) as slide, pytest.raises(BadInput, match=fault): slide.read(0, 0, 9, 9)
+        with open_slide(path, max_damaged=99) as slide: assert (slide.read(0, 0, 9, 9) == 255).all() and slide.damaged
+    says_nothing_of_the_file = {OSError(5, "Input/output error"): "cannot be read", MemoryError(): "no memory"}
+    for error, fault in says_nothing_of_the_file.items():
+        monkeypatch.setattr("histonb.data.slides.decode", failing(error))
+        with open_slide(path, max_damaged=99) as slide, pytest.raises(BadInput, match=fault): slide.read(0, 0, 9, 9)
+        assert not slide.damaged
+
+
+@pytest.mark.parametrize("name", ["tiff", "pages", "level", "mpp"])
+def test_whatever_is_raised_while_a_slide_is_opened_is_the_librarys_own_error(tmp_path, monkeypatch, name):
+    path = with_broken_tiles(tmp_path/"slide.tif", [])
+    where = {"tiff": "tifffile.TiffFile", "pages": "pyramid_pages", "level": "read_level", "mpp": "find_mpp"}[name]
+    for error in (TypeError, ZeroDivisionError, AttributeError, OverflowError, MemoryError):
+        def fail(*args, error=error): raise error("odd")
+        with monkeypatch.context() as m:
+            m.setattr(f"histonb.data.slides.{where}", fail)
+            refused(path, f"{error.__name__}.*odd")
+
+
+def test_plain_images_out_of_proportion(tmp_path):
+    import struct
+    png, bmp = imagecodecs.png_encode(image((32, 32))), imagecodecs.bmp_encode(image((32, 32)))
+    for name, data in {"a.png": png[:16] + struct.pack(">II", 50_000, 50_000) + png[24:],
+                       "b.bmp": bmp[:18] + struct.pack("<ii", 50_000, -50_000) + bmp[26:],
+                       "c.png": png[:16] + struct.pack(">II", 0, 0) + png[24:], "d.png": png[:20], "e.bmp": bmp[:20],
+                       "f.jpg": b"\xff\xd8\xff\xe0\0"}.items():
+        (tmp_path/name).write_bytes(data)
+        refused(tmp_path/name, "truncated or damaged")
+        refused(tmp_path/name, "truncated or damaged", mask=True)
+
+
+@pytest.mark.parametrize("given", [0, -1, float("inf")])
+def test_a_resolution_that_is_none_is_refused(tmp_path, given):
+    refused(with_broken_tiles(tmp_path/"slide.tif", []), "micrometres per pixel are given", mpp=given)
+
+
+def test_the_first_broken_tile_does_not_hide_how_the_others_were_made(tmp_path):
+    broken, whole = with_broken_tiles(tmp_path/"a.tif", [(0, 0), (0, 1)]), with_broken_tiles(tmp_path/"b.tif", [])
+    with open_slide(broken) as one, open_slide(whole) as other: assert one.jpeg_source() == other.jpeg_source()
+
+
+MINI = REAL.parent/"cases/faults/mini"
+
+
+ALTERED = """
+import re, resource, sys
+from pathlib import Path
+from histonb.core import BadInput
+from histonb.data.slides import open_slide
+used = int(re.search(r"VmSize:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])*1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 200*2**20,)*2)
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    for mask in (False, True):
+        try:
+            with open_slide(path, mask=mask) as slide: slide.level(0), slide.thumbnail(100)
+        except BadInput as e: print(path.name, mask, e.fault)
+"""
+
+
+@pytest.mark.skipif(not MINI.exists() or sys.platform != "linux", reason="no ../shared/cases/faults/mini, or no Linux")
+def test_files_that_were_altered_by_hand():
+    "Every one but the seed is refused in the library's own words, when it is opened or read, within 200 MiB."
+    done = subprocess.run([sys.executable, "-c", ALTERED, MINI], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = {tuple(line.split()[:2]) for line in done.stdout.splitlines()}
+    scale = {"ome_resolution.tiff", "resolutionunit_count2.tiff"}  # of a mask, the scale is not asked for
+    assert said == {(p.name, str(mask)) for p in MINI.iterdir() for mask in (False, True) if p.stem != "seed"
+                    and not (mask and p.name in scale)}
+    assert "unexpected" not in done.stdout
 
 
 # Real files ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import tifffile
 
-from histonb.core import BadInput, read_jsonl
+from histonb.core import BadInput, read_json, read_jsonl, write_json
 from histonb.data import tiling
 from histonb.data.cohorts import Cohort, panda
 from histonb.data.criteria import FRACTIONS, METRICS, metrics
@@ -280,13 +280,15 @@ def test_bad_slides_are_quarantined_and_the_rest_goes_on(tmp_path):
             ("lostmask", good, tmp_path/"lost_mask.tiff", "radboud"), ("small", good, tmp_path/"small_mask.tiff", "radboud"),
             ("codes", good, tmp_path/"codes_mask.tiff", "radboud"), ("void", good, tmp_path/"void_mask.tiff", "radboud"),
             ("glass", tmp_path/"glass.tiff", "", "radboud"), ("last", good, good_mask, "radboud")]
-    expected = {"empty": "empty (0 bytes)", "cut": "truncated", "text": "not a TIFF", "gone": "no such file", "stream": "damaged internal tile",
+    expected = {"empty": "empty (0 bytes)", "cut": "truncated", "text": "not a TIFF", "gone": "no such file",
                 "lostmask": "no such file", "small": "448x448 pixels, its slide 896x896", "codes": "mask values 9 are not among",
                 "void": "marks nothing", "glass": "no tissue"}
     for workers in (2, 4):
         table = tile_cohort(cohort_of(rows), tmp_path/f"out{workers}", workers=workers)
-        assert table.slide.unique().tolist() == ["good", "nomask", "nompp", "last"]
-        assert table.groupby("slide").kept.sum().to_dict() == dict.fromkeys(["good", "nomask", "nompp", "last"], 8)
+        assert table.slide.unique().tolist() == ["good", "stream", "nomask", "nompp", "last"]
+        assert table.groupby("slide").kept.sum().to_dict() == {**dict.fromkeys(["good", "nomask", "nompp", "last"], 8),
+                                                               "stream": 4}
+        assert table.why[table.slide == "stream"].value_counts()["damaged"] == 4  # tiles of 224 that lie on one of 256
         assert set(table.label[table.slide == "nomask"]) == {-1} and table.mpp[table.slide == "nompp"].isna().all()
         assert table.label[table.kept & (table.slide == "good")].value_counts().to_dict() == {0: 2, 1: 2, 2: 2, 3: 2}
         quarantine = pd.read_csv(tmp_path/f"out{workers}/quarantine.csv").set_index("slide")
@@ -407,6 +409,91 @@ def test_a_resolution_that_is_known_of_some_slides_only(tmp_path):
     cohort = cohort_of([("told", bare, bare_mask, "radboud"), ("says", image, mask, "radboud")])
     cohort.slides["mpp"] = [.5, np.nan]
     assert tile_cohort(cohort, tmp_path/"out", TileRule(mpp=.5)).groupby("slide").mpp.first().to_dict() == {"told": .5, "says": .5}
+
+
+def broken(path, places, level=0, name="broken"):
+    "A copy of a slide or mask in which internal tiles at (row, column) of a level are zeros."
+    data = bytearray(path.read_bytes())
+    with open_slide(path, mask=True) as slide: at = slide.levels[level]
+    for row, column in places:
+        start, count = at.offsets[0, row, column], at.counts[0, row, column]
+        data[start:start + count] = bytes(count)
+    copy = path.with_name(f"{name}_{path.name}")
+    copy.write_bytes(data)
+    return copy
+
+
+def lies_on(table, row, column, side=256, tile=224):
+    "Which tiles of a table lie on an internal tile."
+    def over(start, number): return (start < (number + 1)*side) & (start + tile > number*side)
+    return over(table.x, column) & over(table.y, row)
+
+
+def test_one_broken_internal_tile_costs_the_tiles_on_it(tmp_path):
+    slide, mask = half_slide(tmp_path/"a.tiff")
+    whole, before = tile_slide(slide, mask, "radboud")
+    cases = {"slide": (broken(slide, [(1, 0)]), mask), "mask": (slide, broken(mask, [(1, 0)]))}
+    for name, files in cases.items():
+        table, account = tile_slide(*files, "radboud")
+        lost = lies_on(table, 1, 0)
+        assert lost.sum() == 4 and (table.why == "damaged").equals(lost)
+        assert not table.kept[lost].any() and (table.nbytes[lost] == -1).all()
+        assert table.loc[lost, METRICS].isna().to_numpy().all()
+        assert table.loc[lost, FRACTIONS].isna().to_numpy().all() == (name == "mask")  # the label is not known, or is
+        rest = whole[~lost].assign(slide=table.slide[0], case=table.case[0])
+        pd.testing.assert_frame_equal(table[~lost].drop(columns="offset"), rest.drop(columns="offset"))
+        assert account.damaged.sum() == 4 and account.kept.sum() == before.kept.sum() - 4
+        assert account.candidates.sum() == before.candidates.sum()
+        pd.testing.assert_frame_equal(apply_rule(table), table)
+        with pytest.raises(BadInput, match=r"damaged internal tile .level 0, row 1, column 0"):
+            tile_slide(*files, "radboud", TileRule(max_damaged=0))
+    two, all_tissue = broken(slide, [(1, 0), (2, 1)]), [(row, column) for row in range(4) for column in range(2)]
+    with pytest.raises(BadInput, match="2 internal tiles are damaged, 1 may be"):
+        tile_slide(two, mask, "radboud", TileRule(max_damaged=1))
+    assert tile_slide(two, mask, "radboud", TileRule(max_damaged=2))[1].damaged.sum() > 4
+    with pytest.raises(BadInput, match="no tile is kept.*damaged"): tile_slide(broken(slide, all_tissue), mask, "radboud")
+    with pytest.raises(BadInput, match="max_damaged is -1"): TileRule(max_damaged=-1)
+
+
+def test_damage_at_low_resolution_is_not_glass(tmp_path):
+    "What cannot be seen at low resolution is looked at in full."
+    slide, mask = half_slide(tmp_path/"a.tiff")
+    whole, before = tile_slide(slide, mask, "radboud")
+    unread = before.background.sum()
+    assert unread == 7  # of the right half
+    for level in (1, 2):
+        table, account = tile_slide(broken(slide, [(0, 0)], level), mask, "radboud")
+        assert table.kept.sum() == whole.kept.sum() and account.damaged.sum() == 0
+        assert account.background.sum() == (0 if level == 2 else unread)  # only the coarsest is looked at
+
+
+def test_damage_is_counted_in_a_cohort(tmp_path):
+    slide, mask = half_slide(tmp_path/"a.tiff")
+    hurt, lost = broken(slide, [(1, 0)]), broken(slide, [(r, c) for r in range(4) for c in range(3)], name="lost")
+    cohort = cohort_of([("good", slide, mask, "radboud"), ("hurt", hurt, mask, "radboud"),
+                        ("lost", lost, mask, "radboud")])
+    for workers in (1, 4):
+        out = tmp_path/f"out{workers}"
+        table = tile_cohort(cohort, out, TileRule(max_damaged=4), workers=workers)
+        account = pd.read_parquet(out/"account.parquet").groupby("slide")[["damaged", "kept", "candidates"]].sum()
+        assert account.to_dict("index") == {"good": {"damaged": 0, "kept": 8, "candidates": 16},
+                                            "hurt": {"damaged": 4, "kept": 4, "candidates": 16}}
+        quarantine = pd.read_csv(out/"quarantine.csv").set_index("slide")
+        assert "internal tiles are damaged, 4 may be" in quarantine.fault["lost"]
+        assert TileShards(out).check() == table.kept.sum() == 12
+        with pytest.raises(BadInput, match="max_damaged 4 -> 5"): tile_cohort(cohort, out, TileRule(max_damaged=5))
+
+
+def test_a_folder_of_an_older_rule_goes_on(tmp_path):
+    "A rule that was written before an option existed lacks it, and differs in nothing else."
+    slide, mask = half_slide(tmp_path/"a.tiff")
+    cohort = cohort_of([("a", slide, mask, "radboud")])
+    table = tile_cohort(cohort, tmp_path/"out")
+    rule = read_json(tmp_path/"out/rule.json")
+    del rule["max_damaged"]
+    write_json(tmp_path/"out/rule.json", rule)
+    assert tile_cohort(cohort, tmp_path/"out").equals(table)
+    with pytest.raises(BadInput, match="size 224 -> 256"): tile_cohort(cohort, tmp_path/"out", TileRule(size=256))
 
 
 def test_what_a_folder_is_protected_from(phantoms, tmp_path):

@@ -27,7 +27,7 @@ def extent(
     size: int = 224, # side of the tile in pixels
 ) -> int: # side of the tile in pixels of level 0
     "How much of the mask a tile covers."
-    return round(tile_span(slide, level, mpp, size)*slide.downsamples[level])
+    return round(tile_span(slide, level, mpp, size)*slide.downsample(level))
 
 def resize_labels(
     labels: np.ndarray, # class ids, uint8, square
@@ -66,11 +66,12 @@ class MaskTiles:
         if name not in self.opened:
             row = self.slides.loc[name]
             mpp = row.get("mpp")
-            with open_slide(row["image"], None if pd.isna(mpp) else mpp) as slide: (h, w) = slide.shapes[0]
+            with open_slide(row["image"], None if pd.isna(mpp) else mpp) as slide:
+                for level in np.unique(self.where[:, 2]).tolist(): slide.downsample(level)  # known before it is closed
             mask = open_slide(row["mask"], mask=True)
-            if mask.shapes[0] != (h, w):
+            if mask.base.shape != slide.base.shape:
                 mask.close()
-                raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.shapes[0], h, w), "Give the mask of this slide.")
+                raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape, *slide.base.shape), "Give the mask of this slide.")
             self.opened[name] = slide, mask
         self.opened.move_to_end(name)
         while len(self.opened) > self.keep_open: self.opened.popitem(last=False)[1][1].close()

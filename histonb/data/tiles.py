@@ -29,10 +29,12 @@ class TileRule:
     size: int = 224 # side of a tile, in pixels
     level: int = 0 # pyramid level whose pixels are taken, where no mpp is given
     mpp: float | None = None # resolution of the tiles, in micrometres per pixel; None takes the level as it is
-    edge: Literal["drop", "pad"] = "drop" # incomplete tiles at the right and lower border: leave out, or complete with white
+    edge: Literal["drop",
+                  "pad"] = "drop" # incomplete tiles at the right and lower border: leave out, or complete with white
     white: int = 220 # grey level from which a pixel counts as glass
     gradient: int = 40 # Sobel magnitude from which a pixel counts as an edge
     background: float = .98 # tiles with this fraction of glass at low resolution are not read at full resolution
+    max_damaged: int = 16 # internal tiles of a slide, or of its mask, that may be damaged: what lies on them is dropped
     max_emptiness: float = .9 # threshold: largest fraction of glass
     min_edges: float = .02 # threshold: smallest fraction of edge pixels
     max_homogeneity: float = .96 # threshold: largest homogeneity
@@ -43,8 +45,11 @@ class TileRule:
         if not 0 <= self.max_emptiness < self.background <= 1:
             raise BadInput("TileRule", f"max_emptiness {self.max_emptiness} is not below background {self.background}",
                            "Tiles that emptier than `background` are never measured: raise `background`, or lower `max_emptiness`.")
-        if self.edge not in ("drop", "pad"): raise BadInput("TileRule", f"edge is {self.edge!r}", "Choose `drop` or `pad`.")
+        if self.edge not in ("drop", "pad"): raise BadInput("TileRule", f"edge is {self.edge!r}",
+                                                            "Choose `drop` or `pad`.")
         if self.size < 16: raise BadInput("TileRule", f"a tile of {self.size} pixels", "Use at least 16 pixels.")
+        if self.max_damaged < 0: raise BadInput("TileRule", f"max_damaged is {self.max_damaged}",
+                                                "Use 0 to allow no damage.")
 
     def passes(self, emptiness, edges, homogeneity):
         "Whether the three numbers of a tile (or of many) meet the thresholds."
@@ -70,20 +75,23 @@ def grid(
     if rule.mpp is None:
         level = rule.level
         if not 0 <= level < len(slide.shapes):
-            raise BadInput(slide.path, f"there is no level {level}", f"Choose a level from 0 to {len(slide.shapes) - 1}.")
+            raise BadInput(slide.path, f"there is no level {level}",
+                           f"Choose a level from 0 to {len(slide.shapes) - 1}.")
         try: mpp = slide.level_mpp(level)
         except BadInput: mpp = math.nan  # the resolution is not needed to cut a level
     else:
         mpp = rule.mpp
         if mpp < slide.mpp/1.25:
             raise BadInput(slide.path, f"tiles at {mpp} um/px are asked for, but the slide has {slide.mpp:.3g}",
-                           "Ask for a resolution that the slide has.")
+                           "Ask for a resolution that the slide has (`--mpp`, `TileRule(mpp=...)`), "
+                           "or correct the slide's (`--slide-mpp`, `mpp=`).")
         level = max(i for i in range(len(slide.shapes)) if i == 0 or slide.level_mpp(i) <= 1.01*mpp)
-    span, scale = tile_span(slide, level, mpp, rule.size), slide.downsamples[level]
-    (h, w), rounding = slide.shapes[level], math.floor if rule.edge == "drop" else math.ceil
+    span, (at, factors) = tile_span(slide, level, mpp, rule.size), slide.at(level)
+    (h, w), rounding = at.shape, math.floor if rule.edge == "drop" else math.ceil
     rows, columns = rounding(h/span), rounding(w/span)
-    x, y = (np.round(np.arange(n)*span*scale).astype(np.int64) for n in (columns, rows))
-    return Grid(np.stack([np.tile(x, rows), np.repeat(y, columns)], 1), columns, level, span, round(span*scale), mpp,
+    x, y = (np.round(np.arange(n)*span*f).astype(np.int64) for n, f in zip((columns, rows), factors, strict=True))
+    return Grid(np.stack([np.tile(x, rows), np.repeat(y, columns)], 1), columns, level, span,
+                round(span*slide.downsample(level)), mpp,
                 math.ceil(h/span)*math.ceil(w/span) - rows*columns)
 
 # %% ../../nbs/data/02c_tiles.ipynb #cell-013
@@ -96,17 +104,22 @@ def low_resolution_glass(
     levels = [i for i in range(grid.level + 1, len(slide.shapes)) if grid.extent/slide.downsamples[i] >= 8]
     if not levels: return np.full(len(grid.xy), np.nan)
     level, (h, w) = levels[-1], slide.shapes[levels[-1]]
-    scale = slide.downsamples[level]
+    factors = slide.factors[level]
 
     def bands(rows=512):  # a low level of a large slide is large itself
         for top in range(0, h, rows):
-            yield top, cv2.cvtColor(slide.read(0, top*scale, w, min(rows, h - top), level), cv2.COLOR_RGB2GRAY)
+            band = cv2.cvtColor(slide.read(0, top*factors[1], w, min(rows, h - top), level), cv2.COLOR_RGB2GRAY)
+            for where, row, column in slide.damaged:  # blank, but not known to be glass
+                y, x = row*slide.levels[level].tile[0] - top, column*slide.levels[level].tile[1]
+                if where == level: band[max(y, 0):max(y + slide.levels[level].tile[0], 0),
+                                        x:x + slide.levels[level].tile[1]] = 0
+            yield top, band
 
     shades = sum(np.bincount(band.ravel(), minlength=256) for _, band in bands())
     bright = shades[white:255].cumsum()  # 255 itself is what scanners leave out
     clear = white + int(np.searchsorted(bright, bright[-1]/2)) if bright[-1] else 255
-    low = np.floor(grid.xy/scale).astype(int)
-    high = np.minimum(np.ceil((grid.xy + grid.extent)/scale).astype(int), [w, h])
+    low = np.minimum(np.floor(grid.xy/factors).astype(int), [w - 1, h - 1])
+    high = np.minimum(np.ceil((grid.xy + grid.extent)/factors).astype(int), [w, h])
     tissue = np.zeros(len(grid.xy))
     for top, band in bands():
         total = cv2.integral((band < (white + clear)/2).astype(np.uint8))
@@ -129,13 +142,13 @@ def apply_rule(
 ) -> pd.DataFrame: # a copy with new label, kept and why
     "Decide again which tiles are kept, from their stored numbers."
     table = relabel(table, rule.min_coverage)
-    failed = [table.emptiness > rule.max_emptiness, table.edges < rule.min_edges,
+    failed = [table.emptiness.isna(), table.emptiness > rule.max_emptiness, table.edges < rule.min_edges,
               table.homogeneity > rule.max_homogeneity, table.label == IGNORE]
-    why = np.select(failed, ["emptiness", "edges", "homogeneity", "ignored"], "")
+    why = np.select(failed, ["damaged", "emptiness", "edges", "homogeneity", "ignored"], "")
     return table.assign(kept=why == "", why=why)
 
 # %% ../../nbs/data/02c_tiles.ipynb #cell-018
-FATES = ["incomplete", "background", "emptiness", "edges", "homogeneity", "ignored", "kept"]
+FATES = ["incomplete", "background", "damaged", "emptiness", "edges", "homogeneity", "ignored", "kept"]
 
 def account(
     table: pd.DataFrame, # a tile table
@@ -163,6 +176,37 @@ def _strips(xy, extent, tiles=2048, rows=16):
             yield xy[cut:end]
             cut = end
 
+def _shares(mask, matrix, xy, extent, threads):
+    "The fraction of each class in the tiles at `xy`; NaN where there is no mask, or where it is damaged."
+    unknown = np.full(len(FRACTIONS), np.nan, np.float32)
+    if mask is None: return np.tile(unknown, (len(xy), 1))
+
+    def share(i, codes):
+        return unknown if mask.touches_damage(*xy[i], extent) else fractions(codes, matrix, mask.path)
+    return np.array(mask.map_tiles(share, xy, extent, threads=threads))
+
+def _measured(slide, g, xy, rule, encode, wanted, known, threads):
+    "Metrics, and the JPEG of what is stored, of the tiles at `xy`; NaN and nothing where pixels or label are damaged."
+    unknown = (math.nan,)*len(METRICS), b""
+
+    def measure(i, tile):
+        if not known[i] or slide.touches_damage(*xy[i], g.span, g.level): return unknown
+        tile = fit(tile, rule.size)
+        numbers = metrics(tile, rule.white, rule.gradient)
+        return numbers, encode(tile) if encode and wanted[i] and rule.passes(*numbers) else b""
+    numbers, jpegs = zip(*slide.map_tiles(measure, xy, g.span, g.level, threads), strict=True)
+    return np.array(numbers), jpegs
+
+def _check_kept(slide, mask, table, counts):
+    "Raise `BadInput` where no tile is kept, or none that the mask marks."
+    if not table.kept.any():
+        fate = ", ".join(f"{n} {k}" for k, n in counts[FATES].sum().items() if n)
+        raise BadInput(slide.path, f"no tile is kept ({fate})",
+                       "Look at its thumbnail; leave the slide out, or loosen the thresholds.")
+    if mask is not None and (table.f0[table.kept] == 1).all():
+        raise BadInput(mask.path, f"empty: it marks nothing in any of {table.kept.sum()} tissue tiles",
+                       "Leave its slide out, or tile it without a mask.")
+
 def tile_slide(
     slide, # an open `Slide`, or a path
     mask=None, # its mask: a `Slide` opened as a mask, a path, or None
@@ -176,50 +220,47 @@ def tile_slide(
     Raises `BadInput` for a mask of another size, with unknown values or without tissue, and where no tile is kept."""
     cv2.setNumThreads(1)  # one thread per tile: the tiles run in parallel
     with contextlib.ExitStack() as stack:
-        if not hasattr(slide, "map_tiles"): slide = stack.enter_context(open_slide(slide))
-        if mask is not None and not hasattr(mask, "map_tiles"): mask = stack.enter_context(open_slide(mask, mask=True))
+        def opened(path, **options): return stack.enter_context(open_slide(path, max_damaged=rule.max_damaged,
+                                                                           **options))
+        if not hasattr(slide, "map_tiles"): slide = opened(slide)
+        if mask is not None and not hasattr(mask, "map_tiles"): mask = opened(mask, mask=True)
         g = grid(slide, rule)
-        if mask is not None:
-            matrix, (h, w), (H, W) = code_matrix(codes, mask.path), mask.shapes[0], slide.shapes[0]
-            if (h, w) != (H, W): raise BadInput(mask.path, f"the mask is {w}x{h} pixels, its slide {W}x{H}", "Give the mask of this slide.")
+        matrix = None if mask is None else code_matrix(codes, mask.path)
+        if mask is not None and mask.base.shape != slide.base.shape:
+            raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape,
+                                                                                             *slide.base.shape),
+                           "Give the mask of this slide.")
         near = g.xy[~(low_resolution_glass(slide, g, rule.white) >= rule.background)]
         encode = None if store is None else encoder(slide.jpeg_source(g.level) if g.span == rule.size else None)
         parts, position = [], 0
         for xy in _strips(near, g.extent):
-            f = np.full((len(xy), len(FRACTIONS)), np.nan, np.float32)
-            if mask is not None:
-                f = np.array(mask.map_tiles(lambda i, t: fractions(t, matrix, mask.path), xy, g.extent, threads=threads))
-            usable = highest(f, rule.min_coverage) != IGNORE
-
-            def measure(i, tile, usable=usable):
-                tile = fit(tile, rule.size)
-                numbers = metrics(tile, rule.white, rule.gradient)
-                return numbers, encode(tile) if encode and usable[i] and rule.passes(*numbers) else b""
-
-            numbers, jpegs = zip(*slide.map_tiles(measure, xy, g.span, g.level, threads), strict=True)
+            f = _shares(mask, matrix, xy, g.extent, threads)
+            known = np.full(len(xy), True) if mask is None else ~np.isnan(f[:, 0])
+            numbers, jpegs = _measured(slide, g, xy, rule, encode, highest(f, rule.min_coverage) != IGNORE, known,
+                                       threads)
             nbytes = np.array([len(j) for j in jpegs])
             sizes = np.where(nbytes, nbytes + HEADER.size, 0)
             if store is not None: store.writelines(record(j) for j in jpegs if j)
             parts.append(pd.DataFrame({
-                "x": xy[:, 0], "y": xy[:, 1], **dict(zip(METRICS, np.array(numbers).T, strict=True)),
-                **dict(zip(FRACTIONS, f.T, strict=True)), "shard": np.where(nbytes, 0, -1), "nbytes": np.where(nbytes, nbytes, -1),
+                "x": xy[:, 0], "y": xy[:, 1], **dict(zip(METRICS, numbers.T, strict=True)),
+                **dict(zip(FRACTIONS, f.T, strict=True)), "shard": np.where(nbytes, 0, -1),
+                "nbytes": np.where(nbytes, nbytes, -1),
                 "offset": np.where(nbytes, position + sizes.cumsum() - sizes, -1)}))
             position += int(sizes.sum())
         if not parts: raise BadInput(slide.path, f"no tissue: all {len(g.xy)} candidate tiles are background",
                                      "Look at its thumbnail; leave the slide out, or set `white` for this scanner.")
         name = slide.path.stem
-        table = pd.concat(parts, ignore_index=True).assign(slide=name, level=g.level, mpp=g.mpp, cohort="", case=name, split="")
+        table = pd.concat(parts, ignore_index=True).assign(slide=name, level=g.level, mpp=g.mpp, cohort="", case=name,
+                                                           split="")
         table = apply_rule(table, rule)[COLUMNS]
         counts = account(table, {name: {"incomplete": g.incomplete, "background": len(g.xy) - len(near)}})
-        if not table.kept.any():
-            fate = ", ".join(f"{n} {k}" for k, n in counts[FATES].sum().items() if n)
-            raise BadInput(slide.path, f"no tile is kept ({fate})", "Look at its thumbnail; leave the slide out, or loosen the thresholds.")
-        if mask is not None and (table.f0[table.kept] == 1).all():
-            raise BadInput(mask.path, f"empty: it marks nothing in any of {table.kept.sum()} tissue tiles", "Leave its slide out, or tile it without a mask.")
+        _check_kept(slide, mask, table, counts)
     return table, counts
 
 # %% ../../nbs/data/02c_tiles.ipynb #cell-034
-WHY_COLORS = {"emptiness": "#7a8aa0", "edges": "#2a6fdb", "homogeneity": "#a53ddb", "ignored": "#000000", "curated": "#d08a00"}
+WHY_COLORS = {"emptiness": "#7a8aa0", "edges": "#2a6fdb", "homogeneity": "#a53ddb", "ignored": "#000000",
+              "curated": "#d08a00",
+              "damaged": "#d0021b"}
 
 def overview(
     slide, # an open `Slide`, or a path
@@ -234,19 +275,23 @@ def overview(
     with contextlib.ExitStack() as stack:
         if not hasattr(slide, "map_tiles"): slide = stack.enter_context(open_slide(slide))
         level = int(table.level.iloc[0])
-        extent = tile_span(slide, level, table.mpp.iloc[0], tile)*slide.downsamples[level]
+        extent = tile_span(slide, level, table.mpp.iloc[0], tile)*slide.downsample(level)
         image = slide.thumbnail(size)
-    scale = max(slide.shapes[0])/max(image.shape)
-    if ax is None: ax = plt.subplots(figsize=(6*image.shape[1]/max(image.shape) + 1.6, 6*image.shape[0]/max(image.shape)), layout="constrained")[1]
+    scale_x, scale_y = slide.base.shape[1]/image.shape[1], slide.base.shape[0]/image.shape[0]
+    if ax is None: ax = plt.subplots(figsize=(6*image.shape[1]/max(image.shape) + 1.6,
+                                              6*image.shape[0]/max(image.shape)), layout="constrained")[1]
     ax.imshow(image)
-    color = {label: np.array(c)/255 for label, c in LABEL_COLORS.items()} | {-1: np.array([.2, .5, .9]), 0: np.array([.75, .75, .75])}
+    color = {label: np.array(c)/255 for label, c in LABEL_COLORS.items()} | {-1: np.array([.2, .5, .9]),
+                                                                             0: np.array([.75, .75, .75])}
     for t in table.itertuples():
         style = ({"facecolor": (*color[t.label], .45), "edgecolor": color[t.label]} if t.kept else
                  {"facecolor": "none", "edgecolor": WHY_COLORS[t.why]})
-        ax.add_patch(Rectangle((t.x/scale, t.y/scale), extent/scale, extent/scale, lw=.6, **style))
+        ax.add_patch(Rectangle((t.x/scale_x, t.y/scale_y), extent/scale_x, extent/scale_y, lw=.6, **style))
     names = LABELS | {-1: "no mask"}
-    marks = [Patch(color=color[i], label=f"{names[i]} {n}") for i, n in table[table.kept].label.value_counts().sort_index().items()]
-    marks += [Patch(facecolor="none", edgecolor=WHY_COLORS[w], label=f"{w} {n}") for w, n in table[~table.kept].why.value_counts().items()]
+    marks = [Patch(color=color[i], label=f"{names[i]} {n}")
+             for i, n in table[table.kept].label.value_counts().sort_index().items()]
+    marks += [Patch(facecolor="none", edgecolor=WHY_COLORS[w], label=f"{w} {n}")
+              for w, n in table[~table.kept].why.value_counts().items()]
     ax.legend(handles=marks, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.axis("off")
     return ax

@@ -58,7 +58,7 @@ def _tile(job: _Job): # {"incomplete": n, "background": n, "key": of the files},
     try:
         with atomic_path(job.part(".tiles")) as records, contextlib.ExitStack() as stack:
             store = stack.enter_context(open(records, "wb")) if job.store else None
-            with foreign_errors(job.image), open_slide(job.image, job.mpp) as slide:
+            with foreign_errors(job.image), open_slide(job.image, job.mpp, max_damaged=job.rule.max_damaged) as slide:
                 table, counts = tile_slide(slide, job.mask, job.codes, job.rule, store, job.threads)
             with atomic_path(job.part(".parquet")) as path: table.assign(slide=job.slide).to_parquet(path, index=False)
     except BadInput as e: return e
@@ -118,7 +118,7 @@ def _same_rule(out, rule, store):
     wanted = {**dataclasses.asdict(rule), "store": store}
     if (out/"rule.json").exists():
         found = read_json(out/"rule.json")
-        changed = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k) != v]
+        changed = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k, v) != v]  # an older rule lacks what came later
         if changed: raise BadInput(out, f"tiled by another rule ({', '.join(changed)})",
                                    "Choose another folder, or delete this one. Thresholds can be changed on the table with `apply_rule`.")
     else: write_json(out/"rule.json", wanted)

@@ -273,8 +273,10 @@ def slide_map(
         own = np.flatnonzero(table["slide"] == name)
         if not len(own): raise BadInput(slide.path, "no tile of the table is of this slide", nearest(name, table["slide"].unique()))
         image = slide.thumbnail(size)
-        downsample = max(slide.shapes[0])/max(image.shape)
-        places = iter([(t.x/downsample, t.y/downsample, tile_span(slide, t.level, t.mpp, tile)*slide.downsamples[t.level]/downsample) for t in table.iloc[own].itertuples()])
+        downsample = max(slide.base.shape)/max(image.shape[:2])
+        fy, fx = (whole/small for whole, small in zip(slide.base.shape, image.shape[:2], strict=True))
+        sides = [tile_span(slide, t.level, t.mpp, tile)*slide.downsample(t.level) for t in table.iloc[own].itertuples()]
+        places = iter([(t.x/fx, t.y/fy, side/fy, side/fx) for t, side in zip(table.iloc[own].itertuples(), sides, strict=True)])
     total, count = np.zeros((len(wanted), *image.shape[:2]), np.float32), np.zeros(image.shape[:2], np.float32)
     with progress(desc=f"maps of {name}", total=len(own), unit="tile") as bar:
         for tiles in DataLoader(Subset(dataset, own.tolist()), batch_size=batch_size, num_workers=workers, collate_fn=_tiles):
@@ -284,7 +286,7 @@ def slide_map(
                 values /= np.maximum(values.max((2, 3), keepdims=True), 1e-12)
             seen = [n*encoder.spec.patch/pixels for n, pixels in zip(values.shape[2:], tiles.shape[1:3], strict=True)]  # what patches cover
             if max(seen) > 1: values, seen = to_tile(values, tiles.shape[1:3], encoder.spec.patch), (1, 1)  # cut at the edge of the tile
-            for maps, (x, y, side) in zip(values, places): _put(total, count, maps, x, y, *(side*part for part in seen))
+            for maps, (x, y, *sides) in zip(values, places): _put(total, count, maps, x, y, *np.multiply(sides, seen))
             bar.update(len(tiles))
     return SlideMap(np.where(count, total/np.maximum(count, 1), np.nan).astype(np.float32), wanted, image, downsample, scale)
 
