@@ -310,22 +310,18 @@ def digest(
 # %% ../nbs/00_core.ipynb #cell-key
 SMALL = 2**20 # bytes up to which a file is read each time
 
-def _hash(path):
-    "Hash a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
-
 def content_key(
     path, # file
-) -> str: # 32 hexadecimal digits
+) -> str: # 16 hexadecimal digits, its `digest`
     "Name a file by its content; of a large file that has not been written since, the key is remembered."
     stat = os.stat(path)
-    if stat.st_size <= SMALL: return _hash(path)
+    if stat.st_size <= SMALL: return digest(Path(path))
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     memory = platformdirs.user_cache_path("histonb")/"keys"/f"{digest(os.path.realpath(path))}.json"
     try: known = read_json(memory)
     except (OSError, BadInput): known = None
     if isinstance(known, dict) and known.get("state") == state: return known["key"]
-    key = _hash(path)
+    key = digest(Path(path))
     with contextlib.suppress(OSError):  # a cache that cannot be written is done without
         write_json(memory, {"state": state, "key": key})
     return key

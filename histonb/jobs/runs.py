@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['input_digest', 'output_keys', 'outputs_digest', 'lost_outputs', 'git_state', 'package_versions', 'machine', 'Run',
-           'start', 'scalars']
+           'start', 'read_parameters', 'check_parameters', 'scalars']
 
 # %% ../../nbs/jobs/50_runs.ipynb #cell-002
+import ast
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -19,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core import BadInput, append_jsonl, as_json, content_key, digest, folder_keys, hold, read_json, repo_root, sweep, write_json
+from ..core import BadInput, append_jsonl, as_json, build, content_key, digest, folder_keys, hold, read_json, repo_root, sweep, write_json
 
 # %% ../../nbs/jobs/50_runs.ipynb #cell-005
 def input_digest(
@@ -27,7 +29,7 @@ def input_digest(
 ) -> str: # 16 hexadecimal digits
     "Key of an input's content; an absent path is a `BadInput`."
     path = Path(path)
-    if path.is_file(): return content_key(path)[:16]
+    if path.is_file(): return content_key(path)
     if not path.is_dir(): raise BadInput(path, "no such file or folder", "Correct the path, or run the stage that makes it.")
     if (path/"metrics.json").is_file(): return outputs_digest(read_json(path/"metrics.json"), output_keys(path))
     return digest(folder_keys(path))
@@ -157,16 +159,69 @@ def start(
     records = {name: {"path": path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name,
                       "digest": input_digest(path)} for name, path in inputs.items()}
     _let_go(out)  # a cell that is executed again
-    held = contextlib.ExitStack()
-    held.enter_context(hold(out, out/".run.lock"))
-    _HELD[out.resolve()] = held
-    sweep(out)
+    if os.environ.get("HISTONB_STAGE") != str(out.resolve()):  # a study holds its stages itself
+        held = contextlib.ExitStack()
+        held.enter_context(hold(out, out/".run.lock"))
+        _HELD[out.resolve()] = held
+        sweep(out)
+    out.mkdir(parents=True, exist_ok=True)
     (out/"metrics.json").unlink(missing_ok=True)
     return Run(out, dict(parameters), records)
+
+# %% ../../nbs/jobs/50_runs.ipynb #cell-parameters
+_TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list,
+          "list[str]": list[str], "list[int]": list[int], "list[float]": list[float]}
+
+def _assignment(line):
+    "Name, value and type of one line of a parameters cell; None as the type where the value has it."
+    if isinstance(line, ast.AnnAssign): return line.target.id, ast.literal_eval(line.value), _TYPES[ast.unparse(line.annotation)]
+    return line.targets[0].id, ast.literal_eval(line.value), None
+
+def read_parameters(
+    source: str, # of a parameters cell
+    path, # of its notebook, for errors
+) -> list: # (name, default value, type) of each
+    "Read the parameters of a report: lines such as `epochs = 10` or `lr: float = None`."
+    try: lines = ast.parse(source).body
+    except (SyntaxError, ValueError) as e:
+        raise BadInput(path, f"line {getattr(e, 'lineno', None) or 1} of the parameters cell is not Python ({getattr(e, 'msg', e)})",
+                       "Only `name = plain value` may stand there, no magics.") from None
+    found = []
+    for line in lines:
+        try: name, value, hint = _assignment(line)
+        except (AttributeError, ValueError, KeyError):
+            kinds = ", ".join(_TYPES)
+            raise BadInput(path, f"`{ast.unparse(line)}` in the parameters cell",
+                           f"Only `name = plain value`, or `name: type = plain value` with one of {kinds}, may stand there.") from None
+        if hint is None and value is None:
+            raise BadInput(path, f"`{name} = None` in the parameters cell", f"Write its type: `{name}: float = None`.")
+        if hint is None: hint = type(value)
+        found.append((name, value, hint | None if value is None else hint))
+    return found
+
+def check_parameters(
+    values: dict, # by name
+    types: dict, # name -> type
+    source, # where the values come from, for the error
+):
+    "Refuse unknown names, values of another type and numbers out of their range."
+    build(dataclasses.make_dataclass("Parameters", [(name, hint, None) for name, hint in types.items()]), values, source)
+
+def _check_given(names):
+    "Check what papermill injected against the report's own parameters cell; both stand in the history of the kernel."
+    cells = [source for source in names.get("In", ()) if source.strip()]
+    injected = [source for source in cells if source.startswith("# Parameters\n")]
+    if not injected: return
+    types = {name: hint for name, _, hint in read_parameters(cells[0], "this report")}
+    given = [target.id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign) for target in line.targets]
+    check_parameters({name: names[name] for name in given}, types, "parameters")
 
 # %% ../../nbs/jobs/50_runs.ipynb #cell-013
 def scalars(
     names: dict, # `globals()`, before anything else is assigned or imported
 ) -> dict: # the parameters: numbers, text, and lists of them, by name
-    "The parameters of a report, from the names it has defined so far."
+    """The parameters of a report, from the names it has defined so far.
+
+    What papermill was given under a name that the report does not have, of another type or out of its range is `BadInput`."""
+    _check_given(names)
     return {k: v for k, v in names.items() if not k.startswith("_") and k != "In" and isinstance(v, (str, bool, int, float, list))}

@@ -8,7 +8,6 @@ __all__ = ['MOST_VALUES', 'read_yaml', 'read_notebook', 'notebook_parameters', '
            'read_only', 'is_running', 'StageFailed', 'Stopped', 'Interrupted', 'cut', 'run_study', 'status']
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-002
-import ast
 import contextlib
 import dataclasses
 import datetime
@@ -28,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from ..core import BadInput, build, digest, hold, is_held, nearest, read_json, refusal, repo_root, sweep, write_json
-from .runs import input_digest, lost_outputs
+from .runs import check_parameters, input_digest, lost_outputs, read_parameters
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-005
 class _Loader(yaml.SafeLoader):
@@ -78,26 +77,11 @@ def read_notebook(
 
 def _source(cell): return "".join(cell["source"])
 
-_TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "list[str]": list[str], "list[int]": list[int], "list[float]": list[float]}
-
 def _parameters(path):
     "Name, default value and type of each parameter, in the notebook's order."
     cells = [c for c in read_notebook(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1: raise BadInput(path, f"{len(cells)} cells are tagged `parameters`, not one", "Tag the cell of its parameters.")
-    try: lines = ast.parse(_source(cells[0])).body
-    except (SyntaxError, ValueError) as e:
-        raise BadInput(path, f"line {getattr(e, 'lineno', None) or 1} of the parameters cell is not Python ({getattr(e, 'msg', e)})",
-                       "Only `name = plain value` may stand there, no magics.") from None
-    for line in lines:
-        try:
-            if isinstance(line, ast.AnnAssign): name, hint = line.target.id, _TYPES[ast.unparse(line.annotation)]
-            else: name, hint = line.targets[0].id, None
-            value = ast.literal_eval(line.value)
-        except (AttributeError, ValueError, KeyError):
-            raise BadInput(path, f"`{ast.unparse(line)}` in the parameters cell",
-                           f"Only `name = plain value`, or `name: type = plain value` with one of {', '.join(_TYPES)}, may stand there.") from None
-        if hint is None and value is None: raise BadInput(path, f"`{name} = None` in the parameters cell", f"Write its type: `{name}: float = None`.")
-        yield name, value, type(value) if hint is None else hint | None if value is None else hint
+    return read_parameters(_source(cells[0]), path)
 
 def notebook_parameters(
     path, # report notebook
@@ -203,8 +187,7 @@ def load_study(
             if other not in needs: needs.append(other)
             return study.stages[other].folder
         values = {k: _resolve(v, folder_of) for k, v in values.items()}
-        types = parameter_types(root/f"nbs/reports/{notebook}.ipynb")
-        build(dataclasses.make_dataclass("Parameters", [(k, hint, None) for k, hint in types.items()]), values, where)
+        check_parameters(values, parameter_types(root/f"nbs/reports/{notebook}.ipynb"), where)
         folder, asked = f"runs/{name}/{stage}", _resources(plan.get("resources"), spec.get("resources"), where)
         study.stages[stage] = Stage(stage, f"nbs/reports/{notebook}.ipynb", folder, {**values, "out": folder}, needs, asked)
     return study
@@ -483,6 +466,7 @@ def _run_stage(study, stage, force):
     seconds = round(time.monotonic() - clock, 1)
     if state != "finished": (folder/"metrics.json").unlink(missing_ok=True)
     _mark(folder/"notebook.ipynb", state, fault, at)
+    (folder/".lock").unlink(missing_ok=True) # of a training in the kernel, which has ended
     write_json(folder/"stage.json", {**record, "state": state, "seconds": seconds, "error": fault})
     if state == "finished":
         write_report(folder)
