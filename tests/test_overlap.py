@@ -128,6 +128,9 @@ def test_the_tolerance_is_that_of_rounding():
 
 def test_published_rows_are_judged_not_named():
     table = published_masks()
+    assert len(table) == 24 and not table.duplicated(["network", "class"]).any() and table["network"].value_counts().to_dict() == dict.fromkeys(("Cerberus", "U-Net", "SegNet", "MedT"), 6)
+    dice = table[table["network"] == "Cerberus"].set_index("class")["dice"].to_dict()
+    assert dice == {"Normal": .967, "Polyp": .967, "High-grade IN": .936, "Low-grade IN": .964, "Adenocarcinoma": .928, "Serrated adenoma": .937}
     assert table.loc[table["verdict"] == "impossible", ["class", "network"]].values.tolist() == [["Polyp", "U-Net"]]
     mended = o.verdicts(table[["dice", "jaccard", "conformity"]].assign(dice=table["dice"].where(table["network"] != "U-Net", .47)))
     assert "impossible" not in set(mended["verdict"])

@@ -2,6 +2,7 @@
 import argparse
 import pathlib
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 
 from histonb.core import BadInput
 from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.published import ENCODERS, load_published
+from histonb.evaluate.published import BONY_REPORT, ENCODERS, load_published
+from histonb.jobs.studies import load_study
 from histonb.models.heads import DINOHead
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -78,7 +80,9 @@ def test_histoencoder(tmp_path):
     stats = dict(mean=(.7, .6, .7), std=(.2, .2, .2))
     ours = load_encoder("histoencoder-small", tmp_path/"prostate_small.pth", **stats)
     with torch.no_grad(): tokens = body.forward_features(prepared(TILES, **stats))
-    assert np.allclose(ours(TILES), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-4)
+    assert np.allclose(ours(TILES), tokens[:, 0], atol=1e-4)  # as their `extract_features` where nothing is asked of it
+    both = load_encoder("histoencoder-small", tmp_path/"prostate_small.pth", pool="class+mean", **stats)
+    assert np.allclose(both(TILES), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-4)
     with pytest.raises(BadInput, match="publish no normalisation"): load_encoder("histoencoder-small", tmp_path/"prostate_small.pth")
 
 
@@ -195,7 +199,7 @@ def test_weights_are_found_in_a_folder_and_never_fetched_unasked(tmp_path, monke
     with pytest.raises(BadInput, match="HPAI-BSC/Bony.*pass the file as checkpoint.$"): load_encoder("bony", hub=True)
     body = timm.create_model("xcit_small_12_p16_224", num_classes=0)
     torch.save(body.state_dict(), tmp_path/"histoencoder-small.pth")
-    assert load_encoder("histoencoder-small", mean=(.5,)*3, std=(.2,)*3).spec.dim == 2*384
+    assert load_encoder("histoencoder-small", mean=(.5,)*3, std=(.2,)*3).spec.dim == 384
 
 
 # what training scripts leave, in their own layouts
@@ -375,3 +379,21 @@ def test_any_ending_is_found_in_the_folder_of_weights(tmp_path, monkeypatch, nam
 def test_a_normalisation_is_three_numbers(key, value):
     with pytest.raises(BadInput, match=f"{key}: .* is not three numbers"):
         load_encoder("random:xcit_nano_12_p16_224", **{key: value})
+
+
+def test_what_the_report_printed():
+    assert {task: {name: row[task] for name, row in BONY_REPORT.items()} for task in ("classes", "masks", "reconstruction")} == {
+        "classes": {"bony": .812, "hibou": .831, "histoencoder": .816}, "masks": {"bony": 2.934e-6, "hibou": 1.455e-6, "histoencoder": 1.003e-6},
+        "reconstruction": {"bony": .0008, "hibou": .1, "histoencoder": None}}
+
+
+def test_the_benchmark_is_that_of_the_report():
+    "Three tasks on three sets, each encoder by its authors' feature; Bony by the scores that the report probed."
+    stages = load_study(Path(__file__).resolve().parents[1]/"runs/bench.yaml").stages
+    assert {stages[name].parameters["cohort"] for name in ("panda", "sicapv2", "deepgleason")} == {"panda", "sicapv2", "pairs"}
+    for name, pool in (("bony", "head"), ("hibou", "class"), ("histoencoder", "class")):
+        for kind, notebook in (("classes", "30_probe"), ("deepgleason", "31_masks")):
+            stage = stages[f"{kind}-{name}"]
+            assert stage.notebook.endswith(f"{notebook}.ipynb") and stage.parameters["pool"] == pool, stage.name
+        assert stages[f"deepgleason-{name}"].parameters["tiles"] == "runs/bench/deepgleason"
+    assert stages["recap-deepgleason"].parameters["masks"] == [f"runs/bench/deepgleason-{name}" for name in ("bony", "hibou", "histoencoder")]

@@ -14,7 +14,7 @@ from histonb.data.cohorts import QUARANTINE_COLUMNS, sicapv2
 from histonb.data.encodings import ENCODINGS, detect_codes, encoding_table, evidence
 from histonb.data.images import KEEP_ALL, tile_images
 from histonb.data.labels import to_labels
-from histonb.data.sicapv2 import GRADES, apart, places
+from histonb.data.sicapv2 import GRADES, apart, in_duplicate, places
 from histonb.data.splits import check_leak
 from histonb.data.tiling import TileRule, tile_cohort
 
@@ -366,12 +366,23 @@ def test_broken_folders_and_tables(root):
 
 # The real sample -------------------------------------------------------------------------------------------------------
 
+DUPLICATES = """16B0001851_Block_Region_3 16B0003388_Block_Region_5 16B0003394_Block_Region_1 16B0022608_Block_Region_2 16B0022786_Block_Region_0
+16B0023614_Block_Region_3 16B0026792_Block_Region_3 16B0027040_Block_Region_10 18B0005478J_Block_Region_13 18B0005478J_Block_Region_10""".split()
+
+
+def test_duplicate_regions_are_told_by_slide_and_number():
+    names = pd.Series([f"{d}_1_2_xini_0_yini_5" for d in DUPLICATES] + ["16B0001851_Block_Region_1_1_2_xini_0_yini_5", "16B0001851_Block_Region_31_1_2_xini_0_yini_5", "other"])
+    assert in_duplicate(places(names)).tolist() == [True]*10 + [False]*3
+
+
 @needs_real
 def test_real_sample():
-    cohort = sicapv2(REAL)
+    cohort = sicapv2(REAL, duplicates=True)
     assert len(cohort) == 7 and set(cohort.slides["mask"]) == {""} and cohort.slides["case"].str.startswith("patient ").all()
     assert cohort.counts["listed but not in the folder"] == 12081 - 7 and cohort.counts["in the folder but not listed"] == 3
-    assert len(sicapv2(REAL, unlisted=True)) == 10
+    assert len(sicapv2(REAL, unlisted=True, duplicates=True)) == 10
+    without = sicapv2(REAL, unlisted=True)
+    assert len(without) == 9 and without.counts["in duplicate regions"] == 1 and not without.slides["slide"].str.startswith(tuple(f"{d}_" for d in DUPLICATES)).any()
 
 
 @needs_real
@@ -381,18 +392,22 @@ def test_real_partition_in_full(tmp_path):
     (tmp_path/"images").mkdir()
     for side in ("Train", "Test"):
         for name in pd.read_excel(REAL/f"partition/Test/{side}.xlsx")["image_name"]: (tmp_path/"images"/name).touch()
-    cohort = sicapv2(tmp_path, val="Val1")
+    cohort = sicapv2(tmp_path, val="Val1", duplicates=True)
     slides = cohort.slides
     assert len(slides) == 12081 and slides["wsi"].nunique() == 155 and slides["case"].nunique() == 95 and not len(cohort.quarantine)
     assert slides["split"].value_counts().to_dict() == {"train": 7472, "val": 2487, "test": 2122}
     assert slides[slides["split"] == "test"]["class"].value_counts().to_dict() == {"gleason4": 853, "healthy": 644, "gleason3": 393, "gleason5": 232}
     assert check_leak(slides)["leaking_cases"] == 0
-    for i in (2, 3, 4): assert len(sicapv2(tmp_path, f"Val{i}")) == 9959
-    assert len(sicapv2(tmp_path, overlap=False)) == 3652
+    for i in (2, 3, 4): assert len(sicapv2(tmp_path, f"Val{i}", duplicates=True)) == 9959
+    assert len(sicapv2(tmp_path, overlap=False, duplicates=True)) == 3652
+    once = sicapv2(tmp_path)
+    assert once.slides["split"].value_counts().to_dict() == {"train": 9959 - 436, "test": 2122 - 128} and once.counts["in duplicate regions"] == 564
+    assert {*slides["slide"]} - {*once.slides["slide"]} == {*slides["slide"][slides["slide"].str.startswith(tuple(f"{d}_" for d in DUPLICATES))]}
+    assert once.slides["wsi"].nunique() == 155  # each slide keeps another region
 
 
 @needs_real
 def test_real_patches_become_tiles(tmp_path):
     table = tile_cohort(sicapv2(REAL), tmp_path/"tiles", TileRule(mpp=512/224), workers=1)
     told = sicapv2(REAL).slides.set_index("slide")["class"].map({"gleason3": 2, "gleason4": 3, "gleason5": 4})
-    assert len(table) == 7 and (table["label"] == table["slide"].map(told)).all() and (table["mpp"] - 512/224).abs().max() < 1e-9
+    assert len(table) == 6 and (table["label"] == table["slide"].map(told)).all() and (table["mpp"] - 512/224).abs().max() < 1e-9

@@ -16,10 +16,12 @@ SOURCE = "transfer of Cerberus to EBHI-Seg (the study), random division by pictu
 ACCURACY = {"layer 1": .852, "layer 2": .825, "layer 3": .803, "layer 4": .794, "svm": .591} # fine-tuned from this layer on
 
 # %% ../../nbs/evaluate/34e_published_ebhi.ipynb #cell-008
+_COMPARED = "Cerberus", "U-Net", "SegNet", "MedT"
 _DICE = {"Normal": .967, "Polyp": .967, "High-grade IN": .936, "Low-grade IN": .964, "Adenocarcinoma": .928, "Serrated adenoma": .937}
-_ROWS = [{"class": name, "network": "Cerberus", "dice": _DICE[name]} for name in CLASSES] + [
-    {"class": "Polyp", "network": "U-Net", "dice": .965, "jaccard": .308, "conformity": -1.514}]
+_KNOWN = {("Cerberus", name): {"dice": dice} for name, dice in _DICE.items()} | {
+    ("U-Net", "Polyp"): {"dice": .965, "jaccard": .308, "conformity": -1.514}}
 
-def published_masks() -> pd.DataFrame: # `class, network`, FIVE (NaN: not known), `verdict` and `implied` of `overlap.verdicts`
+def published_masks() -> pd.DataFrame: # 24 rows of `class, network`, FIVE (NaN: not known), `verdict` and `implied` of `overlap.verdicts`
     "The published rows, judged by what the figures of one row imply of each other."
-    return verdicts(pd.DataFrame(_ROWS, columns=["class", "network", *FIVE]))
+    rows = [{"class": name, "network": network, **_KNOWN.get((network, name), {})} for network in _COMPARED for name in CLASSES]
+    return verdicts(pd.DataFrame(rows, columns=["class", "network", *FIVE]))
