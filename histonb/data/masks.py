@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, atomic_path, digest, progress
+from ..core import BadInput, atomic_path, content_key, digest, progress
 from .criteria import FRACTIONS
 from .labels import IGNORE, LABELS, code_table, to_labels
 from .shards import tile_span
@@ -114,9 +114,8 @@ def masks_key(
 ) -> str: # 16 hexadecimal digits
     "A digest of which tiles, of which mask files, by which codes."
     table, used = masks.table, masks.slides.loc[masks.table["slide"].unique()]
-    stats = [Path(p).stat() for p in used["mask"]]
     return digest(masks.size, masks.side, table["slide"].tolist(), table[["x", "y", "level", "mpp"]].to_numpy(np.float64).tobytes(),
-                  [(s.st_size, s.st_mtime_ns) for s in stats], [sorted(code_table(c).items()) for c in used["codes"]])
+                  [content_key(p) for p in used["mask"]], [sorted(code_table(c).items()) for c in used["codes"]])
 
 def store_masks(
     masks: MaskTiles, # N tiles
