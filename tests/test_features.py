@@ -1,6 +1,8 @@
 "Encoders and cached features: equal to the plain forward pass, right keys, damage found, input that must be refused."
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import torch
 
 from histonb.core import BadInput, read_json
 from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.features import cache_paths, extract, extract_all, tiles_key
+from histonb.evaluate.features import cache_paths, extract, extract_all, load_features, tiles_key
 from histonb.models import backbones
 
 NANO = "xcit_nano_12_p16_224"
@@ -182,6 +184,50 @@ def test_spoilt_part_is_begun_again(nano, tmp_path):
     path, = cache_paths(Tiles(), [nano], tmp_path)
     path.with_suffix(".part").write_bytes(b"no header")
     assert np.array_equal(extract(Tiles(), nano, tmp_path), extract(Tiles(), nano))
+
+
+def test_two_processes_and_one_cache(nano, tmp_path):
+    """The second waits, then takes what the first has made."""
+    code = ("import sys, torch; sys.path.insert(0, sys.argv[2]); torch.set_num_threads(1)\n"
+            "from test_features import *\nnano = load_encoder(f'random:{NANO}')\n"
+            "print('ready', flush=True); sys.stdin.readline(); tiles = Tiles(400)\n"
+            "np.save(sys.argv[3], extract(tiles, nano, sys.argv[1], batch_size=4)); print(tiles.reads)")
+    def start(i): return subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"cache"), os.path.dirname(__file__), str(tmp_path/f"{i}.npy")],
+                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    processes = [start(i) for i in range(2)]
+    for process in processes: assert process.stdout.readline() == "ready\n"
+    said = []
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes: said.append(process.communicate(timeout=120)[0])
+    right = extract(Tiles(400), nano, batch_size=4)
+    for i in range(2): assert np.array_equal(np.load(tmp_path/f"{i}.npy"), right)
+    assert sorted(int(s.split()[-1]) for s in said) == [9, 409]  # one read them all, the other no more than its key wants
+    assert sorted(p.suffix for p in (tmp_path/"cache").iterdir()) == [".json", ".npy", ".parquet"]
+
+
+def test_the_same_encoder_twice_does_not_wait_for_itself(nano, tmp_path):
+    a, b = extract_all(Tiles(), [nano, nano], tmp_path)
+    assert np.array_equal(a, b)
+
+
+def test_damaged_features_are_never_served(nano, tmp_path):
+    tiles = Tiles()
+    extract(tiles, nano, tmp_path)
+    path, = cache_paths(tiles, [nano], tmp_path)
+    files = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    right, rng, served = np.array(load_features(path, tiles.table)), np.random.default_rng(0), 0
+    for p, data in files.items():
+        for _ in range(16):
+            at = int(rng.integers(len(data)))
+            p.write_bytes(data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1:])
+            try: found = load_features(path, tiles.table)
+            except BadInput: continue
+            finally: p.write_bytes(data)
+            served += p.suffix == ".npy"
+            assert np.array_equal(found, right)  # where the record's remarks were hit
+    assert not served
 
 
 def test_one_pass_for_several_encoders(nano, colour, tmp_path):

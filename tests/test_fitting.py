@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from histonb.core import BadInput, read_jsonl
+from histonb.core import BadInput, hold, read_jsonl
 from histonb.data.ebhi import CLASSES, ebhi_seg
 from histonb.data.pair_augment import EBHIAugment
 from histonb.models import backbones, cerberus
@@ -287,6 +287,10 @@ def test_parameters_that_cannot_work(train, tmp_path, changes, message):
 def test_a_loss_that_is_not_finite_ends_the_run(train, tmp_path):
     with pytest.raises(ArithmeticError, match="Lower lr"): fit(Net(), lambda s, m, c: s.sum()/0., train, config(tmp_path))
     assert not (tmp_path/"weights.safetensors").exists()
+
+
+def test_two_on_one_folder(train, tmp_path):
+    with hold(tmp_path), pytest.raises(BadInput, match="another process is writing here"): fit(Net(), loss, train, config(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from histonb.core import BadInput, read_json
 from histonb.jobs import studies
-from histonb.jobs.site import write_report
+from histonb.jobs.site import duration_text, write_report
 from histonb.jobs.studies import StageFailed, is_running, load_study, parameter_types, run_study, status
 from histonb.pretrain.config import PretrainConfig
 
@@ -307,6 +307,103 @@ def test_an_input_file_that_changes_makes_its_stage_stale(root):
     run_study(root / "runs/tiny.yaml")
     table.write_text("2")
     assert [(r["state"], r["why"]) for r in status(root)] == [("stale", "changed: inputs table"), ("stale", "first to be run again")]
+
+
+@pytest.mark.parametrize("given", ["cohort", "[cohort]", "[{reader: glas, root: cohort}]"])
+def test_a_label_corrected_in_place_makes_its_stage_stale(root, given):
+    """Of equal size, in a folder, whether it is named alone, in a list, or in a set's description; a touched file changes nothing."""
+    (root / "cohort").mkdir()
+    labels = root / "cohort/train.csv"
+    labels.write_text("slide,grade\na,1\n")
+    default = '""' if given == "cohort" else "[]"
+    notebook(root, "10_first", f'out = ""\nn = 1\ncohort = {default}', FIRST)
+    (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", f"n: 4, cohort: {given}"))
+    run_study(root / "runs/tiny.yaml")
+    os.utime(labels, (1, 1))
+    assert states(root) == ["finished", "finished"]
+    labels.write_text("slide,grade\na,2\n")
+    assert [(r["state"], r["why"]) for r in status(root)] == [("stale", "changed: inputs cohort"), ("stale", "first to be run again")]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("5")])
+def test_an_output_that_is_gone_or_changed_is_made_again(root, change):
+    run_study(root / "runs/tiny.yaml")
+    change(root / "runs/tiny/first/n.txt")
+    assert [(r["state"], r["why"]) for r in status(root)] == [("stale", "no longer what it wrote: n.txt"), ("stale", "first to be run again")]
+    run_study(root / "runs/tiny.yaml")
+    assert (root / "runs/tiny/first/n.txt").read_text() == "4" and states(root) == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("cell, says", [
+    ("exit()", "without a metrics.json: the last cell must call"), ("quit(2)", "SystemExit: 2"),
+    ("import os; os._exit(3)", "ended by the notebook itself, with exit code 3: leave out `os._exit"),
+    ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL: was there enough memory"), ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
+    ("open('/proc/nothing/here', 'w')", "FileNotFoundError"), ("raise PermissionError(13, 'Permission denied', 'x')", "x: you have no permission to write here")])
+def test_how_a_notebook_ended_is_told_in_one_sentence(root, cell, says):
+    notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:2], cell, FIRST[-1]])
+    with pytest.raises(StageFailed, match=f"stage `first` failed in cell .*{says}"): run_study(root / "runs/tiny.yaml")
+
+
+def test_a_notebook_that_prints_too_much_is_cut(root):
+    notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:4], "for i in range(20): print('x'*1_000_000)", FIRST[-1]])
+    run_study(root / "runs/tiny.yaml")
+    for name in ("notebook.ipynb", "report.html"):
+        text = (root / "runs/tiny/first" / name).read_text()
+        assert len(text) < 500_000 and "characters are left out" in text
+
+
+@pytest.mark.parametrize("cell, says", [('out = ""\nn = = 1', "line 2 of the parameters cell is not Python"), ('%matplotlib inline\nout = ""', "line 1 of the"),
+                                        ('out = ""\nn = None', "Write its type"), ('out = ""\nn = 2 + f(3)', "in the parameters cell")])
+def test_a_parameters_cell_that_is_no_list_of_values(root, cell, says):
+    notebook(root, "10_first", cell, FIRST)
+    with pytest.raises(BadInput, match=says): load_study(root / "runs/tiny.yaml")
+
+
+@pytest.mark.parametrize("text, says", [
+    ("a: &a [x, x, x, x, x, x, x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}']*8)}]\n" for m, n in zip("abcdef", "bcdefg", strict=True)), "aliases written out"),
+    ("a: &a [*a]", "nested without end"), ("["*5000, "nested without end"), ("a: 2001-99-99", "month"), ("a: " + "1"*5000, "digits"),
+    ("a: \0", "unacceptable character"), ("!!python/object:os.system x", "could not determine a constructor")])
+def test_yaml_that_is_no_study(root, text, says):
+    (root / "runs/tiny.yaml").write_text(text)
+    with pytest.raises(BadInput, match=says): load_study(root / "runs/tiny.yaml")
+
+
+@pytest.mark.parametrize("name", ["no", "on", "1", "2024-01-01", "~"])
+def test_a_stage_whose_name_is_no_text_to_yaml(root, name):
+    (root / "runs/tiny.yaml").write_text(STUDY.replace("first:", f"{name}:").replace("{first}", f"{{{name}}}"))
+    with pytest.raises(BadInput, match="Put the name in quotes"): load_study(root / "runs/tiny.yaml")
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "a b", "a/b"])
+def test_a_study_whose_name_is_no_folder(root, name):
+    path = root / "runs" / f"{name.replace('/', '_')}.yaml"
+    path.write_text(STUDY.replace("study: tiny", f"study: '{path.stem}'"))
+    if "/" not in name:
+        with pytest.raises(BadInput, match="not a name for a folder"): load_study(path)
+
+
+def test_a_broken_record_of_a_stage_counts_as_none(root):
+    run_study(root / "runs/tiny.yaml")
+    (root / "runs/tiny/first/stage.json").write_text("[]")
+    assert states(root) == ["not run", "stale"]
+
+
+@pytest.mark.parametrize("seconds, text", [(.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (119.6, "2 min 0 s"), (3599.7, "1 h 0 min"), (7170, "2 h 0 min"), (None, "")])
+def test_lengths_of_time(seconds, text): assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize("given, says", [({"nn": 5}, "unknown parameter `nn`. Did you mean `n`"), ({"n": "many"}, "`n` is 'many', not of type int"),
+                                         ({"workers": -1}, "`workers` is -1")])
+def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
+    """By hand, where no study checks."""
+    import papermill
+    notebook(root, "10_first", 'out = ""\nn = 1\nworkers = 0', ["# First", "from histonb.jobs import runs\nrun = runs.start(out, runs.scalars(globals()))", "run.finish(n=n)"])
+    def run_it(**more): papermill.execute_notebook(str(root / "nbs/reports/10_first.ipynb"), str(root / "o.ipynb"),
+                                                   parameters={"out": str(root / "o"), **more}, kernel_name="python3", progress_bar=False)
+    with pytest.raises(papermill.PapermillExecutionError) as error: run_it(**given)
+    assert says in error.value.evalue
+    run_it(n=3)
+    assert read_json(root / "o/provenance.json")["parameters"] == {"out": str(root / "o"), "n": 3, "workers": 0}
 
 
 def test_a_changed_library_is_told_but_runs_nothing(root, monkeypatch):

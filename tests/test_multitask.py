@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import run_report
 
-from histonb.core import BadInput, read_jsonl, write_json
+from histonb.core import BadInput, hold, read_jsonl, write_json
 from histonb.data import fields as data
 from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
@@ -216,6 +216,23 @@ def test_it_learns(tmp_path):
     rows = read_jsonl(tmp_path/"log.jsonl")
     losses, right = [row["loss"] for row in rows if "loss" in row], [row["right_nucleus"] for row in rows if "right_nucleus" in row]
     assert losses[-1] < .75*losses[0] and right[-1] > .8
+
+
+def test_two_on_one_folder(tmp_path):
+    with hold(tmp_path), pytest.raises(BadInput, match="another process is writing here"): train(config(tmp_path, steps=2))
+
+
+def test_a_run_is_made_longer_where_its_schedule_allows_it(tmp_path):
+    """A rate that falls in steps does not depend on how many steps follow; along a cosine it does."""
+    changes = dict(schedule="step", decay_every=3, checkpoint_every=2)
+    train(config(tmp_path/"whole", steps=6, **changes))
+    train(config(tmp_path/"longer", steps=4, **changes))
+    train(config(tmp_path/"longer", steps=6, **changes))
+    whole, longer = (cerberus.load(tmp_path/name)[0].state_dict() for name in ("whole", "longer"))
+    assert all(torch.equal(whole[k], longer[k]) for k in whole)
+    with pytest.raises(BadInput, match="has taken 6 steps already"): train(config(tmp_path/"longer", steps=5, **changes))
+    train(config(tmp_path/"cosine", steps=2, schedule="cosine"))
+    with pytest.raises(BadInput, match="schedules are laid out over all its steps"): train(config(tmp_path/"cosine", steps=4, schedule="cosine"))
 
 
 def test_a_run_that_is_killed_goes_on_exactly(tmp_path):

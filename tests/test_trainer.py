@@ -169,6 +169,7 @@ def test_continued_run_equals_the_whole_one(tmp_path):
     pretrain(config(tmp_path/"parts", workers=1), Tiles())  # the number of workers does not matter
     assert_same_run(tmp_path/"whole", tmp_path/"parts")
     assert not (tmp_path/"parts"/"stopped").exists()
+    assert checkpoints(tmp_path/"whole")[0][1].name == checkpoints(tmp_path/"parts")[0][1].name  # equal bytes
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_run_equals_the_whole_one(tmp_path, processes):

@@ -330,6 +330,8 @@ class _Lines(io.TextIOBase):
         for line in filter(str.strip, lines): print(self.prefix + cut(line, 2000), flush=True)
         return len(text)
 
+_EXIT = "import sys; exit = quit = sys.exit" # IPython's own ends the kernel some cells later
+
 class _Kernel:
     "A Python kernel of this environment, on private sockets; SIGINT and SIGTERM reach it, and leaving ends it with all its processes."
     def __init__(self, cwd, stage): self.cwd, self.stage, self.signum, self.timer = cwd, stage, None, None
@@ -341,7 +343,7 @@ class _Kernel:
         self.manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{self.sockets}/k")
         self.manager.kernel_spec.argv[0] = sys.executable
         run_sync(self.manager.start_kernel)(cwd=str(self.cwd), env={**os.environ, "HISTONB_BATCH": "1", "HISTONB_STAGE": str(self.stage)},
-                                            extra_arguments=["--HistoryManager.hist_file=:memory:"])
+                                            extra_arguments=["--HistoryManager.hist_file=:memory:", f"--IPKernelApp.exec_lines={_EXIT}"])
         self.group, self.old = self.manager.provisioner.pgid, {}
         if threading.current_thread() is threading.main_thread():
             self.old = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -354,7 +356,7 @@ class _Kernel:
         "What ended the kernel."
         code = self.run_sync(self.manager.provisioner.poll)()
         if code is None: return "the kernel does not answer any more"
-        if code >= 0: return f"the kernel was ended by the notebook itself, with exit code {code}: leave out `exit()` and `os._exit()`"
+        if code >= 0: return f"the kernel was ended by the notebook itself, with exit code {code}: leave out `os._exit()`"
         return f"the kernel was ended by {signal.Signals(-code).name}" + ": was there enough memory?"*(code == -signal.SIGKILL)
 
     def on_signal(self, signum, frame):

@@ -39,6 +39,15 @@ def checkpoints(
     found = [(m, p) for p in (Path(folder)/"checkpoints").glob("*.pt") if (m := _NAME.fullmatch(p.name))]
     return sorted(((int(m[2]), p, bool(m[1])) for m, p in found), key=lambda c: (c[0], not c[2]), reverse=True)
 
+def _interned(value):
+    "The same state with one object for equal texts, so that equal states are equal bytes, whether read from a file or not."
+    if isinstance(value, str): return sys.intern(value)
+    if isinstance(value, dict):
+        copied = type(value)((_interned(k), _interned(v)) for k, v in value.items())
+        if hasattr(value, "_metadata"): copied._metadata = value._metadata  # versions of a network's modules
+        return copied
+    return type(value)(map(_interned, value)) if type(value) in (list, tuple) else value
+
 def write_checkpoint(
     state: dict, # tensors, numbers, text, lists and dicts of them
     folder, # of the run
@@ -50,7 +59,7 @@ def write_checkpoint(
     home = Path(folder)/"checkpoints"
     try:
         with atomic_path(home/"new.pt") as p, open(p, "wb") as f:
-            torch.save(state, f)  # an open file: torch would write the name of a path into its bytes
+            torch.save(_interned(state), f)  # an open file: torch would write the name of a path into its bytes
         path = home/f"{'best-' if best else ''}{step:07d}-{digest(home/'new.pt')}.pt"
         os.replace(home/"new.pt", path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
