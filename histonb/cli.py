@@ -197,12 +197,6 @@ def doctor():
     raise typer.Exit(min(lost, 1))
 
 # %% ../nbs/60_cli.ipynb #cell-014
-def _is_text(path):
-    "Tell whether a path can be written into a table: names from elsewhere may hold bytes that are no letters."
-    try: str(path).encode()
-    except UnicodeEncodeError: return False
-    return True
-
 def _ids(paths):
     "Call each slide by its file's name, with its ending and then its folder only where two are called alike."
     ids = [p.stem for p in paths]
@@ -215,13 +209,13 @@ def single_slides(
 ): # a `Cohort` of slides without masks, each its own case
     "List slides given by name as a cohort."
     import pandas as pd
-    from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort
+    from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort, is_text
     paths = [Path(p) for p in paths]
-    usable = [p for p in paths if _is_text(p)]
+    usable = [p for p in paths if is_text(p)]
     slides = pd.DataFrame([{**dict.fromkeys(SLIDE_COLUMNS, ""), "slide": name, "image": str(p), "cohort": "slides", "case": name, "isup": -1}
                            for p, name in zip(usable, _ids(usable), strict=True)],
                           columns=SLIDE_COLUMNS)
-    odd = [str(p).encode(errors="backslashreplace").decode() for p in paths if not _is_text(p)]
+    odd = [str(p).encode(errors="backslashreplace").decode() for p in paths if not is_text(p)]
     aside = [(Path(p).stem, p, "its name is not UTF-8 text", "Rename it.") for p in odd]
     return Cohort("slides", slides, pd.DataFrame(aside, columns=QUARANTINE_COLUMNS, dtype=str))
 

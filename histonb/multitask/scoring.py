@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, atomic_path, progress, read_json
+from ..core import BadInput, progress, read_json, write_parquet
 from ..data.fields import Fields, at_mpp
 from ..evaluate.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models import cerberus
@@ -100,7 +100,7 @@ def write_scores(
     "Write what each field adds to the figures of instances."
     rows = [{k: r[k] for k in SCORED} | dict(zip(SUMS, object_sums(r["pairs"]), strict=True)) for r in records if TASKS[r["task"]].kind == "instances"]
     table = pd.DataFrame(rows, columns=[*SCORED, *SUMS])
-    with atomic_path(path) as p: table.to_parquet(p, index=False)
+    write_parquet(path, table)
     return table
 
 def score_run(

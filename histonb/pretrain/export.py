@@ -14,13 +14,12 @@ import secrets
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import timm
 import torch
 from safetensors.torch import save_file
 
 import histonb
-from ..core import BadInput, digest, read_json, read_jsonl, refusals_told, write_json
+from ..core import BadInput, digest, read_json, read_jsonl, read_parquet, refusals_told, write_json
 from ..models import backbones
 from .config import PRESETS, preset
 
@@ -90,7 +89,7 @@ def origin(
     table = Path(config["tiles"])/"tiles.parquet"
     if config["tiles"] and table.exists():
         found["tiles"] = digest(table)
-        mpp = pd.read_parquet(table, columns=["mpp"])["mpp"].dropna()
+        mpp = read_parquet(table, ["mpp"], only=True)["mpp"].dropna()
         if len(mpp): found["mpp"] = float(mpp.median())
     if "n_images" in config: found["images"] = config["n_images"]
     return found
