@@ -128,21 +128,24 @@ _HOLDS = {
     **dict.fromkeys(("x", "y", "level", "label", "shard", "offset", "nbytes"), (pd.api.types.is_integer_dtype, "whole numbers")),
 } # column -> what it holds
 
+_PLACE = ("kept", "label", "shard", "offset", "nbytes") # columns without which no tile can be served
+
 def _checked(table, columns, path):
-    "The tile table itself, if it has these columns and they hold what they should."
+    "The tile table itself, if it has these columns and all columns hold what they should."
     for name in columns:
         if name not in table: raise BadInput(path, f"no column `{name}` in this tile table", nearest(name, table))
-        fits, what = _HOLDS.get(name, (None, ""))
-        if fits and not fits(table[name]): raise BadInput(path, f"its column `{name}` does not hold {what}", _AGAIN)
+    for name, (fits, what) in _HOLDS.items():
+        if name in table and not fits(table[name]): raise BadInput(path, f"its column `{name}` does not hold {what}", _AGAIN)
     return table
 
 def read_tiles(
     store, # folder of a tile store
+    columns=(), # that it must have besides the place of a tile in its shard and its label
 ) -> pd.DataFrame: # all rows
     "Read the tile table of a store. Raises `BadInput` where it is missing, damaged, or another table."
     path = Path(store)/"tiles.parquet"
     if not path.is_file(): raise BadInput(path, "there is no tile table here", _AGAIN)
-    table = _checked(read_parquet(path, ["slide"], _AGAIN), _HOLDS, path)
+    table = _checked(read_parquet(path, remedy=_AGAIN), (*_PLACE, *columns), path)
     stored = table[table["shard"] >= 0]
     if (stored["offset"] < 0).any() or (stored["nbytes"] <= 0).any(): raise BadInput(path, "a stored tile has no place in its shard", _AGAIN)
     return table
@@ -154,10 +157,11 @@ class TileShards:
         folder, # the tile store
         table: pd.DataFrame | None = None, # rows to serve, in this order; by default the kept rows of `tiles.parquet` that are stored
         transform=None, # applied to each image; receives and may return anything
+        columns=(), # that the table of the folder must have, for `read_tiles`
     ):
         self.folder, self.transform, self.files = Path(folder), transform, {}
         if table is None:
-            table = read_tiles(folder)
+            table = read_tiles(folder, columns)
             table = table[table.kept & (table["shard"] >= 0)]
         self.table = _checked(table, ("shard", "offset", "nbytes", "label"), "tile table").reset_index(drop=True)
         unstored = int((self.table["shard"] < 0).sum())
