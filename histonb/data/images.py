@@ -198,7 +198,7 @@ def join_stores(
     if out.resolve() in {s.resolve() for s in stores}: raise BadInput(out, "is one of the stores", "Choose another folder: their own tables stay as they are.")
     if len({*names}) < len(names): raise BadInput("stores", f"two have the same name: {', '.join(names)}", "Rename a folder.")
     if labelled and labelled not in stores: raise BadInput("labelled", f"{labelled} is not among the stores", nearest(labelled, stores))
-    found = [read_tiles(s) for s in stores]
+    found = [read_tiles(s, ("slide", "case", "split")) for s in stores]
     sizes = {s.name: _tile_size(s) for s in stores}
     if len({*sizes.values()}) > 1: raise BadInput("stores", f"their tiles differ in size: {sizes}", "Cut them with one size.")
     with hold(out): return _join(dict(zip(stores, found, strict=True)), out, labelled, sizes[stores[0].name])
