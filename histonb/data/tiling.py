@@ -139,7 +139,7 @@ def _labels(slides):
 def _assemble(out, jobs, done, slides):
     "One table from the slides' parts and, for slides of an earlier run, from the table that is there."
     tables = []
-    earlier = dict(list(read_tiles(out).groupby("slide", sort=False))) if (out/"tiles.parquet").exists() else {}
+    earlier = dict(list(read_tiles(out, COLUMNS).groupby("slide", sort=False))) if (out/"tiles.parquet").exists() else {}
     for job in jobs:
         if job.slide not in done: continue
         table, row = earlier.get(job.slide), done[job.slide]
