@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TILE', 'AROUND', 'MAP_MPP', 'SQUARE_MARGIN', 'Resampled', 'margin_of', 'boxes', 'around', 'tile_scores', 'as_input',
-           'predict', 'choose_tasks', 'Scorer', 'survey_stain', 'StainScorer', 'find_scorer']
+           'predict', 'choose_tasks', 'inference_precision', 'Scorer', 'survey_stain', 'StainScorer', 'find_scorer']
 
 # %% ../../nbs/multitask/43a_stitching.ipynb #cell-002
+import copy
 import functools
 import zipfile
 from pathlib import Path
@@ -149,6 +150,14 @@ def choose_tasks(
     if not names or len({*typed}) < len(typed): raise BadInput("tasks", "none" if not names else f"two give types to `{max(typed, key=typed.count)}`", "Choose one.")
     return {n: has[n] for n in names}
 
+def inference_precision(
+    name: str, # auto, fp32 or bf16
+    device: torch.device, # where the network runs
+) -> str: # "bf16" or "fp32"
+    "The precision of this name; auto is fp32 on a CPU, since counts must not depend on its kind, and the best of a GPU."
+    if name not in ("auto", "fp32", "bf16"): raise BadInput("precision", f"unknown `{name}`", nearest(name, ("auto", "fp32", "bf16")))
+    return "fp32" if name == "auto" and device.type == "cpu" else find_precision(name, device)
+
 class Scorer:
     "A network that is asked for the probabilities of tiles."
     def __init__(
@@ -157,15 +166,23 @@ class Scorer:
         tasks=None, # names; None: all of the network
         mpp: float | None = None, # um per pixel of its pictures; None: as the weights say, else 0.5
         device: str = "auto", # auto, cpu, cuda ...
-        precision: str = "auto", # fp32, bf16; auto: bf16 where the hardware computes in it
+        precision: str = "auto", # of `inference_precision`
     ):
         net, about = (weights, {}) if isinstance(weights, Cerberus) else load(weights)
         self.tasks, self.mpp, self.device = choose_tasks(net.tasks, tasks), mpp or about.get("mpp", MPP), find_device(device)
-        if precision not in ("auto", "fp32", "bf16"): raise BadInput("precision", f"unknown `{precision}`", nearest(precision, ("auto", "fp32", "bf16")))
-        self.precision = find_precision(precision, self.device)
+        self.precision, self.automatic = inference_precision(precision, self.device), precision == "auto"
         self.name = "a network" if isinstance(weights, Cerberus) else str(weights)
         self.digest = digest(*(t.detach().float().cpu().numpy().tobytes() for t in net.state_dict().values()))
         self.net, self.margin = net.to(self.device, memory_format=torch.channels_last).eval(), margin_of(net)
+
+    def in_precision(
+        self,
+        precision: str, # fp32 or bf16
+    ) -> "Scorer":
+        "The same network in another precision: what a slide was begun in, it is finished in."
+        other = copy.copy(self)
+        other.precision = precision
+        return other
 
     def __call__(
         self,
@@ -282,7 +299,7 @@ def find_scorer(
     tasks=None, # names; None: all that it has
     mpp: float | None = None, # um per pixel of its pictures; None: as the weights say
     device: str = "auto", # auto, cpu, cuda ...
-    precision: str = "auto", # fp32, bf16; auto: bf16 where the hardware computes in it
+    precision: str = "auto", # of `inference_precision`
 ): # a scorer
     "What annotates."
     if hasattr(weights, "margin"): return weights
