@@ -108,10 +108,10 @@ def score_run(
     name: str, # what to call its network
     others=None, # further annotators by name
 ) -> pd.DataFrame: # what `write_scores` wrote into the folder
-    "Score a run's network on the test fields of its own division."
+    "Score a run's network, in fp32, on the test fields of its own division."
     c = read_json(Path(folder)/"config.json")
     sets, tasks = read_sets(c["sets"], c["tasks"], c["val_share"], c["test_share"], c["split_seed"])
-    annotators = {name: annotator(cerberus.load(folder)[0], c["precision"]), **(others or {})}
+    annotators = {name: annotator(cerberus.load(folder)[0]), **(others or {})}
     tests = [fields.take((fields.table["split"] == "test").to_numpy()) for fields in sets]
     return write_scores([r for fields in tests if len(fields) for r in score_fields(annotators, fields, [t.name for t in tasks], c["mpp"])], Path(folder)/"scores.parquet")
 
