@@ -197,12 +197,6 @@ def doctor():
     raise typer.Exit(min(lost, 1))
 
 # %% ../nbs/60_cli.ipynb #cell-014
-def _is_text(path):
-    "Tell whether a path can be written into a table: names from elsewhere may hold bytes that are no letters."
-    try: str(path).encode()
-    except UnicodeEncodeError: return False
-    return True
-
 def _ids(paths):
     "Call each slide by its file's name, with its ending and then its folder only where two are called alike."
     ids = [p.stem for p in paths]
@@ -215,13 +209,13 @@ def single_slides(
 ): # a `Cohort` of slides without masks, each its own case
     "List slides given by name as a cohort."
     import pandas as pd
-    from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort
+    from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort, is_text
     paths = [Path(p) for p in paths]
-    usable = [p for p in paths if _is_text(p)]
+    usable = [p for p in paths if is_text(p)]
     slides = pd.DataFrame([{**dict.fromkeys(SLIDE_COLUMNS, ""), "slide": name, "image": str(p), "cohort": "slides", "case": name, "isup": -1}
                            for p, name in zip(usable, _ids(usable), strict=True)],
                           columns=SLIDE_COLUMNS)
-    odd = [str(p).encode(errors="backslashreplace").decode() for p in paths if not _is_text(p)]
+    odd = [str(p).encode(errors="backslashreplace").decode() for p in paths if not is_text(p)]
     aside = [(Path(p).stem, p, "its name is not UTF-8 text", "Rename it.") for p in odd]
     return Cohort("slides", slides, pd.DataFrame(aside, columns=QUARANTINE_COLUMNS, dtype=str))
 
@@ -320,7 +314,9 @@ def annotate(
     slide_mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel at level 0, for slides that do not say.")] = None,
     tile: Annotated[int, typer.Option(help="Pixels of a side of a tile, a multiple of 144: less needs less memory and more time.")] = 1008,
     device: Annotated[str, typer.Option(help="cpu, cuda ...; auto is a GPU where there is one.")] = "auto",
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto is bf16 where the hardware computes in it.")] = "auto",
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto is fp32 on a CPU, so that counts do not depend on its kind, and bf16 on a GPU that computes in it.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what there is of these slides in OUT, and annotate them anew.")] = False,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave slides that have an annotation in OUT as they are, whatever its settings.")] = False,
 ):
     """Find glands, lumina and nuclei in whole slides.
 
@@ -336,12 +332,14 @@ def annotate(
     from histonb.multitask.stitching import find_scorer
     names = [p.stem for p in slides]
     if twice := {n for n in names if names.count(n) > 1}: raise BadInput(", ".join(sorted(twice)), "several slides of this name", "Annotate them into different folders.")
+    if overwrite and skip_existing: raise BadInput("--overwrite", "given beside --skip-existing", "Choose one.")
+    if not any(slide.exists() for slide in slides): raise BadInput(slides[0], "there is no such file", "Correct the path.")  # before weights are read
     scorer, lost = find_scorer(weights, [t.strip() for t in tasks.split(",")] if tasks else None, mpp, device, precision), []
     try:
         for slide in slides:
             try:
                 with foreign_errors(slide):
-                    folder = annotate_slide(slide, scorer, out, slide_mpp=slide_mpp, tile=tile)
+                    folder = annotate_slide(slide, scorer, out, slide_mpp=slide_mpp, tile=tile, overwrite=overwrite, skip_existing=skip_existing)
                     about = read_json(folder/"annotation.json")
                     counts = ", ".join(f"{n:,} {c}" for c, n in about["counts"].items())
                     print(f"{folder}: {counts} in {about['tissue_mm2']:.2f} mm2 of tissue" + (f"; {about['note']}" if about["note"] else ""), flush=True)

@@ -85,6 +85,47 @@ def test_lists_of_others(tmp_path):
     assert slides["mask"].ne("").sum() == 2 and cohort.counts["without mask"] == 8
     assert names[0] == cohort.slides["slide"][0]
 
+@pytest.mark.parametrize("blank", ["", " ", "nan", "NaN", "NA", "<NA>", "None", "null", "N/A", "-"])
+def test_slides_of_no_group_are_no_case(tmp_path, blank):
+    "A list of duplicates that names all slides, most without a group; and one group written in two ways."
+    names = make(tmp_path)
+    groups = {"s00": "4", "s05": "4.0", "s06": " 4", "s07": "x.0"}
+    (tmp_path/"d.csv").write_text("image_id,group\n" + "".join(f"{name},{groups.get(name, blank)}\n" for name in names))
+    case = panda(tmp_path, duplicates=tmp_path/"d.csv").slides.set_index("slide")["case"]
+    assert case["s00"] == case["s05"] == case["s06"] == "duplicates 4" and case["s07"] == "duplicates x.0" and case.nunique() == 18
+    for name in names:
+        if name not in groups: assert case[name] == name
+
+def test_a_table_that_another_program_saved(tmp_path):
+    "Decimals, spaces, empty rows at the end."
+    make(tmp_path, n=2, table=" image_id ,data_provider,isup_grade, gleason_score\ns00 ,radboud, 1.0,3+3\ns01,karolinska,0.0,0+0 \n,,,\n")
+    assert panda(tmp_path).slides[["slide", "isup", "gleason"]].values.tolist() == [["s00", 1, "3+3"], ["s01", 0, "0+0"]]
+
+@pytest.mark.parametrize("table,words", [
+    (HEADER + "s00,radboud,1,3+3,x\n", "unreadable as CSV"), (HEADER + "s00,radboud,1,3+3\ns01,radboud,1,3+3,x,y\n", "unreadable as CSV"),
+    (HEADER.replace("isup_grade", "image_id") + "s00,radboud,1,3+3\n", "no column `isup_grade`"), (HEADER + "s00,radboud\n", "`isup_grade` that is not a number from 0 to 5: `` for s00"),
+    (HEADER + "s00,radboud,1.5,3+3\n", "that is not a number from 0 to 5"), (HEADER.replace("\n", ", image_id\n") + "s00,radboud,1,3+3,s00\n", "two columns `image_id`")])
+def test_rows_that_do_not_fit_their_header(tmp_path, table, words):
+    make(tmp_path, n=2, table=table)
+    with pytest.raises(BadInput) as e: panda(tmp_path)
+    assert words in str(e.value)
+
+def test_endings_in_capitals_and_hidden_files(tmp_path):
+    make(tmp_path, n=2, masks=["s00"])
+    (tmp_path/"train_images/s01.tiff").rename(tmp_path/"train_images/s01.TIFF")
+    (tmp_path/"train_label_masks/s01_MASK.TIFF").touch()
+    (tmp_path/"train_images/._s00.tiff").touch()
+    cohort = panda(tmp_path)
+    assert cohort.slides["slide"].tolist() == ["s00", "s01"] and all(Path(p).exists() for c in ("image", "mask") for p in cohort.slides[c])
+    assert cohort.counts["in the folder but not listed"] == 0
+
+def test_what_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
+    make(tmp_path)
+    with pytest.raises(BadInput, match="cannot be found"): panda(tmp_path, suspicious=tmp_path/("x"*300))
+    def refuse(path): raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(cohorts.os, "scandir", refuse)
+    with pytest.raises(BadInput, match=r"train_images: cannot be listed \(PermissionError.*Check its permissions"): panda(tmp_path)
+
 @pytest.mark.parametrize("provider", ["radboud", "karolinska"])
 def test_one_provider(tmp_path, provider):
     make(tmp_path, masks=["s00", "s01"])

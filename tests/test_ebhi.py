@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import imagecodecs
 import numpy as np
 import pandas as pd
 import pytest
@@ -196,6 +197,12 @@ def test_a_table_divides_as_it_says(root, above):
     assert listing(ebhi_seg(root, "table"))["split"].tolist() == table["split"].tolist()
 
 
+def test_an_empty_mask_is_one(root):
+    put(one_mask(root), np.zeros((224, 224), np.uint8))
+    cohort = ebhi_seg(root)
+    assert len(cohort) == 48 and (cohort.slides["foreground"] == 0).sum() == 1
+
+
 def test_what_a_table_does_not_name_has_no_split(root):
     table = listing(ebhi_seg(root)).iloc[1:].replace({"image": {"EBHI-SEG/Polyp/image/GT2012040-1-400-000.png": "EBHI-SEG/Polyp/image/GT1-1-400-000.png"}})
     table.to_csv(root/"splits.csv", index=False)
@@ -243,6 +250,9 @@ def one_mask(root): return first(root, part="label")
     ("empty mask", lambda r: one_mask(r).write_bytes(b""), "its mask GT2012040-1-400-000.png cannot be decoded"), ("text as mask", lambda r: one_mask(r).write_text("mask"), "its mask GT2012040-1-400-000.png cannot be decoded"),
     ("large picture", lambda r: put(first(r), np.zeros((448, 448, 3), np.uint8)), "448x448 RGB, not 224x224 RGB"), ("grey picture", lambda r: put(first(r), grey(0)), "224x224 L, not 224x224 RGB"),
     ("cut picture", lambda r: cut_short(first(r)), "cannot be decoded"), ("flipped byte", lambda r: flip_a_byte(first(r)), "cannot be decoded"), ("empty picture", lambda r: first(r).write_bytes(b""), "cannot be decoded"),
+    ("dark picture", lambda r: put(first(r), (grain(0)/255).astype(np.uint8)), "black: no value is above 1"), ("dark mask", lambda r: put(one_mask(r), grey(0)//255), "its mask GT2012040-1-400-000.png no value is above 1: all would be background"),
+    ("grey mask", lambda r: put(one_mask(r), grey(0)//3), "no value is above 85"), ("deep picture", lambda r: first(r).write_bytes(imagecodecs.png_encode(grain(0).astype(np.uint16)*257)), "uint16 in place of 8 bits"),
+    ("deep mask", lambda r: put(one_mask(r), grey(0).astype(np.uint16)*257), "uint16 in place of 8 bits"), ("lost mask", lambda r: (one_mask(r).unlink(), one_mask(r).with_name(first(r).name).symlink_to(r/"none")), "cannot be decoded"),
     ("name", lambda r: first(r).rename(first(r).with_name("GT_photo.png")) and one_mask(r).unlink(), "its name does not tell its case"),
 ], ids=lambda v: v if isinstance(v, str) and len(v) < 16 else "")
 def test_one_bad_picture_is_named_and_the_others_are_read(root, name, damage, fault):

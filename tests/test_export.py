@@ -224,6 +224,23 @@ def test_a_folder_of_the_hub_is_loaded(tmp_path):
             backbones.load(tmp_path)
 
 
+def test_what_is_no_run_is_not_exported(tmp_path):
+    out = export(finished(tmp_path/"run"), tmp_path/"out")
+    with pytest.raises(BadInput, match="is no pre-training run"):
+        export(out, tmp_path/"again")
+    backbones.save(backbones.backbone(NANO), tmp_path/"run", NANO, MEAN, STD)  # without its step
+    with pytest.raises(BadInput, match="is no pre-training run"):
+        export(tmp_path/"run", tmp_path/"again")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_backbone_trained_by_its_mean_token_is_asked_for_that(tmp_path):
+    model = backbones.backbone(NANO)
+    backbones.save(model, tmp_path, NANO, MEAN, STD, pool="mean")
+    mean, asked, token = (load_encoder("x", tmp_path, pool=pool) for pool in ("", "mean", "class"))
+    assert mean.key == asked.key != token.key
+
+
 NANO = "xcit_nano_12_p16_224"
 
 

@@ -1,9 +1,12 @@
 "Annotated fields: instances cleaned, one resolution, every reader on its published layout, and what is refused."
 
+import io
 import pickle
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -383,6 +386,23 @@ def test_real_glas_is_read():
     check_leak(grouped_split(g.table, (.6, .2, .2), label="grade", seed=0))
 
 
+def test_glas_by_a_table_that_another_program_saved(tmp_path):
+    "Numbers have decimals, grades capitals, nothing is written as nan: one patient stays one case, and nobody is the patient nan."
+    rows = ["train_1,7.0, Benign, x", "train_2, 7 ,malignant, x", "testA_1,nan,benign,x", "testB_1,,benign,x"]
+    g = glas(make_glas(tmp_path, rows=rows))
+    assert g.table[["field", "case", "grade"]].values.tolist() == [["train_1", "patient 7", 1], ["train_2", "patient 7", 2]]
+    assert sorted(g.quarantine["slide"]) == ["testA_1", "testB_1"]
+
+
+def test_names_in_either_spelling_of_accents(tmp_path):
+    "An accent apart in one name and composed in the other, as archives from different systems have them."
+    apart, composed = (unicodedata.normalize(form, "Pr\u00e9l\u00e8vement_1") for form in ("NFD", "NFC"))
+    save(tmp_path/f"images/{apart}.png", picture())
+    save(tmp_path/f"instances/{composed}.PNG", squares(1, 2).astype(np.uint8))
+    f = folders(tmp_path, "gland")
+    assert f.table["field"].tolist() == [composed] and f[0].truth["gland"].max() == 2
+
+
 # CRAG
 
 def test_crag_gives_glands_and_its_two_splits(tmp_path):
@@ -475,6 +495,37 @@ def test_lizard_refuses_two_pictures_of_one_name(tmp_path):
     with pytest.raises(BadInput, match="have one name"): lizard(tmp_path)
 
 
+@pytest.mark.parametrize("spelling", ["{}.0", " {} ", "fold{}", "Fold_{}", "split {}", "{}.00"])
+def test_lizard_knows_its_folds_however_they_are_written(tmp_path, spelling):
+    "Another program has saved the table: numbers came back with decimals, and names with their endings."
+    make_lizard(tmp_path)
+    rows = [f"{name}.png,{source},{spelling.format(fold)}" for name, source, fold in (("consep_1", "consep", 1), ("glas_2", "glas", 3), ("dpath_3", "dpath", 2))]
+    (tmp_path/"Lizard_Labels/info.csv").rename(tmp_path/"Lizard_Labels/Info.CSV")
+    (tmp_path/"Lizard_Labels/Info.CSV").write_text("\n".join([" Filename, Source ,Split", *rows, "lost_9.png,crag,"]))
+    z = lizard(tmp_path)
+    assert z.table[["field", "split", "source"]].values.tolist() == [["consep_1", "fold1", "consep"], ["glas_2", "fold3", "glas"], ["dpath_3", "fold2", "dpath"]]
+
+
+@pytest.mark.parametrize("wrong", ["1.5", "4", "0", "nan", "", "1 2", "test"])
+def test_lizard_takes_nothing_else_for_a_fold(tmp_path, wrong):
+    make_lizard(tmp_path)
+    (tmp_path/"Lizard_Labels/info.csv").write_text(f"Filename,Source,Split\nconsep_1,consep,1\nglas_2,glas,{wrong}\ndpath_3,dpath,2\n")
+    z = lizard(tmp_path)
+    assert z.table["field"].tolist() == ["consep_1", "dpath_3"] and z.quarantine["slide"].tolist() == ["glas_2"]
+
+
+def test_lizard_in_other_folders_and_numbers(tmp_path):
+    "Pictures in one folder of another name, labels in capitals, and ids and classes as 1.0."
+    make_lizard(tmp_path)
+    for i, name in enumerate(("consep_1", "glas_2", "dpath_3")):
+        (tmp_path/"images").mkdir(exist_ok=True)
+        (tmp_path/f"Lizard_Images{1 + i//2}/{name}.png").rename(tmp_path/f"images/{name}.PNG")
+        (tmp_path/f"Lizard_Labels/Labels/{name}.mat").rename(tmp_path/f"Lizard_Labels/Labels/{name}.MAT")
+        save_mat(tmp_path/f"Lizard_Labels/Labels/{name}.MAT", inst_map=squares(1, 2, 3)*1., id=np.array([[3.], [1.], [2.]]), **{"class": np.array([[6.], [1.], [4.]])})
+    z = lizard(tmp_path)
+    assert len(z) == 3 and np.array_equal(z[1].truth["nucleus-type"], squares(1, 4, 6)) and np.array_equal(z[1].image, picture(2))
+
+
 # PanNuke
 
 def make_pannuke(root, fold=1, n=3, dtype=np.float64, organs=("Colon", "Breast", "Colon")):
@@ -533,6 +584,50 @@ def test_pannuke_is_not_loaded_whole(tmp_path):
     assert peak < 2e7  # the arrays have 940 million bytes
 
 
+LAYOUTS = {
+    "published": "Fold {n}/{kind}/fold{n}/{file}.npy", "without the folder of the fold": "Fold {n}/{kind}/{file}.npy", "flat": "fold{n}/{file}.npy", "flat, named as published": "Fold {n}/{file}.npy",
+    "merged": "{kind}/fold{n}/{file}.npy", "first release": "Part {n}/{Kind}/{file}.npy", "one folder": "fold{n}_{file}.npy", "one folder, number last": "{file}_fold{n}.npy",
+    "deeper": "pannuke/Fold {n}/{kind}/fold{n}/{file}.npy", "numbered": "{file}_{n}.npy", "capitals": "FOLD{n}/{KIND}/{FILE}.NPY", "by kind": "{file}/fold{n}.npy",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pannuke_as_people_unpack_it(tmp_path, layout):
+    for n in (1, 2, 3):
+        source = make_pannuke(tmp_path/"source", n, organs=(f"organ {n}",)*3)/f"Fold {n}"
+        for kind, file in (("images", "images"), ("images", "types"), ("masks", "masks")):
+            target = tmp_path/"set"/LAYOUTS[layout].format(n=n, kind=kind, Kind=kind.title(), KIND=kind.upper(), file=file, FILE=file.upper())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (source/kind/f"fold{n}/{file}.npy").rename(target)
+    (tmp_path/"set/README.md").write_text("")
+    (tmp_path/"set/._images.npy").write_bytes(b"what macOS leaves")
+    p, published = pannuke(tmp_path/"set"), [f"fold{n}" for n in (1, 2, 3) for _ in range(3)]
+    assert sorted(p.table["split"]) == published and not len(p.quarantine) and p.table["field"].is_unique
+    assert (p.table["organ"] == "organ " + p.table["split"].str[-1]).all()
+    for i in (0, 4, 8): assert np.array_equal(p[i].image, picture(i % 3)) and np.array_equal(p[i].truth["nucleus-type-pannuke"], squares(1, 1, 2, 5))
+
+
+def test_pannuke_of_one_fold_and_of_names_that_tell_none(tmp_path):
+    make_pannuke(tmp_path)
+    for folder in ("images", "masks"): (tmp_path/f"Fold 1/{folder}/fold1").rename(tmp_path/f"Fold 1/{folder}/mine")
+    assert {*pannuke(tmp_path/"Fold 1").table["split"]} == {"fold1"}
+    (tmp_path/"Fold 1").rename(tmp_path/"colon")
+    assert {*pannuke(tmp_path/"colon").table["split"]} == {"mine"}
+
+
+def test_pannuke_sets_aside_a_fold_that_cannot_be_read(tmp_path):
+    "Of three folds one has two numbers in its path, one is broken, one there twice: what is whole and clear is read."
+    for n in (1, 2, 3): make_pannuke(tmp_path, n)
+    make_pannuke(tmp_path/"again", 1)
+    (tmp_path/"Fold 2/images/fold2").rename(tmp_path/"Fold 2/images/fold3")
+    (tmp_path/"Fold 2/masks/fold2").rename(tmp_path/"Fold 2/masks/fold3")
+    cut(tmp_path/"Fold 3/images/fold3/images.npy")
+    p = pannuke(tmp_path)
+    assert {*p.table["split"]} == {"fold1"} and len(p) == 3
+    assert dict(zip(p.quarantine["slide"], p.quarantine["fault"].str[:28], strict=True)) == {
+        "Fold 2/images/fold3/images.npy": "its path names the folds 2 a", "fold3": "unreadable as an array (Valu", "fold1": "this fold is here twice"}
+
+
 @pytest.mark.parametrize(("name", "array", "fault"), [
     ("images/fold1/images.npy", np.zeros((2, 48, 64, 3)), "masks of shape"), ("images/fold1/images.npy", np.zeros((3, 48, 64)), "not numbers of"),
     ("masks/fold1/masks.npy", np.zeros((3, 48, 64, 5)), "not numbers of"), ("masks/fold1/masks.npy", np.zeros((3, 48, 32, 6)), "masks of shape"),
@@ -572,6 +667,125 @@ def test_class_folders_of_other_names_are_refused(tmp_path):
     with pytest.raises(BadInput, match="no pictures here"): patch_folders(tmp_path)
     save(tmp_path/"NORMAL/a.tif", picture())
     with pytest.raises(BadInput, match=r"NORMAL: not the folder of a class\. Did you mean `NORM`"): patch_folders(tmp_path)
+
+
+# maps and pictures that were spoilt before they came here
+
+def make_crag(root):
+    for i, part in enumerate(("train", "valid")):
+        save(root/f"{part}/Images/{part}_1.png", picture(1))
+        save(root/f"{part}/Annotation/{part}_1.png", squares(3 + i, 7).astype(np.uint8))
+    return root
+
+
+def make_classes(root):
+    for name in ("ADI", "TUM"):
+        (root/name).mkdir()
+        tifffile.imwrite(root/f"{name}/{name}-1.tif", picture(), photometric="rgb")
+    return root
+
+
+def glands():
+    "Five glands, and the pieces that JPEG makes of them."
+    ids = np.zeros((48, 64), np.uint8)
+    for i in range(5): cv2.ellipse(ids, (7 + 12*i, 24), (5, 20), 0, 0, 360, i + 1, -1)
+    return ids
+
+
+def after_jpeg(ids):
+    data = io.BytesIO()
+    Image.fromarray(ids).save(data, "JPEG", quality=90)
+    return np.asarray(Image.open(data))
+
+
+def into_channel(root, ids):
+    path = root/"Fold 1/masks/fold1/masks.npy"
+    masks = np.load(path)*0
+    masks[0, ..., 0] = ids
+    np.save(path, masks)
+
+
+MAPS = { # reader -> how it is called, how its set is made, how the first map is written
+    "glas": (glas, make_glas, lambda r, ids: save(r/"testA_1_anno.bmp", ids)), "crag": (crag, make_crag, lambda r, ids: save(r/"train/Annotation/train_1.png", ids)),
+    "consep": (consep, lambda r: make_consep(r), lambda r, ids: save_mat(r/"Train/Labels/train_1.mat", inst_map=ids*1., type_map=(ids > 0)*1.)),
+    "lizard": (lizard, lambda r: make_lizard(r), lambda r, ids: save_mat(r/"Lizard_Labels/Labels/consep_1.mat", inst_map=ids, id=np.unique(ids)[1:, None], **{"class": np.unique(ids)[1:, None]*0 + 1})),
+    "pannuke": (pannuke, lambda r: make_pannuke(r), into_channel), "folders": (lambda r: folders(r, "gland"), lambda r: make_folder(r, False), lambda r, ids: save(r/"instances/a_1_000.png", ids)),
+}
+
+
+@pytest.mark.parametrize("reader", MAPS)
+def test_maps_that_lost_their_numbers_are_refused_by_every_reader(tmp_path, reader):
+    read, make, write = MAPS[reader]
+    root = make(tmp_path)
+    write(root, glands())
+    fields = read(root)
+    assert fields[0].truth[fields.truths[0]].max() == 5
+    for lost in (after_jpeg(glands()), cv2.resize(cv2.resize(glands(), (45, 34), interpolation=cv2.INTER_AREA), (64, 48), interpolation=cv2.INTER_LINEAR)):
+        write(root, lost)
+        with pytest.raises(BadInput, match="specks and lines between other instances"): fields[0]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.jpeg", "a.tif", "a.webp", "a.jp2"])
+def test_maps_in_files_that_lose_numbers_are_refused(tmp_path, name):
+    "Whatever the ending says, and even where little is lost."
+    path, ids = tmp_path/name, squares(1, 2).astype(np.uint8)
+    if name == "a.tif": tifffile.imwrite(path, ids, compression="jpeg")
+    else: Image.fromarray(ids).save(path, {".webp": "WEBP", ".jp2": "JPEG2000"}.get(path.suffix, "JPEG"), quality=100)
+    with pytest.raises(BadInput, match=r"stored as \w+, which changes numbers.*PNG"): read_map(path)
+    for whole in ("lzw", "zlib", None):
+        tifffile.imwrite(tmp_path/"whole.tif", ids, compression=whole)
+        assert np.array_equal(read_map(tmp_path/"whole.tif"), ids)
+
+
+def test_crowded_nuclei_are_no_lost_numbers():
+    "Touching instances, slivers between them, and two hundred of them: as drawn they are read, at half the size too."
+    rng = np.random.default_rng(0)
+    ids = np.zeros((256, 256), np.int32)
+    for i in range(200): cv2.ellipse(ids, rng.integers(0, 256, 2).tolist(), rng.integers(4, 12, 2).tolist(), int(rng.integers(180)), 0, 360, i + 1, -1)
+    for some in (ids, ids[::2, ::2]): assert clean_instances(some, "x").max() > 80
+    with pytest.raises(BadInput, match="lost to JPEG or to smoothing"): clean_instances(cv2.resize(ids.astype(np.float32), (128, 128), interpolation=cv2.INTER_AREA).round(), "x")
+
+
+def as_tiff(path, image): tifffile.imwrite(path, image, photometric="rgb")
+
+
+BLACK = { # reader -> how it is called, how its set is made, its first picture
+    "glas": (glas, make_glas, "testA_1.bmp"), "crag": (crag, make_crag, "train/Images/train_1.png"), "consep": (consep, lambda r: make_consep(r), "Train/Images/train_1.png"),
+    "lizard": (lizard, lambda r: make_lizard(r), "Lizard_Images1/consep_1.png"), "folders": (lambda r: folders(r, "gland"), lambda r: make_folder(r, False), "images/a_1_000.jpg"),
+    "patch_folders": (patch_folders, make_classes, "ADI/ADI-1.tif"),
+}
+
+
+@pytest.mark.parametrize("reader", BLACK)
+@pytest.mark.parametrize("rounded", [np.floor, np.rint])
+def test_pictures_from_nought_to_one_are_refused_by_every_reader(tmp_path, reader, rounded):
+    read, make, name = BLACK[reader]
+    fields = read(make(tmp_path))
+    save(tmp_path/name, rounded(picture()/255).astype(np.uint8))
+    with pytest.raises(BadInput, match=f"{name}: black: no value above 1.*0 to 255"): fields[0]
+    tifffile.imwrite((tmp_path/name).with_suffix(".tif"), np.float32(picture()/255), photometric="rgb")
+    if name.endswith(".tif"):
+        with pytest.raises(BadInput, match="32 bits"): fields[0]
+
+
+def test_arrays_from_nought_to_one_are_refused(tmp_path):
+    path = make_pannuke(tmp_path)/"Fold 1/images/fold1/images.npy"
+    images = np.load(path)
+    for wrong in (images/255, np.float32(images/255), (images/255).astype(np.uint8)):
+        np.save(path, wrong)
+        with pytest.raises(BadInput, match="images.npy: black: no value above 1"): pannuke(tmp_path)[0]
+    for right in (images, np.float32(images), images.astype(np.uint8), images.astype(np.uint16)):
+        np.save(path, right)
+        assert np.array_equal(pannuke(tmp_path)[0].image, picture(0))
+
+
+@pytest.mark.parametrize("error", [IndexError("beyond"), ZeroDivisionError(), MemoryError(), OSError(5, "Input/output error"), RecursionError()], ids=lambda e: type(e).__name__)
+def test_whatever_a_field_raises_is_said_of_it(tmp_path, monkeypatch, error):
+    fields = crag(make_crag(tmp_path))
+    def raising(*args, **options): raise error
+    monkeypatch.setattr("histonb.data.annotations.read_image", raising)
+    with pytest.raises(BadInput, match=f"Annotation/train_1.png: unexpected {type(error).__name__} in annotations.py, line"): fields[0]
+    with pytest.raises(IndexError): fields[2]  # which ends a loop
 
 
 # any folder

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from histonb.core import BadInput, read_json
+from histonb.data import images as images_module
+from histonb.data.cohorts import read_csv
 from histonb.data.images import KEEP_ALL, class_names, find_pictures, images, join_stores, tile_images
 from histonb.data.shards import TileShards
 from histonb.data.splits import check_leak
@@ -170,3 +172,53 @@ def test_ebhi_seg_as_it_lies():
 def test_glas_by_patient_without_its_masks():
     cohort = images(REAL/"GlaS", REAL/"GlaS/Grade.csv", picture="name", case="patient ID")
     assert len(cohort) == 24 and cohort.slides["case"].nunique() == 12 and not cohort.slides["slide"].str.contains("anno").any()
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("classes.json", '{"a": 1}', "not a list of different names"), ("classes.json", '["a", "a"]', "not a list of different names"), ("classes.json", "[1, 2]", "not a list"), ("classes.json", '["a",', "not valid JSON"),
+    ("rule.json", "[]", "it tells no `size`"), ("rule.json", '{"size": "64"}', "it tells no `size`"), ("rule.json", None, "there is no such file"), ("rule.json", "", "not valid JSON"),
+    ("account.parquet", None, "there is no such table"), ("account.parquet", "PAR1", "unreadable as a Parquet table"), ("tiles.parquet", None, "there is no tile table here"), ("tiles.parquet", "PAR1", "unreadable"),
+    ("quarantine.csv", "slide,path\na,b\n", "no column `fault`"), ("quarantine.csv", "", "unreadable as CSV")])
+def test_stores_with_a_damaged_file_are_not_joined(root, tmp_path, name, content, says):
+    tile_images(labelled(root), tmp_path/"store", SMALL, workers=1)
+    path = tmp_path/"store"/name
+    if content is None: path.unlink()
+    else: path.write_text(content)
+    with pytest.raises(BadInput, match=says) as e: join_stores([tmp_path/"store"], tmp_path/"joined", labelled=tmp_path/"store")
+    assert e.value.path == str(path) and e.value.remedy
+    if name == "classes.json":
+        with pytest.raises(BadInput, match=says): class_names(tmp_path/"store")
+
+
+@pytest.mark.parametrize("spelling", ["nan", "NA", "", " ", "None", "-"])
+def test_pictures_of_no_case_are_no_case(root, spelling):
+    "A case that another program wrote as nothing is none: the whole table is refused, not one case made of them."
+    (root.parent/"t.csv").write_text(f"image,case\nclass0/image/000.png,1.0\nclass0/image/001.jpg,1\nclass0/image/002.bmp,{spelling}\n")
+    with pytest.raises(BadInput, match="1 pictures have no `case`"): images(root, root.parent/"t.csv", case="case", size=64)
+    (root.parent/"t.csv").write_text("image,case\nclass0/image/000.png,1.0\nclass0/image/001.jpg,1\n")
+    assert images(root, root.parent/"t.csv", case="case", size=64).slides["case"].value_counts()["1"] == 2
+
+
+def test_names_of_every_kind_are_found_and_cut(tmp_path):
+    "Dots, equal stems, capitals, marks of other programs, accents in two spellings; a table may spell them otherwise."
+    names = ["a.b.png", "x.png", "x.PNG", "x.tif", "100%41.png", "a#b?c.bmp", " sp ace .png", "quo'te\".png", "new\nline.png", "Pre\u0301l.png", "\u8abf"*28 + ".png", "NA.png", "v.ome.tif"]
+    for i, name in enumerate(names): picture(tmp_path/"set"/name, seed=i)
+    (tmp_path/"set/link.png").symlink_to(tmp_path/"nothing")
+    (tmp_path/"set/folder.png").mkdir()
+    with open(bytes(tmp_path/"set") + b"/caf\xe9.png", "wb") as f: f.write((tmp_path/"set/NA.png").read_bytes())
+    pd.DataFrame({"image": ["Pr\u00e9l", "sp ace .png", "NA", "a.b", "new\nline.png"], "case": ["p1"]*5}).to_csv(tmp_path/"t.csv", index=False)
+    cohort = images(tmp_path/"set", tmp_path/"t.csv", case="case", size=64)
+    assert sorted(cohort.slides["slide"]) == sorted([*names, "link.png"]) and (cohort.slides["case"] == "p1").sum() == 5
+    assert cohort.quarantine[["slide", "fault"]].values.tolist() == [["caf\\udce9.png", "its name is not UTF-8 text"]]
+    table = tile_images(cohort, tmp_path/"store", SMALL, workers=1)
+    assert sorted(table.slide) == sorted(names) and TileShards(tmp_path/"store").check() == len(names)
+    assert read_csv(tmp_path/"store/quarantine.csv", ["slide"])["slide"].tolist() == ["caf\\udce9.png", "link.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
+    real = images_module.os.scandir
+    def scandir(path):
+        if str(path).endswith("class1"): raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(images_module.os, "scandir", scandir)
+    with pytest.raises(BadInput, match=r"class1: cannot be listed \(Permission denied\). Check its permissions"): images(root, size=64)

@@ -1,4 +1,5 @@
 """Multi-task training: tasks and their tables, targets, samples, sets, and a training that goes on, learns and refuses what it cannot use."""
+import argparse
 import dataclasses
 import os
 import signal
@@ -13,14 +14,17 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_report
+from safetensors.torch import save_file
 
-from histonb.core import BadInput, hold, read_jsonl, write_json
+from histonb.core import BadInput, hold, read_json, read_jsonl, write_json
 from histonb.data import fields as data
 from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
 from histonb.models.running import checkpoints
 from histonb.multitask import samples, sets, targets, training, watching
+from histonb.multitask.encoders import trunk
 from histonb.multitask.scoring import score_run
+from histonb.multitask.stitching import find_scorer
 from histonb.multitask.training import TrainConfig, Trainer, _loader, settle, train
 
 REAL = Path(__file__).parents[2]/"shared/data"
@@ -105,6 +109,60 @@ def test_published_weights_keep_their_classes(tmp_path):
         "tissue": ("background", "abnormal epithelium", "normal epithelium", "inflammatory", "muscle", "stroma", "debris", "mucous", "adipose")}
     torch.save({"desc": {f"{k}.old" if "Gland#TYPE" in k else k: v for k, v in published(net).items()}}, tmp_path/"foreign.tar")
     with pytest.raises(BadInput, match="unexpected"): cerberus.load(tmp_path/"foreign.tar")
+
+
+@pytest.mark.parametrize("ending", ["tar", "pth", "ckpt", "bin", "pth.tar", "safetensors", ""])
+def test_published_weights_under_any_name_and_wrapper(tmp_path, ending):
+    net, path = Cerberus(["gland"]), tmp_path / f"weights.{ending}".rstrip(".")
+    state = published(net)
+    plain = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    held = {
+        "tar": {"desc": state},
+        "ckpt": {"state_dict": {f"model._orig_mod.{k}": v for k, v in plain.items()}, "args": argparse.Namespace(a=1)},
+        "bin": {"net": plain, "best": np.float64(0.5)},
+    }.get(ending, plain)
+    save_file(plain, path) if ending == "safetensors" else torch.save(held, path)
+    for found in (cerberus.load(path)[0], find_scorer(path).net):
+        assert all(a.equal(b) for a, b in zip(net.state_dict().values(), found.state_dict().values(), strict=True))
+    assert trunk(path).net.conv1.weight.equal(net.encoder.conv1.weight)
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    net = Cerberus(["gland"], "resnet18", 0.0625)
+    with torch.no_grad():
+        net.decoders["gland"].head[3].bias[1] = torch.nan
+    cerberus.save(net, tmp_path)
+    for load in (cerberus.load, find_scorer, trunk):
+        with pytest.raises(BadInput, match="`decoders.gland.head.3.bias` holds NaN"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 1e9}, "`width` is 1000000000.0"),
+        ({"width": 40}, "not the weights of this Cerberus"),
+        ({"width": "1"}, "`width` is '1'"),
+        ({"arch": 3}, "`arch` is 3"),
+        ({"arch": "resnet101"}, "no encoder of Cerberus"),
+        ({"mpp": float("nan")}, "`mpp` is nan"),
+        ({"mpp": -1}, "`mpp` is -1"),
+        ({"tasks": {}}, r"`tasks` is {}"),
+        ({"tasks": [3]}, r"`tasks` is \[3\]"),
+        ({"tasks": [{"name": "gland"}]}, "`tasks` is"),
+        ({"tasks": []}, "there is none"),
+        ({"tasks": [{"name": "a.b", "kind": "instances"}]}, "cannot be the name of a task"),
+        ({"tasks": [{"name": "keys", "kind": "instances"}]}, "cannot be the name"),
+        ({"tasks": [{"name": "gland", "kind": "instances", "classes": []}]}, "`tasks` is"),
+        ({"tasks": [{"name": "gland", "kind": 1}]}, "not of type"),
+    ],
+)
+def test_what_stands_in_the_json_is_looked_at(tmp_path, change, message):
+    cerberus.save(Cerberus(["gland"], "resnet18", 0.0625), tmp_path)
+    write_json(tmp_path / "cerberus.json", read_json(tmp_path / "cerberus.json") | change)
+    with pytest.raises(BadInput, match=message) as e:
+        cerberus.load(tmp_path)
+    assert str(e.value).isprintable() and len(str(e.value)) < 500
 
 
 def test_a_task_of_the_same_name_with_other_classes_is_not_trained_on(tmp_path):
@@ -278,8 +336,8 @@ def test_patches_and_fields_in_one_run(tmp_path, sampling):
         for i in range(4): cv2.imwrite(str(tmp_path/"patches"/name/f"{name}-{i}.png"), rng.integers(0, 255, (150, 150, 3), dtype=np.uint8))
     train(config(tmp_path/"run", {"reader": "patch_folders", "root": str(tmp_path/"patches")}, sampling=sampling, batch_size=6, steps=6, log_every=6))
     rows = figures(tmp_path/"run")
-    assert {"loss_tissue", "loss_gland", "loss_nucleus", "loss_lumen"} <= rows[0].keys() if "loss" in rows[0] else rows[-1].keys()
-    assert "right_tissue" in rows[-1]
+    assert {"loss_tissue", "loss_gland", "loss_nucleus", "loss_lumen"} <= next(row for row in rows if "loss" in row).keys()
+    assert {"right_tissue", "right_gland", "right_nucleus", "right_lumen"} <= next(row for row in rows if "right_gland" in row).keys()
 
 
 def test_a_set_has_its_share_of_every_step():

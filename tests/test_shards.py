@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from histonb.core import BadInput
 from histonb.data.cohorts import panda
 from histonb.data.phantom import draw_slide, write_cohort
-from histonb.data.shards import SlideTiles, TileShards, encoder, shard_path
+from histonb.data.shards import ShardWriter, SlideTiles, TileShards, encoder, read_tiles, record, shard_path
 from histonb.data.slides import JpegSource, open_slide
 from histonb.data.tiling import TileRule, tile_cohort
 from histonb.data.writing import write_slide
@@ -123,3 +123,73 @@ def test_damage_is_named(store, tmp_path):
     assert TileShards(tmp_path).check() == len(table)
     with pytest.raises(BadInput, match="no tile table"): TileShards(tmp_path/"nowhere")
     with pytest.raises(BadInput, match="1 of 1 tiles of the table are not stored"): TileShards(tmp_path, pd.DataFrame(table[:1]).assign(shard=-1))
+
+
+def damaged_tables(table):
+    "What befalls a tile table: name -> how the file is written."
+    columns = {f"without {name}": table.drop(columns=name) for name in ("kept", "shard", "offset", "nbytes", "label")}
+    wrong = {"kept as text": table.assign(kept="yes"), "offsets with decimals": table.assign(offset=table.offset + .5), "labels by name": table.assign(label="gleason3"),
+             "x of nothing": table.assign(x=np.nan), "mpp as text": table.assign(mpp="0.5"), "before its shard": table.assign(offset=-5), "nothing in it": table.assign(nbytes=0),
+             "another table": pd.DataFrame({"slide": ["a"], "emptiness": [.5]})}
+    return {name: t.to_parquet for name, t in (columns | wrong).items()}
+
+
+@pytest.fixture
+def copy(store, tmp_path):
+    "A store of its own, and the bytes of its table."
+    for path in store[0].iterdir(): (tmp_path/path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", damaged_tables(pd.DataFrame({c: [0] for c in ("kept", "shard", "offset", "nbytes", "label", "mpp", "x")})))
+def test_a_table_that_is_no_tile_table_is_refused(copy, name):
+    table = pd.read_parquet(copy/"tiles.parquet")
+    damaged_tables(table)[name](copy/"tiles.parquet")
+    for read in (TileShards, read_tiles):
+        with pytest.raises(BadInput) as e: read(copy)
+        assert e.value.path == str(copy/"tiles.parquet") and e.value.fault and e.value.remedy
+    if name.startswith("without") and name != "without kept":
+        with pytest.raises(BadInput, match=f"no column `{name.split()[1]}` in this tile table"): TileShards(copy, pd.read_parquet(copy/"tiles.parquet"))
+
+
+def test_a_table_that_is_damaged_anywhere_is_refused(copy):
+    "Cut short, garbage, another kind of file, a folder; and one bit flipped in any page."
+    path, rng = copy/"tiles.parquet", np.random.default_rng(0)
+    whole, right = path.read_bytes(), read_tiles(copy)
+    for data in (b"", whole[:-1], whole[:len(whole)//2], whole[4:], b"PAR1" + bytes(2000) + b"PAR1", b"<html>not found</html>"*50, b"slide,x,y\na,0,0\n"):
+        path.write_bytes(data)
+        with pytest.raises(BadInput, match="tiles.parquet: unreadable as a Parquet table"): TileShards(copy)
+    refused = 0
+    for at in rng.integers(4, len(whole) - 8, 60).tolist():
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1:])
+        try: assert read_tiles(copy).equals(right), at  # what nobody reads, such as statistics
+        except BadInput as e: refused += e.path == str(path)
+    assert refused > 30
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BadInput, match="there is no tile table here"): TileShards(copy)
+
+
+def test_further_columns_are_asked_for_by_name(copy):
+    assert TileShards(copy, columns=["slide", "f0"]).table["f0"].notna().all()
+    with pytest.raises(BadInput, match="no column `cases` in this tile table. Did you mean `case`"): TileShards(copy, columns=["cases"])
+    table = pd.read_parquet(copy/"tiles.parquet")
+    with pytest.raises(BadInput, match="no column `level`"): SlideTiles(table.drop(columns="level"), dict.fromkeys(table.slide, "x"))
+
+
+def test_places_beyond_a_shard_are_refused_before_memory_is_asked_for(copy):
+    table = TileShards(copy).table
+    for change in ({"nbytes": 2**40}, {"offset": 2**62}, {"shard": 7}):
+        with pytest.raises(BadInput, match="truncated|the shard is missing"): TileShards(copy, table.assign(**change))[0]
+
+
+def test_a_tile_that_is_no_jpeg_is_named(tmp_path):
+    shard_path(tmp_path, 0).write_bytes(record(b"no JPEG"))
+    table = pd.DataFrame({"shard": [0], "offset": [0], "nbytes": [7], "label": [1]})
+    with pytest.raises(BadInput, match="tile 0 cannot be decoded"): TileShards(tmp_path, table)[0]
+
+
+def test_other_files_beside_shards_are_left_alone(tmp_path):
+    for name in ("shard-00000.tiles", "shard-00001.tiles", "shard-copy.tiles"): (tmp_path/name).write_bytes(b"12345")
+    ShardWriter(tmp_path, {0: 3})
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {"shard-00000.tiles": 3, "shard-copy.tiles": 5}

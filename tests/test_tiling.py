@@ -510,6 +510,39 @@ def test_what_a_folder_is_protected_from(phantoms, tmp_path):
     with pytest.raises(BadInput, match="shard-00000.tiles: truncated"): tile_cohort(phantoms, tmp_path/"out")
 
 
+@pytest.mark.parametrize("name, content, says", [
+    ("rule.json", "[1, 2]", "no rule of tiling"), ("rule.json", '{"size": 224', "not valid JSON"), ("rule.json", "{}", "no rule of tiling"), ("tiles.parquet", "PAR1", "unreadable as a Parquet table"),
+    ("tiles.parquet", "without slide", "no column `slide`"), ("tiles.parquet", "without f0", "no column `f0`"), ("journal.jsonl", '{"slide": "a"}\n', "a line is not of a journal of tiles"),
+    ("journal.jsonl", "[1]\n", "line 1 is not a record"), ("journal.jsonl", '{"slide": "a", \n{}\n', "line 1 is not a record"), ("journal.jsonl", b"\xff\xfe\n", "line 1 is not a record"),
+    ("journal.jsonl", '{"slide": "phantom1_000", "key": "x", "shard": "0", "start": 0, "end": 5, "incomplete": 0, "background": 0}\n', "a line is not of a journal of tiles")])
+def test_a_store_with_a_damaged_file_is_refused_by_name(phantoms, tmp_path, name, content, says):
+    "And what is whole stays as it is."
+    tile_cohort(phantoms, tmp_path/"out")
+    path = tmp_path/"out"/name
+    if str(content).startswith("without"): pd.read_parquet(path).drop(columns=content.split()[1]).to_parquet(path)
+    else: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = content_of_files(tmp_path/"out")
+    with pytest.raises(BadInput, match=says) as e: tile_cohort(phantoms, tmp_path/"out")
+    assert name in e.value.path or says == "another rule"
+    assert e.value.remedy and content_of_files(tmp_path/"out") == before
+    if name == "tiles.parquet":  # what the remedy says
+        path.unlink()
+        assert tile_cohort(phantoms, tmp_path/"out").slide.nunique() == TileShards(tmp_path/"out").table.slide.nunique() == len(phantoms)
+
+
+def test_a_damaged_part_is_named_and_done_again_when_deleted(phantoms, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tiling, "_assemble", lambda *args: 1/0)
+        with pytest.raises(ZeroDivisionError): tile_cohort(phantoms, tmp_path/"out", workers=1)
+    part = sorted((tmp_path/"out/parts").glob("*.parquet"))[0]
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(BadInput, match=f"{part.name}: unreadable as a Parquet table.*Delete it and run again"): tile_cohort(phantoms, tmp_path/"out", workers=1)
+    part.unlink()
+    table = tile_cohort(phantoms, tmp_path/"out", workers=1)
+    pd.testing.assert_frame_equal(table.drop(columns="offset"), tile_cohort(phantoms, tmp_path/"whole").drop(columns="offset"))
+    assert TileShards(tmp_path/"out").check() == table.kept.sum()
+
+
 def test_two_jobs_in_one_folder(phantoms, tmp_path, monkeypatch):
     def meanwhile(*args, **kwargs):
         with pytest.raises(BadInput, match="another process"): tile_cohort(phantoms, tmp_path/"out")

@@ -8,8 +8,6 @@ __all__ = ['NCT', 'read_image', 'read_map', 'read_mat', 'pair_up', 'listed', 'gl
 
 # %% ../../nbs/data/05e_annotations.ipynb #cell-002
 import re
-import struct
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +15,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
-from ..core import BadInput, digest, nearest
-from .cohorts import QUARANTINE_COLUMNS, lost_files, read_csv
+from ..core import BadInput, digest, foreign_errors, nearest
+from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_csv
 from .fields import CLASSES, TRUTHS, Field, Fields, clean_instances
-from .images import PICTURES, by_stem, find_pictures
+from .images import by_stem, find_pictures, picture_size, visible_files
 from .labels import IGNORE
 from .slides import open_slide
 
@@ -33,23 +30,23 @@ def read_image(
     "Read a picture. Raises `BadInput` where it is damaged or has one channel."
     with open_slide(path) as slide: return slide.level(0)
 
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "TIFF_JPEG") # formats, and compressions of a TIFF, as Pillow calls them
+
 def read_map(
     path, # picture with a number a pixel
 ) -> np.ndarray: # (h, w); of colours (h, w, channels), which `clean_instances` refuses
-    "Read a map of numbers. Raises `BadInput` where it is damaged."
-    try:
-        with Image.open(path) as image: return np.asarray(image)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
-        raise BadInput(path, f"unreadable as a map ({type(e).__name__}: {e})", "Copy or download it again.") from e
+    "Read a map of numbers. Raises `BadInput` where it is damaged, or stored in a way that changes numbers."
+    with foreign_errors(path, "Copy or download it again.", "unreadable as a map"), Image.open(path) as image:
+        for how in (image.format, str(image.info.get("compression")).upper()):
+            if how in _LOSSY: raise BadInput(path, f"stored as {how}, which changes numbers", "Give the map as it was drawn, in PNG, BMP or plain TIFF.")
+        return np.asarray(image)
 
 def read_mat(
     path, # MATLAB file, of a version before 7.3
     *keys: str, # names of the arrays
 ) -> list[np.ndarray]: # the arrays
     "Read arrays of a MATLAB file. Raises `BadInput` where it is damaged or lacks one."
-    try: found = loadmat(path)
-    except (OSError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError, NotImplementedError, MatReadError, struct.error, zlib.error) as e:
-        raise BadInput(path, f"unreadable as a MATLAB file ({type(e).__name__}: {str(e)[:80]})", "Copy or download it again, or save it as MATLAB version 7.") from e
+    with foreign_errors(path, "Copy or download it again, or save it as MATLAB version 7.", "unreadable as a MATLAB file"): found = loadmat(path)
     here = [key for key in found if not key.startswith("__")]
     for key in keys:
         if key not in here: raise BadInput(path, f"no `{key}` in it, but {', '.join(here) or 'nothing'}", nearest(key, here) if here else "Download it again.")
@@ -69,7 +66,7 @@ def pair_up(
     again = "Copy or download it again."
     quarantine = [(name, str(path), "a picture without map", again) for name, path in pictures.items() if name not in maps]
     quarantine += [(name, str(path), "a map without picture", again) for name, path in maps.items() if name not in pictures]
-    sizes = {name: (_header(pictures[name]), _header(maps[name])) for name in names}
+    sizes = {name: (picture_size(pictures[name]), picture_size(maps[name])) for name in names}
     unequal = [name for name, (a, b) in sizes.items() if a and b and a != b]
     quarantine += [(name, str(maps[name]), "{}x{} pixels, its picture {}x{}".format(*sizes[name][1], *sizes[name][0]), "Find the map of this picture.") for name in unequal]
     names = [name for name in names if name not in unequal]
@@ -82,21 +79,15 @@ def pair_up(
 
 def _copies(maps):
     "Names whose maps are also another's, with that other: no two fields are drawn alike, unless nothing is in them."
-    table = pd.DataFrame({"name": list(maps), "size": [p.stat().st_size if p.suffix.lower() in PICTURES else -1 for p in maps.values()]})
-    table = table[(table["size"] >= 0) & table.duplicated("size", keep=False)]
+    pictures = {name: path for name, path in maps.items() if picture_size(path)}
+    table = pd.DataFrame({"name": list(pictures), "size": [p.stat().st_size for p in pictures.values()]})
+    table = table[table.duplicated("size", keep=False)]
     alike = table.groupby([digest(maps[name]) for name in table["name"]])["name"].agg(list) if len(table) else []
     return {name: names[int(name == names[0])] for names in alike if len(names) > 1 and _drawn(maps[names[0]]) for name in names}
 
 def _drawn(path):
     try: return bool(read_map(path).any())
     except BadInput: return False  # said when it is read
-
-def _header(path):
-    "Width and height of a picture as its first bytes say; None where they do not."
-    if Path(path).suffix.lower() not in PICTURES: return None
-    try:
-        with Image.open(path) as image: return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError): return None
 
 def listed(
     name: str, # of the set
@@ -108,7 +99,9 @@ def listed(
     **counts: int, # what else was found
 ) -> Fields:
     "A set of fields. Raises `BadInput` where none can be used."
-    if not len(table): raise BadInput(root, f"no field can be used, because of {quarantine[0][0]}: {quarantine[0][2]}", quarantine[0][3])
+    if not len(table):
+        _, path, fault, remedy = quarantine[0]
+        raise BadInput(root, f"no field can be used, because of {Path(path).name}: {fault}", remedy)
     aside = pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str)
     return Fields(name, table.reset_index(drop=True), aside, truths, read, {"left out": len(quarantine), **counts})
 
@@ -118,12 +111,9 @@ def _read_glas(row):
     return Field(read_image(row["image"]), {"gland": ids, "gland-type": ((ids > 0)*row["grade"]).astype(np.uint8)}, float(row["mpp"]))
 
 def _grades(path):
-    "Grade.csv, whose fields have spaces around them, by the name of the picture."
-    table = read_csv(path, ["name"], key="name")
-    table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
-    for column in ("patient ID", "grade (GlaS)"):
-        if column not in table: raise BadInput(path, f"no column `{column}` among {', '.join(table)}", nearest(column, table))
-    return table.set_index("name")
+    "Grade.csv by the name of the picture."
+    table = read_csv(path, ["name", "patient ID", "grade (GlaS)"], key="name")
+    return table.assign(**{"patient ID": identifiers(table["patient ID"])}).set_index("name")
 
 def glas(
     root, # folder with train_1.bmp, train_1_anno.bmp, ... and Grade.csv
@@ -134,8 +124,8 @@ def glas(
     maps = {name.removesuffix("_anno"): path for name, path in by_stem(find_pictures(root, masks=True), root).items() if name.endswith("_anno")}
     table, quarantine = pair_up(by_stem(find_pictures(root), root), maps, root, .62)
     names = table["field"]
-    table = table.assign(case="patient " + names.map(grades["patient ID"].replace("", np.nan)), split=names.str.extract(r"^(train|testA|testB)_\d+$", expand=False),
-                         grade=names.map(grades["grade (GlaS)"]).map({g: i for i, g in enumerate(CLASSES["gland-type"]) if i}))
+    table = table.assign(case="patient " + names.map(grades["patient ID"]), split=names.str.extract(r"^(train|testA|testB)_\d+$", expand=False),
+                         grade=names.map(grades["grade (GlaS)"].str.lower()).map({g: i for i, g in enumerate(CLASSES["gland-type"]) if i}))
     lost = table[["case", "split", "grade"]].isna().any(axis=1)
     quarantine += [(r.field, r.image, "Grade.csv does not give its patient and grade, or its name no split", "Correct its name, or its row.") for r in table[lost].itertuples()]
     known = grades.index.to_series()
@@ -197,8 +187,8 @@ def _read_folder(row, truth, type_truth):
 def find_mats(
     root, # folder, searched at any depth
 ) -> dict[str, Path]: # path from the folder, without ending -> file
-    "The MATLAB files of a folder, without hidden ones."
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(Path(root).rglob("*.mat")) if not path.name.startswith(".")}
+    "Find the MATLAB files of a folder, without hidden ones."
+    return by_stem((path for path in visible_files(root) if path.suffix.lower() == ".mat"), root)
 
 def _known(parameter, name, kind):
     names = [truth for truth, k in TRUTHS.items() if k == kind]

@@ -18,8 +18,8 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from skimage.measure import label
 
-from ..core import BadInput, digest, nearest
-from .cohorts import QUARANTINE_COLUMNS, read_csv
+from ..core import BadInput, digest, foreign_errors, nearest
+from .cohorts import QUARANTINE_COLUMNS, composed, read_csv
 from .fields import FIELD_COLUMNS, Field, Fields
 from .images import Images, by_stem, find_pictures
 from .splits import SPLITS, check_leak, grouped_split, random_tile_split
@@ -55,18 +55,27 @@ SIDE, THRESHOLD = 224, 127
 
 def _pixels(path, shape):
     "Decode a PNG and check its shape."
-    try: pixels = imagecodecs.png_decode(Path(path).read_bytes())
-    except (OSError, ValueError, RuntimeError) as e: raise BadInput(path, f"cannot be decoded ({str(e).strip() or type(e).__name__})", "Download it again.") from e
+    with foreign_errors(path, "Download it again.", "cannot be decoded"): pixels = imagecodecs.png_decode(Path(path).read_bytes())
     if pixels.shape != shape: raise BadInput(path, f"of shape {'x'.join(map(str, pixels.shape))}, not {'x'.join(map(str, shape))}", "Download it again.")
+    if pixels.dtype != np.uint8: raise BadInput(path, f"{pixels.dtype} in place of 8 bits", "Download it again.")
     return pixels
 
-def _mask(path): return (_pixels(path, (SIDE, SIDE)) > THRESHOLD).view(np.uint8)
+def _mask(path):
+    shades = _pixels(path, (SIDE, SIDE))
+    if 0 < shades.max() <= THRESHOLD:
+        raise BadInput(path, f"no value is above {shades.max()}: all would be background", "Give a mask from 0 to 255, as it was published.")
+    return (shades > THRESHOLD).view(np.uint8)
+
+def _picture(path):
+    pixels = _pixels(path, (SIDE, SIDE, 3))
+    if pixels.max() <= 1: raise BadInput(path, "black: no value is above 1", "Download it again; a picture from 0 to 1 must be multiplied by 255 before it is saved.")
+    return pixels
 
 def read_image(
     row, # of a cohort's `slides`: anything with `image`
 ) -> np.ndarray: # the picture (224, 224, 3) uint8
     "A picture. Raises `BadInput` where it cannot be read."
-    return _pixels(row.image, (SIDE, SIDE, 3))
+    return _picture(row.image)
 
 def read(
     row, # of a cohort's `slides`: anything with `image` and `label`
@@ -76,18 +85,17 @@ def read(
     return read_image(row), _mask(row.label)
 
 # %% ../../nbs/data/05f_ebhi.ipynb #cell-016
-def _fault(path):
-    "What is wrong with a picture; empty where nothing is."
-    try:
-        with Image.open(path) as image:
-            seen = f"{image.width}x{image.height} {image.mode}"
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: return f"cannot be decoded ({e})"
-    return "" if seen == f"{SIDE}x{SIDE} RGB" else f"{seen}, not {SIDE}x{SIDE} RGB"
+def _check_picture(path):
+    "Raise `BadInput` for a picture that `read_image` would refuse, without keeping it."
+    with foreign_errors(path, "Download it again.", "cannot be decoded"), Image.open(path) as image:
+        seen = f"{image.width}x{image.height} {image.mode}"
+    if seen != f"{SIDE}x{SIDE} RGB": raise BadInput(path, f"{seen}, not {SIDE}x{SIDE} RGB", "Download it again.")
+    _picture(path)
 
 def _checked(row):
     "The mask's share of foreground, NaN where there is none; fault and remedy, empty where the picture can be used."
-    if fault := _fault(row.image): return np.nan, fault, "Download it again."
+    try: _check_picture(row.image)
+    except BadInput as e: return np.nan, e.fault, e.remedy
     if not isinstance(row.case, str): return np.nan, "its name does not tell its case", "Call it GT<case>-<block>-400-<index>.png."
     try: return _mask(row.label).mean() if row.label else np.nan, "", ""
     except BadInput as e: return np.nan, f"its mask {Path(row.label).name} {e.fault}", e.remedy
@@ -124,11 +132,11 @@ def _from_table(slides, path):
     table = read_csv(path, ["image", "split"], key="image")
     wrong = table["split"][~table["split"].isin(SPLITS)]
     if len(wrong): raise BadInput(path, f"`{wrong.iloc[0]}` is not a split", "Call them train, val and test.")
-    key = table["image"].map(lambda name: "/".join(PurePosixPath(name).parts[-3:]))
+    key, own = table["image"].map(lambda name: "/".join(PurePosixPath(name).parts[-3:])), slides["slide"].map(composed)
     if key.duplicated().any(): raise BadInput(path, f"it names {key[key.duplicated()].iloc[0]} twice", "Keep one row of each picture.")
-    here = key.isin(slides["slide"])
+    here = key.isin(own)
     if not here.any(): raise BadInput(path, f"none of its {len(table)} pictures is here", "Name them as EBHI-SEG/<class>/image/<name>.png.")
-    return slides["slide"].map(table["split"].set_axis(key)).fillna(""), int((~here).sum())
+    return own.map(table["split"].set_axis(key)).fillna(""), int((~here).sum())
 
 def ebhi_seg(
     root, # folder that holds the folders of the classes
@@ -173,7 +181,7 @@ SQUEEZE, GLAND_MPP = 4/3, 1. # what a picture's width lost when it was made squa
 def _read_glands(row):
     size = round(SIDE*SQUEEZE), SIDE
     glands = label(binary_fill_holes(_mask(row["map"])), connectivity=1).astype(np.int32)
-    return Field(cv2.resize(_pixels(row["image"], (SIDE, SIDE, 3)), size), {"gland": cv2.resize(glands, size, interpolation=cv2.INTER_NEAREST_EXACT)}, row["mpp"])
+    return Field(cv2.resize(_picture(row["image"]), size), {"gland": cv2.resize(glands, size, interpolation=cv2.INTER_NEAREST_EXACT)}, row["mpp"])
 
 def ebhi_glands(
     root, # folder that holds the folders of the classes

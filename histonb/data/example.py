@@ -8,7 +8,7 @@ __all__ = ['example_tiles']
 # %% ../../nbs/data/08_example.ipynb #cell-002
 from pathlib import Path
 
-from ..core import atomic_path
+from ..core import write_parquet
 from .cohorts import panda
 from .phantom import write_cohort
 from .shards import TileShards
@@ -28,6 +28,5 @@ def example_tiles(
     cohort = panda(write_cohort(folder/"cohort", n_slides, seed, shape, workers))
     table = tile_cohort(cohort, folder/"tiles", workers=workers)
     split = grouped_split(table[table.kept], (.6, .2, .2), seed=seed).split
-    with atomic_path(folder/"tiles/tiles.parquet") as p:
-        table.assign(split=split.reindex(table.index).fillna("")).to_parquet(p, index=False)
+    write_parquet(folder/"tiles/tiles.parquet", table.assign(split=split.reindex(table.index).fillna("")))
     return folder/"tiles"

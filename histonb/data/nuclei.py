@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput
+from ..core import BadInput, foreign_errors
 from .annotations import find_mats, listed, pair_up, read_image, read_mat, type_map, types_by_id
-from .cohorts import lost_files, read_csv
+from .cohorts import identifiers, lost_files, read_csv
 from .fields import Field, Fields, clean_instances
-from .images import by_stem, find_pictures, stem
+from .images import by_stem, find_pictures, stem, visible_files
 
 # %% ../../nbs/data/05f_nuclei.ipynb #cell-005
 MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4], np.uint8) # type as published -> type in `CLASSES`
@@ -62,15 +62,14 @@ def lizard(
 ) -> Fields: # truths nucleus and nucleus-type; splits fold1 to fold3; the table also has `source`
     "Read Lizard as published. Raises `BadInput` for a folder without info.csv, and for a broken table."
     root = Path(root).expanduser().resolve()
-    info = next(iter(sorted(root.rglob("info.csv"))), root/"info.csv")
+    info = next((path for path in visible_files(root) if path.name.lower() == "info.csv"), root/"info.csv")
     table = read_csv(info, ["Filename", "Source", "Split"], key="Filename")
     known = table.assign(Filename=table["Filename"].map(stem)).set_index("Filename")
-    inside = [path for path in find_pictures(root) if re.search("lizard_images", path.relative_to(root).as_posix(), re.IGNORECASE)]
-    pictures = _by_name(inside, root)
-    labels = {Path(name).name: path for name, path in find_mats(root).items()}
-    table, quarantine = pair_up(pictures, labels, root, .5)
-    fold = table["field"].map(known["Split"])
-    lost = ~fold.isin(["1", "2", "3"])
+    pictures = find_pictures(root)
+    inside = [path for path in pictures if re.search("lizard_images", path.relative_to(root).as_posix(), re.IGNORECASE)]
+    table, quarantine = pair_up(_by_name(inside or pictures, root), _by_name(find_mats(root).values(), root), root, .5)
+    fold = table["field"].map(identifiers(known["Split"]).str.extract(r"^(?:fold|split)?[ _-]*([123])$", re.IGNORECASE, expand=False))
+    lost = fold.isna()
     quarantine += [(r.field, r.image, f"{info.name} does not give its fold", "Correct its row, or leave it out.") for r in table[lost].itertuples()]
     names = known.index.to_series()
     quarantine += lost_files(names, names.isin([*table["field"], *(row[0] for row in quarantine)]), lambda name: root/f"Lizard_Images1/{name}.png", info.name)
@@ -80,8 +79,7 @@ def lizard(
 # %% ../../nbs/data/05f_nuclei.ipynb #cell-013
 def _array(path, channels):
     "An array of patches that stays on disk."
-    try: array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e: raise BadInput(path, f"unreadable as an array ({str(e)[:80]})", "Copy or download it again.") from e
+    with foreign_errors(path, "Copy or download it again.", "unreadable as an array"): array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.ndim != 4 or array.shape[3] != channels or array.dtype.kind not in "uif":
         raise BadInput(path, f"{array.dtype} of shape {array.shape}, not numbers of (n, h, w, {channels})", "Give the arrays as published.")
     return array
@@ -99,27 +97,62 @@ def _read_pannuke(row):
 
 def _organs(path, n):
     "The organs of a fold's patches; empty where there is no file, or one that only unpickling would open."
-    try: organs = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError): return [""]*n
+    if path is None: return [""]*n
+    try:
+        with foreign_errors(path): organs = np.load(path, allow_pickle=False)
+    except BadInput: return [""]*n
     return organs.tolist() if organs.dtype.kind == "U" and organs.shape == (n,) else [""]*n
 
+_KIND = re.compile("(image|mask|type)s?", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:fold|part|images?|masks?|types?)[ _-]?(\d+)", re.IGNORECASE)
+
+def _arrays(root):
+    "The arrays that belong together: their path without the words for images, masks and types -> kind -> file."
+    folds = {}
+    for path in visible_files(root):
+        name = path.relative_to(root).as_posix()
+        kinds = _KIND.findall(name)
+        if path.suffix.lower() == ".npy" and kinds: folds.setdefault(_KIND.sub("*", name.lower()), {})[kinds[-1].lower()] = path
+    return {place: fold for place, fold in folds.items() if "image" in fold}
+
+def _fold(path, root):
+    "The fold that a path names, or else the folder."
+    name = path.relative_to(root).as_posix()
+    numbers = {int(n) for n in _NUMBER.findall(name) or _NUMBER.findall(root.name)}
+    if len(numbers) > 1: raise BadInput(path, f"its path names the folds {' and '.join(map(str, sorted(numbers)))}", "Rename the folder that is wrong.")
+    words = [part for part in path.relative_to(root).parent.parts if not _KIND.fullmatch(part)]
+    return f"fold{numbers.pop()}" if numbers else "/".join(words) or root.name
+
+def _read_fold(fold, arrays, root):
+    "A row for each patch of a fold."
+    path, masks = arrays["image"], arrays.get("mask")
+    if masks is None: raise BadInput(path, "a fold without masks", f"Put them to {_twin(path, root)}.")
+    shapes = _array(path, 3).shape[:3], _array(masks, 6).shape[:3]
+    if shapes[0] != shapes[1]: raise BadInput(masks, f"masks of shape {shapes[1]}, pictures of {shapes[0]}", "Download the fold again.")
+    n = shapes[0][0]
+    if not n: raise BadInput(path, "no patch in it", "Download the fold again.")
+    names = [f"{fold}_{i:04d}" for i in range(n)]
+    return pd.DataFrame({"field": names, "image": str(path), "map": str(masks), "case": names, "split": fold, "mpp": .25,
+                         "number": range(n), "organ": _organs(arrays.get("type"), n)})
+
+def _twin(path, root):
+    "Where the masks of pictures should be."
+    return re.sub("image", lambda word: "Mask" if word[0][0] == "I" else "mask", path.relative_to(root).as_posix(), flags=re.IGNORECASE)
+
 def pannuke(
-    root, # folder with the folds unpacked, at any depth: images/fold1/images.npy, masks/fold1/masks.npy, ...
+    root, # folder with the folds unpacked, at any depth: images/fold1/images.npy, masks/fold1/masks.npy, or all in one folder a fold
 ) -> Fields: # truths nucleus and nucleus-type-pannuke; splits fold1 to fold3; the table also has `organ`
-    "Read PanNuke as published. It names no patients or slides, so each patch is its own case. Raises `BadInput` for arrays that do not fit each other."
+    "Read PanNuke. It names no patients or slides, so each patch is its own case. Folds whose arrays do not fit each other are set aside."
     root = Path(root).expanduser().resolve()
-    tables, quarantine = [], []
-    for path in sorted(root.rglob("images.npy")):
-        fold, masks = path.parent.name, path.parents[2]/"masks"/path.parent.name/"masks.npy"
-        if not masks.is_file():
-            quarantine.append((fold, str(path), "a fold without masks", f"Put them to {masks.relative_to(root)}."))
-            continue
-        shapes = _array(path, 3).shape[:3], _array(masks, 6).shape[:3]
-        if shapes[0] != shapes[1]: raise BadInput(masks, f"masks of shape {shapes[1]}, pictures of {shapes[0]}", "Download the fold again.")
-        n = shapes[0][0]
-        names = [f"{fold}_{i:04d}" for i in range(n)]
-        tables.append(pd.DataFrame({"field": names, "image": str(path), "map": str(masks), "case": names, "split": fold, "mpp": .25,
-                                    "number": range(n), "organ": _organs(path.with_name("types.npy"), n)}))
+    tables, quarantine = {}, []
+    for arrays in _arrays(root).values():
+        path = arrays["image"]
+        fold = path.relative_to(root).as_posix()
+        try:
+            fold = _fold(path, root)
+            if fold in tables: raise BadInput(path, "this fold is here twice", "Keep one of the two.")
+            tables[fold] = _read_fold(fold, arrays, root)
+        except BadInput as e: quarantine.append((fold, e.path, e.fault, e.remedy))
     if not tables and not quarantine: raise BadInput(root, "no images.npy here", "Give the folder that holds the unpacked folds.")
-    table = pd.concat(tables) if tables else pd.DataFrame()
+    table = pd.concat(tables.values()) if tables else pd.DataFrame()
     return listed("PanNuke", root, table, quarantine, ("nucleus", "nucleus-type-pannuke"), _read_pannuke)

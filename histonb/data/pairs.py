@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from ..core import BadInput
-from .cohorts import QUARANTINE_COLUMNS
+from .cohorts import QUARANTINE_COLUMNS, composed
 from .images import Images, by_stem, find_pictures, images, stem
 from .labels import code_table
 
@@ -71,4 +71,4 @@ def _asked(name, rule):
     "Where the mask of a picture should be: a path from the folder of masks, without ending."
     path = PurePosixPath(name)
     mask = mask_name(stem(path), rule)
-    return path.with_name(mask).as_posix() if mask else ""
+    return composed(path.with_name(mask).as_posix()) if mask else ""

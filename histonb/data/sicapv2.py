@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, nearest
-from .cohorts import QUARANTINE_COLUMNS, lost_files, read_xlsx
+from ..core import BadInput, foreign_errors, nearest
+from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_xlsx
 from .encodings import ENCODINGS, decide, encoding_table, evidence
 from .images import Images, by_stem, find_pictures, stem
 from .labels import LABELS, code_table
@@ -69,7 +69,7 @@ def _partition(root, name):
     folder = root/"partition"/PARTITIONS[name]
     sides = [read_xlsx(folder/f"{side.title()}.xlsx", ["image_name", *GRADES], key="image_name").assign(split=side) for side in ("train", "test")]
     table = pd.concat(sides, ignore_index=True)
-    table = table.assign(patch=[stem(p.strip()) for p in table["image_name"]])
+    table = table.assign(patch=table["image_name"].map(stem))
     twice = table["patch"][table["patch"].duplicated()]
     if len(twice): raise BadInput(folder, f"{len(twice)} patches are in both parts, or twice in one ({twice.iloc[0]})", "Download the partition again, or take them out of one.")
     return table.assign(slide=table["patch"].str.split("_").str[0])
@@ -79,7 +79,7 @@ def _cases(root, slides):
     path = root/"wsi_labels.xlsx"
     if not path.is_file(): return slides
     patient = read_xlsx(path, ["slide_id", "patient_id"], key="slide_id").set_index("slide_id")["patient_id"]
-    return ("patient " + slides.map(patient.where(patient != ""))).fillna(slides)
+    return ("patient " + slides.map(identifiers(patient))).fillna(slides)
 
 def check_sides(
     table: pd.DataFrame, # with `split`
@@ -101,7 +101,7 @@ def _detect(masks, path): # mask files in the order to look at, the folder
     found, names = [], []
     for mask in masks:
         try:
-            with open_slide(mask, mask=True) as m: found.append(evidence(m.level(0)))
+            with foreign_errors(mask), open_slide(mask, mask=True) as m: found.append(evidence(m.level(0)))
         except BadInput: continue  # a broken mask is set aside when it is cut
         names.append(mask)
         if len(found) >= _ENOUGH and sum(all(name in e.fits for e in found) for name in ENCODINGS) < 2: break

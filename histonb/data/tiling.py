@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import BadInput, append_jsonl, atomic_path, content_key, digest, foreign_errors, hold, progress
-from ..core import read_json, read_jsonl, write_json
+from ..core import read_json, read_jsonl, read_parquet, write_json, write_parquet
 from .criteria import metrics  # noqa: F401, the stage under one name
 from .labels import LABELS
-from .shards import ShardWriter
+from .shards import ShardWriter, read_tiles
 from .slides import open_slide
 from .tiles import COLUMNS, FATES, TileRule, account, apply_rule, overview, relabel, tile_slide  # noqa: F401
 
@@ -60,7 +60,7 @@ def _tile(job: _Job): # {"incomplete": n, "background": n, "key": of the files},
             store = stack.enter_context(open(records, "wb")) if job.store else None
             with foreign_errors(job.image), open_slide(job.image, job.mpp, max_damaged=job.rule.max_damaged) as slide:
                 table, counts = tile_slide(slide, job.mask, job.codes, job.rule, store, job.threads)
-            with atomic_path(job.part(".parquet")) as path: table.assign(slide=job.slide).to_parquet(path, index=False)
+            write_parquet(job.part(".parquet"), table.assign(slide=job.slide))
     except BadInput as e: return e
     return counts[["incomplete", "background"]].sum().to_dict() | {"key": job.key}
 
@@ -118,6 +118,8 @@ def _same_rule(out, rule, store):
     wanted = {**dataclasses.asdict(rule), "store": store}
     if (out/"rule.json").exists():
         found = read_json(out/"rule.json")
+        if not isinstance(found, dict) or "size" not in found:
+            raise BadInput(out/"rule.json", "no rule of tiling", "Choose another folder, or delete this one.")
         changed = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k, v) != v]  # an older rule lacks what came later
         if changed: raise BadInput(out, f"tiled by another rule ({', '.join(changed)})",
                                    "Choose another folder, or delete this one. Thresholds can be changed on the table with `apply_rule`.")
@@ -136,13 +138,13 @@ def _labels(slides):
 
 def _assemble(out, jobs, done, slides):
     "One table from the slides' parts and, for slides of an earlier run, from the table that is there."
-    path, tables = out/"tiles.parquet", []
-    earlier = dict(list(pd.read_parquet(path).groupby("slide", sort=False))) if path.exists() else {}
+    tables = []
+    earlier = dict(list(read_tiles(out, COLUMNS).groupby("slide", sort=False))) if (out/"tiles.parquet").exists() else {}
     for job in jobs:
         if job.slide not in done: continue
         table, row = earlier.get(job.slide), done[job.slide]
         if job.part(".parquet").exists():
-            table = pd.read_parquet(job.part(".parquet"))
+            table = read_parquet(job.part(".parquet"), remedy="Delete it and run again.")
             stored = table["nbytes"] > 0
             table["shard"] = np.where(stored, row["shard"], -1)
             table["offset"] = np.where(stored, table["offset"] + row["start"], -1)
@@ -186,10 +188,22 @@ def _parts(out, keep):
     finally:
         for path in parts.glob(".*"): path.unlink()
 
+_LINE = {"slide": (str, int), "key": str, **dict.fromkeys(("shard", "start", "end", "incomplete", "background"), int)}
+
+def _journal(path):
+    "Read the journal."
+    rows = read_jsonl(path)
+    for row in rows:
+        if not all(isinstance(row.get(key), kind) for key, kind in _LINE.items()):
+            raise BadInput(path, f"a line is not of a journal of tiles ({str(row)[:80]})", "Choose another folder, or delete this one.")
+    return rows
+
 def _run(cohort, out, jobs, processes, store, strict):
     journal = out/"journal.jsonl"
-    rows = read_jsonl(journal) if journal.exists() else []
-    in_table = set(pd.read_parquet(out/"tiles.parquet", columns=["slide"])["slide"]) if (out/"tiles.parquet").exists() else ()
+    rows = _journal(journal) if journal.exists() else []
+    in_table = ()
+    if (path := out/"tiles.parquet").exists():
+        in_table = set(read_parquet(path, ["slide"], "Delete it and run again: the slides are cut anew.", only=True)["slide"])
     last = {row["slide"]: row for row in rows}
     done = {job.slide: last[job.slide] for job in jobs if job.slide in last and last[job.slide]["key"] == job.key
             and (job.slide in in_table or job.part(".parquet").exists())}
@@ -217,8 +231,8 @@ def _run(cohort, out, jobs, processes, store, strict):
     if not done: raise BadInput(out, f"none of {len(jobs)} slides could be tiled", f"The first: {BadInput(*bad[0][1:])}" if bad else "The cohort is empty.")
     table = _assemble(out, jobs, done, cohort.slides)
     unread = {slide: {"label": label, **{k: done[slide][k] for k in ("incomplete", "background")}} for slide, label in _labels(cohort.slides).items() if slide in done}
-    with atomic_path(out/"account.parquet") as path: account(table, unread).to_parquet(path, index=False)
+    write_parquet(out/"account.parquet", account(table, unread))
     if (classes := _classes(cohort.slides)).keys() - {*LABELS.values()}: write_json(out/"classes.json", list(classes))
-    with atomic_path(out/"tiles.parquet") as path: table.to_parquet(path, index=False)
+    write_parquet(out/"tiles.parquet", table)
     shutil.rmtree(out/"parts")
     return table

@@ -8,9 +8,7 @@ __all__ = ['read_probes']
 # %% ../../nbs/evaluate/34b_compared.ipynb #cell-002
 from pathlib import Path
 
-import pandas as pd
-
-from ..core import BadInput, nearest, read_json
+from ..core import BadInput, nearest, read_json, read_parquet
 
 # %% ../../nbs/evaluate/34b_compared.ipynb #cell-005
 def read_probes(
@@ -19,13 +17,16 @@ def read_probes(
 ) -> tuple[dict, dict, str]: # name -> content of metrics.json; name -> predictions (slide, x, y, label, case, a column for each probe); the reference
     "Read probes that can be compared; others are a `BadInput` that names the one that differs."
     records = [read_json(Path(p)/"metrics.json") for p in folders]
+    for folder, record in zip(folders, records, strict=True):
+        if not isinstance(record, dict) or not isinstance(record.get("encoder"), str):
+            raise BadInput(folder, "its metrics.json names no encoder", "Name the folder of a probe stage.")
     names = [record["encoder"] for record in records]
     if len(set(names)) < len(names): raise BadInput("probes", f"two of them are called the same: {', '.join(names)}", "Give each probe stage a `name` of its own.")
     reference = reference or names[0]
     if reference not in names: raise BadInput("reference", f"no encoder `{reference}` among the probes", nearest(reference, names))
-    predictions = {name: pd.read_parquet(Path(p)/"predictions.parquet") for name, p in zip(names, folders, strict=True)}
+    predictions = {name: read_parquet(Path(p)/"predictions.parquet", ["slide", "x", "y", "label"]) for name, p in zip(names, folders, strict=True)}
     ours = predictions[reference]
-    same = ours[["slide", "x", "y", "label", *["repeat", "fold"]*("repeat" in ours)]]
+    same = ours[[c for c in ("slide", "x", "y", "label", "repeat", "fold") if c in ours]]
     for name, p in predictions.items():
         if not p.reindex(columns=same.columns).equals(same):
             raise BadInput(name, "was scored on other tiles, or in other folds", "Probe all encoders on one tile store, by one protocol with one seed.")

@@ -172,7 +172,7 @@ def load_encoder(
     checkpoint=None, # file of published weights, or folder with one; with any name: folder or file of a saved backbone
     seed: int = 0, # of random weights
     bf16: bool = False, # run matrix products in bfloat16
-    pool: str = "", # a network's feature, of `backbones.POOLS`, or `patch` or `head`; empty: what its authors take; colour has only one
+    pool: str = "", # feature, of `backbones.POOLS`, or `patch` or `head`; empty: what was trained, or its authors take
     blocks: int = 1, # class tokens of so many last blocks
     mean=None, # of the channels, in 0..1, where the encoder's own is not known or not wanted
     std=None, # of the channels
@@ -193,7 +193,8 @@ def load_encoder(
         model, info = backbones.load(checkpoint)
         report = {"matched": len(model.state_dict()), "missing": [], "unexpected": [], "reshaped": []}
         about = spec(info.get("mpp"), info["mean"], info["std"])
-        return _network(about, model, info["name"], bf16, pool or "class", blocks, positions, report=report)
+        pool = pool or info.get("pool", "class")
+        return _network(about, model, info["name"], bf16, pool, blocks, positions, report=report)
     if name == "colour":
         model = ColourStatistics()
         return Encoder(EncoderSpec(name, 6 + 3*model.bins, None, (0., 0., 0.), (1., 1., 1.), 0, None, False), model, f"colour {model.top}")

@@ -7,6 +7,7 @@ __all__ = ['REGIONS', 'TISSUE', 'TASKS', 'PATCH', 'PUBLISHED', 'MPP', 'Task', 'f
            'PatchHead', 'Cerberus', 'reach', 'from_published', 'save', 'load']
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-002
+import collections
 import dataclasses
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import BadInput, atomic_path, build, digest, nearest, read_json, write_json
-from .backbones import fill, read_state
+from .weights import fill, flat, match, plain, read_state
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-005
 REGIONS = ("background", "inner", "contour") # of every task that finds instances
@@ -55,6 +56,8 @@ def find_tasks(
     tasks = [name if isinstance(name, Task) else TASKS.get(name, name) for name in names]
     for task in tasks:
         if not isinstance(task, Task): raise BadInput(task, "no such task", nearest(task, TASKS))
+        if not re.fullmatch(r"\w[\w -]*", task.name) or hasattr(nn.ModuleDict, task.name):
+            raise BadInput(plain(task.name), "cannot be the name of a task", "Use letters, digits and hyphens.")
         if task.kind not in ("instances", "types", "patch"): raise BadInput(task.name, f"a task of unknown kind `{task.kind}`", nearest(task.kind, ("instances", "types", "patch")))
     twice = {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}
     if twice or not tasks: raise BadInput(", ".join(twice) or "tasks", "named twice" if twice else "there is none", "Name each task once.")
@@ -217,28 +220,54 @@ def save(
                                         "weights": digest(folder/"cerberus.safetensors"), **about})
 
 def load(
-    path, # folder of a run, its cerberus.safetensors, or the authors' weights.tar
+    path, # folder of a run, its cerberus.safetensors, or the authors' weights.tar under any name
 ) -> tuple[Cerberus, dict]: # the network in eval mode; what is known of it: `mpp`, `arch`, ...
     "Read weights. Missing, damaged or foreign files are `BadInput`."
     path = Path(path)
-    if path.suffix in (".tar", ".pth", ".pt"): return _load_published(path)
-    weights = path/"cerberus.safetensors" if path.is_dir() else path
+    weights = path if path.is_file() else path/"cerberus.safetensors"
     about = weights.with_suffix(".json")
+    if path.is_file() and not (about.is_file() and "tasks" in read_json(about)): return _load_published(path)
     for p in (weights, about):
-        if not p.exists(): raise BadInput(p, "there is no such file", "Give the folder of a training run, with its cerberus.json and cerberus.safetensors.")
-    info = read_json(about)
-    if not isinstance(info, dict) or not {"tasks", "arch", "width", "mpp"} <= info.keys(): raise BadInput(about, "lacks `tasks`, `arch`, `width` or `mpp`", "Copy it again from the run.")
-    if info.get("weights") not in (None, digest(weights)): raise BadInput(weights, f"not the weights that {about.name} describes", "Copy both files again, from one run.")
-    net = Cerberus([build(Task, task, about) for task in info["tasks"]], info["arch"], info["width"])
-    fill(net, read_state(weights), weights, "this Cerberus")
+        if not p.exists(): raise BadInput(path if not path.exists() else p, "there is no such file", _RUN)
+    info = _read_about(about)
+    if info.get("weights") not in (None, digest(weights)):
+        raise BadInput(weights, f"not the weights that {about.name} describes", "Copy both files again, from one run.")
+    tasks, state = [build(Task, task, about) for task in info["tasks"]], flat(read_state(weights))
+    with torch.device("meta"): own = Cerberus(tasks, info["arch"], info["width"]).state_dict()
+    match(own, state, weights, "this Cerberus")  # before memory is asked for
+    net = Cerberus(tasks, info["arch"], info["width"])
+    fill(net, state, weights, "this Cerberus")
     return net.eval(), info
+
+# %% ../../nbs/models/14_cerberus.ipynb #cell-025a
+_RUN = "Give the folder of a training run, with its cerberus.json and cerberus.safetensors."
+
+def _read_about(path):
+    "The content of a cerberus.json, every value looked at."
+    info = read_json(path)
+    if not isinstance(info, dict) or not {"tasks", "arch", "width", "mpp"} <= info.keys():
+        raise BadInput(path, "lacks `tasks`, `arch`, `width` or `mpp`", "Copy it again from the run.")
+    def positive(value): return type(value) in (int, float) and 0 < value < 100
+    wrong = [key for key in ("width", "mpp") if not positive(info[key])]
+    if not isinstance(info["arch"], str): wrong.append("arch")
+    def is_task(task): return isinstance(task, dict) and {"name", "kind"} <= task.keys() and task.get("classes", True)
+    if not isinstance(info["tasks"], list) or not all(is_task(task) for task in info["tasks"]): wrong.append("tasks")
+    if wrong: raise BadInput(path, f"`{wrong[0]}` is {plain(repr(info[wrong[0]]), 60)}", "Copy it again from the run.")
+    return info
 
 def _load_published(path):
     "The authors' weights."
-    state = read_state(path)
-    state = state.get("desc", state)
-    if not any(k.removeprefix("module.").startswith("decoder_head.") for k in state): raise BadInput(path, "not Cerberus: no `decoder_head` among its names", "Give the authors' weights.tar, or the folder of a training run.")
-    state = from_published(state)
-    net = Cerberus([name for name in TASKS if any(k.startswith(f"decoders.{name}.") for k in state)])
+    state = flat(read_state(path))
+    places = collections.Counter(m[1] for m in (re.match(r"(|.*?[./])decoder_head\.", name) for name in state) if m)
+    if not places:
+        raise BadInput(path, "not Cerberus: no `decoder_head` among its names",
+                       "Give the authors' weights.tar, or the folder of a training run.")
+    (place, _), = places.most_common(1)  # whatever wraps the network: `desc`, `module.` ...
+    state = {name.removeprefix(place): t for name, t in state.items() if name.startswith(place)}
+    state = from_published({name: t for name, t in state.items() if "/" not in name})
+    tasks = [name for name in TASKS if any(k.startswith(f"decoders.{name}.") for k in state)]
+    with torch.device("meta"): own = Cerberus(tasks or ["gland"]).state_dict()
+    match(own, state, path, "Cerberus")
+    net = Cerberus(tasks)
     fill(net, state, path, "Cerberus")
     return net.eval(), {"arch": "resnet34", "width": 1., "mpp": MPP, "source": path.name}

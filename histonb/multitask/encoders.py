@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core import BadInput, read_json
 from ..models import backbones, cerberus
+from ..models.weights import fill, find_network, flat, read_state
 from .sets import taught
 
 # %% ../../nbs/multitask/46a_encoders.ipynb #cell-005
@@ -97,17 +98,15 @@ class Trunk(nn.Module):
 def _resnet(state, source, arch, width, mean, std):
     "A ResNet of `timm` with a stem that does not step."
     net = cerberus.encoder(arch, width)
-    state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | {k: v for k, v in state.items() if not k.startswith("fc.")}
-    backbones.fill(net, state, source, f"{arch} of width {width:g}")
+    found, _ = find_network(state, net.state_dict(), source)
+    fill(net, found, source, f"{arch} of width {width:g}")
     return Trunk(net, mean, std)
 
-def _kind(path):
-    "What a folder or file holds."
-    names = [path/"cerberus.json", path/"backbone.json"] if path.is_dir() else [path.with_suffix(".json")]
-    found = [name for name in names if name.exists()]
-    if found: return "cerberus" if "tasks" in read_json(found[0]) else "dino"
-    if path.is_dir(): raise BadInput(path, "neither cerberus.json nor backbone.json is in it", "Give the folder of a finished training, or a file of weights.")
-    return "cerberus" if path.suffix == ".tar" else "timm"
+def _is_cerberus(path):
+    "Whether a folder is that of a Cerberus, or a file of weights has its tasks named beside it."
+    about = path/"cerberus.json" if path.is_dir() else path.with_suffix(".json")
+    content = read_json(about) if about.is_file() else {}
+    return isinstance(content, dict) and "tasks" in content
 
 def trunk(
     source="", # empty: from scratch; folder or file of Cerberus weights, the authors' weights.tar, folder of a DINO run, or a file of a `timm` ResNet
@@ -121,15 +120,18 @@ def trunk(
             torch.manual_seed(seed)
             return Trunk(cerberus.encoder(arch, width))
     path = Path(source)
-    kind = _kind(path)
-    if kind == "cerberus": return Trunk(cerberus.load(path)[0].encoder).train()
-    if kind == "timm":
-        state = backbones.read_state(path)
-        if any("decoder_head." in k for k in state.get("desc", state)): return Trunk(cerberus.load(path)[0].encoder).train()
-        return _resnet(state, path, arch, width, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    net, about = backbones.load(path)
-    if hasattr(net, "blocks"): return Trunk(net, about["mean"], about["std"]).train()
-    return _resnet(net.state_dict(), path, about["name"], 1., about["mean"], about["std"])
+    if _is_cerberus(path): return Trunk(cerberus.load(path)[0].encoder).train()
+    if backbones.find_saved(path):
+        net, about = backbones.load(path)
+        if len(about["mean"]) != 3: raise BadInput(path, "its images are not RGB", "Give an encoder of RGB pictures.")
+        if hasattr(net, "blocks"): return Trunk(net, about["mean"], about["std"]).train()
+        return _resnet(net.state_dict(), path, about["name"], 1., about["mean"], about["std"])
+    if path.is_dir():
+        raise BadInput(path, "neither cerberus.json nor backbone.json is in it",
+                       "Give the folder of a finished training, or a file of weights.")
+    state = flat(read_state(path))
+    if any("decoder_head." in name for name in state): return Trunk(cerberus.load(path)[0].encoder).train()
+    return _resnet(state, path, arch, width, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 # %% ../../nbs/multitask/46a_encoders.ipynb #cell-020
 def check_unseen(

@@ -69,10 +69,11 @@ def feature(
     row, # of the table from `on_slide`, as `itertuples` gives it
 ) -> dict: # of GeoJSON
     "An object as QuPath writes it."
+    measured = {"Area µm^2": round(row.area_um2, 2)} | ({} if np.isnan(row.probability) else {"Probability": round(row.probability, 4)})
     return {"type": "Feature", "id": row.feature, "geometry": {"type": "Polygon", "coordinates": [shapely.get_coordinates(row.outline).tolist()]},
             "properties": {"objectType": "detection" if row.task == "nucleus" else "annotation", "name": f"{row.task} {row.id}",
                            "classification": {"name": class_name(row.task, row.type), "color": color_of(row.type or row.task)},
-                           "measurements": {"Area µm^2": round(row.area_um2, 2), "Probability": round(row.probability, 4)}}}
+                           "measurements": measured}}
 
 # %% ../../nbs/multitask/43c_exporting.ipynb #cell-012
 def draw(

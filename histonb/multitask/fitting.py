@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..core import BadInput, append_jsonl, atomic_path, check_ranges, digest, progress, read_json, read_jsonl, write_json
-from ..models.backbones import fill, read_state
 from ..models.running import (Stopped, checkpoints, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision,
                               kept_rows, latest_checkpoint, loader, memory_layout, memory_used, read_checkpoint, same_run, timed,
                               write_checkpoint)
+from ..models.weights import fill, read_state
 from .pictures import Pictures, batches
 
 # %% ../../nbs/multitask/46b_fitting.ipynb #cell-005

@@ -68,8 +68,16 @@ def _flood(score, markers, mask):
     number = np.float32(markers)
     inside = (markers > 0) & (cv2.erode(number, _disc(1)) == number)  # has nothing to give to its neighbours
     contested = (owner < 0) & ~inside
-    found = watershed(-score, np.where(contested, markers, 0), mask=contested)
+    found = watershed(_ranks(score, markers, contested), np.where(contested, markers, 0), mask=contested)
     return np.where(contested, found, np.where(owner < 0, markers, np.maximum(owner, 0)))
+
+def _ranks(score, markers, mask):
+    "The order in which pixels of the mask are flooded, without ties."
+    far = np.rint(np.square(cv2.distanceTransform(np.uint8(markers == 0), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)))  # whole numbers
+    y, x = np.nonzero(mask)
+    order, ranks = np.lexsort((far[y, x], -score[y, x])), np.zeros(mask.shape, np.int32)
+    ranks[y[order], x[order]] = np.arange(len(order))
+    return ranks
 
 # %% ../../nbs/multitask/42_instances.ipynb #cell-021
 def glands(

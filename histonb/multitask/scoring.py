@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, atomic_path, progress, read_json
+from ..core import BadInput, progress, read_json, write_parquet
 from ..data.fields import Fields, at_mpp
 from ..evaluate.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models import cerberus
@@ -100,7 +100,7 @@ def write_scores(
     "Write what each field adds to the figures of instances."
     rows = [{k: r[k] for k in SCORED} | dict(zip(SUMS, object_sums(r["pairs"]), strict=True)) for r in records if TASKS[r["task"]].kind == "instances"]
     table = pd.DataFrame(rows, columns=[*SCORED, *SUMS])
-    with atomic_path(path) as p: table.to_parquet(p, index=False)
+    write_parquet(path, table)
     return table
 
 def score_run(
@@ -108,10 +108,10 @@ def score_run(
     name: str, # what to call its network
     others=None, # further annotators by name
 ) -> pd.DataFrame: # what `write_scores` wrote into the folder
-    "Score a run's network on the test fields of its own division."
+    "Score a run's network, in fp32, on the test fields of its own division."
     c = read_json(Path(folder)/"config.json")
     sets, tasks = read_sets(c["sets"], c["tasks"], c["val_share"], c["test_share"], c["split_seed"])
-    annotators = {name: annotator(cerberus.load(folder)[0], c["precision"]), **(others or {})}
+    annotators = {name: annotator(cerberus.load(folder)[0]), **(others or {})}
     tests = [fields.take((fields.table["split"] == "test").to_numpy()) for fields in sets]
     return write_scores([r for fields in tests if len(fields) for r in score_fields(annotators, fields, [t.name for t in tasks], c["mpp"])], Path(folder)/"scores.parquet")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import BadInput, nearest
+from ..data.cohorts import read_csv
 from ..data.ebhi import ebhi_glands
 from ..data.fields import Fields, crag, folders, glas, patch_folders, phantom_fields
 from ..data.nuclei import consep, lizard, pannuke
@@ -67,7 +68,7 @@ def taught(
     folder, # of a training, with its `fields.csv`
 ) -> dict: # name of a set -> the cases that were learnt from
     "Which cases a network has seen."
-    fields = pd.read_csv(Path(folder)/"fields.csv", dtype=str)
+    fields = read_csv(Path(folder)/"fields.csv", ["set", "case", "split"])
     return fields[fields["split"] == "train"].groupby("set")["case"].agg(set).to_dict()
 
 def read_sets(

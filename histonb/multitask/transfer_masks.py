@@ -29,7 +29,7 @@ from ..models.cerberus import Decoder
 from ..models.medt import MedT
 from ..models.segnet import SegNet
 from ..models.unet import UNet
-from .baseline import _threshold
+from .baseline import otsu, stain_levels
 from .encoders import Trunk, trunk
 from .fitting import FitConfig, answers, fit, settle
 from .pictures import Pictures, write_picture
@@ -202,7 +202,7 @@ def stain_mask(
 ) -> np.ndarray: # (H, W) uint8
     "Where there is more haematoxylin than elsewhere in the picture."
     stain = cv2.GaussianBlur(np.ascontiguousarray(hed_from_rgb(image)[..., 0]), (0, 0), sigma)
-    return binary_fill_holes(stain > _threshold(stain, 0)).view(np.uint8)
+    return binary_fill_holes(stain > otsu(stain_levels(stain), 0)).view(np.uint8)
 
 BASELINES = {"all foreground": all_foreground, "stain": stain_mask}
 

@@ -14,13 +14,12 @@ import secrets
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import timm
 import torch
 from safetensors.torch import save_file
 
 import histonb
-from ..core import BadInput, digest, read_json, read_jsonl, refusals_told, write_json
+from ..core import BadInput, digest, read_json, read_jsonl, read_parquet, refusals_told, write_json
 from ..models import backbones
 from .config import PRESETS, preset
 
@@ -67,7 +66,7 @@ def last_figures(
 
 # %% ../../nbs/pretrain/23c_export.ipynb #cell-013
 PRIVATE = { # parameters of one machine or one data set
-    "out", "tiles", "knn_tiles", "device", "workers", "log_every", "checkpoint_every", "keep", "n_images", "steps"}
+    "out", "tiles", "knn_tiles", "device", "workers", "log_every", "checkpoint_every", "keep", "n_images", "data", "steps"}
 
 def nearest_preset(
     config: dict, # content of a run's config.json
@@ -90,7 +89,7 @@ def origin(
     table = Path(config["tiles"])/"tiles.parquet"
     if config["tiles"] and table.exists():
         found["tiles"] = digest(table)
-        mpp = pd.read_parquet(table, columns=["mpp"])["mpp"].dropna()
+        mpp = read_parquet(table, ["mpp"], only=True)["mpp"].dropna()
         if len(mpp): found["mpp"] = float(mpp.median())
     if "n_images" in config: found["images"] = config["n_images"]
     return found
@@ -195,9 +194,12 @@ def export(
     if out.exists(): raise BadInput(out, "exists already", "Choose another folder, or remove this one.")
     model, info = backbones.load(run/"best" if best else run)
     if not (run/"config.json").exists(): raise BadInput(run, "has a backbone but no config.json", "Give the folder of a pre-training run.")
-    if info.get("step") != info.get("steps") and not (unfinished or best):
+    config = read_json(run/"config.json")
+    if not isinstance(config, dict) or "global_size" not in config or not {"step", "steps"} <= info.keys():
+        raise BadInput(run, "has a backbone, but is no pre-training run", "Give the folder of a pre-training run.")
+    if info["step"] != info["steps"] and not (unfinished or best):
         raise BadInput(run, f"the run stands at step {info['step']} of {info['steps']}", "Let it finish, or ask for the unfinished one.")
-    settings = timm_config(model, info, read_json(run/"config.json")["global_size"])
+    settings = timm_config(model, info, config["global_size"])
     partial = out.with_name(f".{out.name[:40]}-{secrets.token_hex(4)}")
     with refusals_told(out):
         try:

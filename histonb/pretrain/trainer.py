@@ -318,7 +318,7 @@ def pretrain(
 ) -> Path: # folder of the run
     "Pre-train a backbone with DINO, or continue, or return at once where that is done."
     if dataset is None:
-        dataset = TileShards(config.tiles)
+        dataset = TileShards(config.tiles, columns=["split"] if config.split else ())
         if config.split: dataset = TileShards(config.tiles, table=dataset.table[dataset.table["split"] == config.split])
     c, folder = settle(keep_precision(config, restart), len(dataset), ranks.announced()), Path(config.out)
     identity = _identity(c, dataset, elastic)
