@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GRACE', 'LEASE', 'SMALL', 'RANGES', 'BadInput', 'disk_is_full', 'foreign_errors', 'nearest', 'atomic_path', 'Refused',
            'refusal', 'refusals_told', 'sweep', 'hold', 'is_held', 'as_json', 'write_json', 'read_json', 'append_jsonl',
-           'read_jsonl', 'digest', 'content_key', 'folder_keys', 'check_ranges', 'build', 'in_notebook', 'progress',
-           'repo_root']
+           'read_jsonl', 'write_parquet', 'read_parquet', 'digest', 'content_key', 'folder_keys', 'check_ranges',
+           'build', 'in_notebook', 'progress', 'repo_root']
 
 # %% ../nbs/00_core.ipynb #cell-002
 import contextlib
@@ -55,19 +55,25 @@ def disk_is_full(
 def foreign_errors(
     path, # file that is read or worked on meanwhile
     remedy: str = "Copy or download it again, or leave it out.",
+    fault: str = "", # what it is then, such as "unreadable as CSV"; empty: unexpected, with its place
 ):
-    "Raise any exception but `BadInput` and a full disk as a `BadInput` of `path` that names its type and place."
+    "Raise any exception but `BadInput` and a full disk as a `BadInput` of `path` that names its type."
     try: yield
     except BadInput: raise
     except Exception as e:
         if disk_is_full(e): raise
-        import histonb
-        package = Path(histonb.__file__).parent
-        frames = traceback.extract_tb(e.__traceback__)[1:]
-        place = ([f for f in frames if package in Path(f.filename).parents] or frames)[-1]
         said = " ".join(str(e).split())[:200]
-        fault = f"unexpected {type(e).__name__} in {Path(place.filename).name}, line {place.lineno} ({place.name})"
-        raise BadInput(path, f"{fault}: {said}" if said else fault, remedy) from e
+        said = f": {said}" if said else ""
+        if fault: raise BadInput(path, f"{fault} ({type(e).__name__}{said})", remedy) from e
+        raise BadInput(path, f"unexpected {type(e).__name__} in {_place(e)}{said}", remedy) from e
+
+def _place(error):
+    "Name the last line of histonb's own, or of any other code, that an exception passed."
+    import histonb
+    package = Path(histonb.__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    last = ([f for f in frames if package in Path(f.filename).parents] or frames)[-1]
+    return f"{Path(last.filename).name}, line {last.lineno} ({last.name})"
 
 # %% ../nbs/00_core.ipynb #cell-008
 def nearest(
@@ -263,8 +269,9 @@ def write_json(
 def read_json(
     path, # file to read
 ):
-    "Read a JSON file; a broken one is a `BadInput`."
+    "Read a JSON file; a missing or broken one is a `BadInput`."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e: raise BadInput(path, "there is no such file", "Run the stage that writes it, or copy it again.") from e
     except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a number of 5,000 digits, brackets without end
         raise BadInput(path, f"not valid JSON ({e})", "Delete it and run the stage that writes it again.") from e
 
@@ -294,6 +301,30 @@ def read_jsonl(
                            "Delete this line, or the whole log.")
         rows.append(row)
     return rows
+
+# %% ../nbs/00_core.ipynb #cell-016b
+def write_parquet(
+    path, # file to write, atomically
+    table, # pandas DataFrame; its index is not kept
+):
+    "Write a table with checksums."
+    with atomic_path(path) as p: table.to_parquet(p, index=False, write_page_checksum=True)
+
+def read_parquet(
+    path, # Parquet file
+    columns=(), # names of columns that it must have
+    remedy: str = "Copy it again, or run the stage that writes it again.",
+    only: bool = False, # read these columns alone
+): # pandas DataFrame
+    "Read a table; a missing or damaged one, or one that lacks a column, is a `BadInput`."
+    import pandas as pd
+    import pyarrow.parquet
+    if not Path(path).is_file(): raise BadInput(path, "there is no such table", remedy)
+    with foreign_errors(path, remedy, "unreadable as a Parquet table"):
+        names = pyarrow.parquet.read_schema(path).names
+        for name in columns:
+            if name not in names: raise BadInput(path, f"no column `{name}` among {', '.join(map(str, names))}", remedy)
+        return pd.read_parquet(path, columns=[*columns] if only else None, page_checksum_verification=True)
 
 # %% ../nbs/00_core.ipynb #cell-018
 def digest(
