@@ -391,7 +391,7 @@ RANGES = { # where the numbers of a parameter lie; of a list, each of them
         epochs min_lr weight_decay weight_decay_end clip warmup_epochs freeze_last_epochs teacher_temp_epochs
         patch_weight spread_weight steps micro_batch spread_group n_local workers threads processes seed
         seeds split_seed weights_seed watch_every val_fields level size mpp slide_mpp picture_mpp limit
-        per_slide per_cluster duplicate leak target gates_from closing gpus cpus cpus_per_gpu
+        per_slide per_cluster duplicate leak target gates_from closing gpus cpus cpus_per_gpu max_damaged
     """,
     "1 or more": """
         hidden bottleneck n_global global_size local_size crop side draw height tile map_size batch_size
@@ -435,6 +435,10 @@ def check_ranges(
             raise BadInput(source, f"`{name}` is {value!r}", f"Give {count} numbers.")
         if name in _RISING and list(numbers) != sorted(numbers):
             raise BadInput(source, f"`{name}` is {value!r}", "Give the least first, then the most.")
+    least, rate = values.get("min_lr"), values.get("lr")
+    peak = rate*(values.get("batch_size") or 256)/256 if rate else None
+    if least and peak and least > peak:
+        raise BadInput(source, f"`min_lr` is {least:g}, above the peak lr * batch_size/256 = {peak:g}", "Lower min_lr, or raise lr.")
 
 # %% ../nbs/00_core.ipynb #cell-021
 def _fits(value, hint) -> bool:

@@ -10,6 +10,7 @@ __all__ = ['Profile', 'load_profile', 'sbatch_command', 'read_queue', 'in_queue'
 import collections
 import ctypes
 import dataclasses
+import functools
 import os
 import re
 import runpy
@@ -22,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-from ..core import BadInput, build, nearest, read_json, write_json
+from ..core import BadInput, build, hold, nearest, read_json, write_json
 from .studies import Stage, StageFailed, Stopped, Study, load_study, read_yaml, run_study, stage_record, stage_states
 
 # %% ../../nbs/jobs/52_slurm.ipynb #cell-005
@@ -119,6 +120,12 @@ def submit(
     study = load_study(path)
     if only is not None and only not in study.stages: raise BadInput(path, f"no stage `{only}`", nearest(only, study.stages))
     site = load_profile(profile or (study.profile and study.root/study.profile))
+    if dry_run: return _submit(study, only, force, site, lambda stage, command, jobs: f"{{{stage.name}}}")
+    with hold(study.folder, study.folder/".submit.lock", wait=True):  # two at once would submit each stage twice
+        return _submit(study, only, force, site, functools.partial(_sbatch, study))
+
+def _submit(study, only, force, site, hand_over):
+    "Print the command of each stage that is to run, and hand it over for the number of its job."
     rows = {row["stage"]: row for row in stage_states(study)}
     jobs = {s.name: _job(study, s) for s in study.stages.values() if rows[s.name]["queued"]}
     for stage in study.stages.values():
@@ -128,10 +135,10 @@ def submit(
         if state == "running": raise BadInput(stage.folder, "this stage is being run on this machine", "Wait for it, or stop it with Ctrl-C.")
         if state == "finished" and not force and not any(n in jobs for n in stage.needs): print(f"{stage.name}: finished before, nothing has changed"); continue
         undone = [n for n in stage.needs if n not in jobs and rows[n]["state"] != "finished"]
-        if undone: raise BadInput(path, f"stage `{only}` needs `{undone[0]}`, which is {rows[undone[0]]['state']}", "Leave out --only, or submit that one first.")
+        if undone: raise BadInput(study.path, f"stage `{only}` needs `{undone[0]}`, which is {rows[undone[0]]['state']}", "Leave out --only, or submit that one first.")
         command = sbatch_command(study, stage, site, [jobs[n] for n in stage.needs if n in jobs], force)
         print(shlex.join(command), flush=True)
-        jobs[stage.name] = f"{{{stage.name}}}" if dry_run else _sbatch(study, stage, command, jobs)
+        jobs[stage.name] = hand_over(stage, command, jobs)
     return jobs
 
 def _sbatch(study, stage, command, jobs):

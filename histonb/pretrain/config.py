@@ -92,10 +92,6 @@ class PretrainConfig:
 
     def __post_init__(self):
         check_ranges(vars(self), "PretrainConfig")
-        peak = self.lr*self.batch_size/256
-        if self.min_lr > peak:
-            raise BadInput("PretrainConfig", f"`min_lr` is {self.min_lr:g}, above the peak lr * batch_size/256 = {peak:g}",
-                           "Lower min_lr, or raise lr.")
         if not (self.mean and self.std): raise BadInput("PretrainConfig", "`mean` or `std` is empty", "Give 3 numbers.")
 
 # %% ../../nbs/pretrain/22a_config.ipynb #cell-008
