@@ -128,7 +128,7 @@ def test_dry_run_shows_the_jobs_and_writes_nothing(root):
 @pytest.mark.parametrize("right, wrong, message", [
     ("nodes: 2", "node: 2", "unknown key `node` in `resources`. Did you mean `nodes`?"),
     ("nodes: 2", "nodes: two", "`nodes` is 'two', not of type int"),
-    ("nodes: 2", "nodes: 0", "needs a node or more"),
+    ("nodes: 2", "nodes: 0", "`nodes` is 0. Choose a number 1 or more"),
     ('"0:20:00"', "soon", "`time` is 'soon'. Write it like 24:00:00"),
     ("gpus: 2", "memory: lots", "`memory` is 'lots'. Write it like 64G"),
 ])

@@ -151,7 +151,6 @@ def _resources(shared, own, where):
     asked = build(Resources, {k: v for part in (shared, own) for k, v in _keys(part or {}, known, where, "`resources`").items()}, where)
     for name, pattern, example in [("memory", r"(\d+[KMGT]?)?$", "64G"), ("time", r"((\d+-)?\d+(:\d\d){0,2})?$", "24:00:00")]:
         if not re.match(pattern, getattr(asked, name)): raise BadInput(where, f"`{name}` is {getattr(asked, name)!r}", f"Write it like {example}.")
-    if asked.nodes < 1 or min(asked.gpus, asked.cpus) < 0: raise BadInput(where, "`resources` needs a node or more, and no negative numbers", "Correct it.")
     return asked
 
 def load_study(
