@@ -175,7 +175,7 @@ def test_an_export_is_loaded_again(tmp_path, arch):
     run = finished(tmp_path / "run", arch)
     out = export(run, tmp_path / "out")
     model, x = backbones.load(run)[0], torch.randn(1, 3, 96, 96)
-    for path in (out, out / "model.safetensors"):
+    for path in (out, out / "model.safetensors", out / "config.json"):
         again, info = backbones.load(path)
         with torch.inference_mode():
             assert torch.equal(again(x), model(x))

@@ -257,7 +257,7 @@ def test_what_dino_writes(tmp_path, trained, legacy, normed):
         assert torch.allclose(
             load_encoder(VIT, tmp_path / "checkpoint.pth", pool="head").model[1](token), head(token), atol=1e-6
         )
-    assert ours.report["prefix"] == "teacher/backbone." and not ours.report["missing"] + ours.report["unexpected"]
+    assert ours.report["taken"] == "teacher/backbone." and not ours.report["missing"] + ours.report["unexpected"]
 
 
 LAYOUTS = {

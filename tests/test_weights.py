@@ -96,6 +96,7 @@ def test_shards(tmp_path, index):
         ("[]", "weight_map"),
         ('{"weight_map": {"a": "../a.bin"}}', "no file beside it"),
         ('{"weight_map": {"a": 3}}', "no such file"),
+        (json.dumps({"weight_map": {"a": "a" * 5000}}), "cannot be read .File name too long"),
         (json.dumps({"weight_map": places | {"x": "model-0.part"}}), "no file holds, such as `x`"),
     ]:
         path.write_text(content)
@@ -290,6 +291,8 @@ def test_archives_are_called_by_their_name(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.zeros(2))
     with tarfile.open(tmp_path / "w.tar", "w") as tar:
         tar.add(tmp_path / "w.npz", "w.npz")
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as z:
+        z.write(tmp_path / "w.npz", "folder/w.npz")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "w.pt")
@@ -297,7 +300,8 @@ def test_archives_are_called_by_their_name(tmp_path):
         z.writestr("w/data.pkl", pickle.dumps({}, 2))
         z.writestr("w/data/0", bytes(10_000_000))
     for name, says in [
-        ("w.npz", "zip archive without PyTorch"),
+        ("w.npz", "a NumPy archive"),
+        ("w.zip", "zip archive without PyTorch"),
         ("w.tar", "a tar archive"),
         ("w.pt", "TorchScript"),
         ("bomb.pth", "twenty times"),
@@ -332,6 +336,17 @@ def test_a_changed_bit_is_noticed_where_there_are_checksums(tmp_path):
     finally:
         torch.serialization.set_crc32_options(kept)
     assert same(read_state(tmp_path / "none.pth"))
+
+
+def test_tensors_that_are_split_over_processes(tmp_path, foreign):
+    make, forget = foreign
+    value = make("xorch.distributed.tensor", "DTensor")()
+    torch.save({"w": value}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    forget()
+    (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes().replace(b"xorch", b"torch"))
+    with pytest.raises(BadInput, match="holds tensors that are split over processes. Ask its makers to gather") as e:
+        read_state(tmp_path / "w.pth")
+    assert one_sentence(e.value)
 
 
 def test_a_newer_pickle_protocol(tmp_path):

@@ -160,7 +160,7 @@ def load_published(
     strict: bool = True, # refuse a file that does not fit in every tensor
     hub: bool = False, # fetch the file where it is not here
     positions: str = "timm", # of `vit.POSITIONS`: how a ViT resizes its position codes
-) -> tuple[nn.Module, nn.Module | None, dict]: # backbone; DINO head, if any; report of `fill`, and `prefix` in the file
+) -> tuple[nn.Module, nn.Module | None, dict]: # backbone; DINO head, if any; report of `fill`, and what was `taken`
     "Rebuild a published encoder from its file. A file of another model is a `BadInput` that tells the difference."
     known = entry(name)
     path = Path(path) if path else find_weights(name, hub)
@@ -174,7 +174,7 @@ def load_published(
     set_positions(model, positions)
     head = find_head(state, prefix, path)
     fits = head is not None and head.mlp[0].in_features == model.num_features
-    return model.eval(), head if fits else None, report | {"prefix": prefix}
+    return model.eval(), head if fits else None, report | {"taken": prefix or "the whole file"}
 
 # %% ../../nbs/evaluate/29_published.ipynb #cell-report
 BONY_REPORT = {  # accuracy on PANDA tiles, mean squared error of masks on DeepGleason, of the blurred tile on SICAPv2

@@ -102,6 +102,7 @@ def find_saved(
 ) -> tuple[Path, Path] | None: # the JSON that says what a backbone is, and its weights; None: nothing says it
     "Find a saved backbone: a pair of files of this library, or a folder for `timm`."
     path = Path(path)
+    if path.name in ("backbone.json", "config.json"): path = path.parent
     own = (path/"backbone.json", path/"backbone.safetensors") if path.is_dir() else (path.with_suffix(".json"), path)
     if own[1].name == "backbone.safetensors" and any(p.exists() for p in own): return own
     if own[0].is_file() and len({"name", "mean", "std", "weights"} & _keys(own[0])) > 1: return own

@@ -117,10 +117,8 @@ def _pickle_names(content):
     return names, protocol
 
 # %% ../../nbs/models/10c_weights.ipynb #cell-010
-def _refusal(error, names, protocol):
+def _refusal(error, protocol):
     "Why PyTorch's reader refuses a pickle, and what to do."
-    if any(name.startswith("torch.distributed") for name in names):
-        return "holds tensors that are split over processes", "Ask its makers to gather them into one state dict."
     refused = re.search(r"GLOBAL (\S+) (was|whose)", str(error))
     if refused: return f"holds more than tensors: `{plain(refused[1])}`, whose code would have to run", _ALONE
     if "persistent_load" in str(error): return "holds more than tensors: the class of a network", _ALONE
@@ -129,18 +127,21 @@ def _refusal(error, names, protocol):
 
 def _load(path, names, protocol):
     "What a file of `torch.save` holds."
+    if any(name.startswith("torch.distributed") for name in names):
+        raise BadInput(path, "holds tensors that are split over processes", "Ask its makers to gather them in one file.")
     try:
         with open(path, "rb") as f, warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(names)):
             warnings.simplefilter("ignore")
             return torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        raise BadInput(path, *_refusal(e, names, protocol)) from None  # without torch's advice to run it
+        raise BadInput(path, *_refusal(e, protocol)) from None  # without torch's advice to run it
 
 def _read_zip(path):
     "What a file of today's `torch.save` holds, once its checksums are found right."
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         by_name = {r.filename.rpartition("/")[2]: r for r in records}
+        if any(name.endswith(".npy") for name in by_name): raise BadInput(path, "a NumPy archive", _CONVERT)
         if "data.pkl" not in by_name: raise BadInput(path, "a zip archive without PyTorch weights", _UNPACK)
         if "constants.pkl" in by_name: raise BadInput(path, "a TorchScript program, which would have to run", _ALONE)
         if sum(r.file_size for r in records) > 20*os.path.getsize(path):
@@ -199,10 +200,10 @@ def read_state(
     path, # of a file whatever its ending, of the index.json of several, or of a folder with one of them
 ) -> dict: # what the file holds: tensors by name, or dictionaries of them among other things
     "Read weights without running anything in the file; what is not weights, or not whole, is a `BadInput`."
-    path = find_file(path)
-    if path.name.endswith(".index.json"): return _read_shards(path)
     kind = "torch"
     try:
+        path = find_file(path)
+        if path.name.endswith(".index.json"): return _read_shards(path)
         if (form := _kind(path)) == "safetensors": kind = form
         held = {"safetensors": load_file, "zip": _read_zip, "legacy": _read_legacy}[form](path)
     except BadInput: raise
