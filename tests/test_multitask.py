@@ -165,6 +165,16 @@ def test_what_stands_in_the_json_is_looked_at(tmp_path, change, message):
     assert str(e.value).isprintable() and len(str(e.value)) < 500
 
 
+@pytest.mark.parametrize("content", ["true", "[]", "3", "{}", "null"])
+def test_a_json_without_tasks_is_not_that_of_a_run(tmp_path, content):
+    cerberus.save(Cerberus(["gland"], "resnet18", 0.0625), tmp_path)
+    (tmp_path / "cerberus.json").write_text(content)
+    with pytest.raises(BadInput, match="lacks `tasks`"):
+        cerberus.load(tmp_path)
+    with pytest.raises(BadInput, match="not Cerberus: no `decoder_head`"):
+        cerberus.load(tmp_path / "cerberus.safetensors")
+
+
 def test_a_task_of_the_same_name_with_other_classes_is_not_trained_on(tmp_path):
     task = dataclasses.replace(TASKS["nucleus-type"], classes=("none", *"abcdef"))
     cerberus.save(Cerberus(["nucleus", task], "resnet18", .125), tmp_path/"one")

@@ -226,7 +226,7 @@ def load(
     path = Path(path)
     weights = path if path.is_file() else path/"cerberus.safetensors"
     about = weights.with_suffix(".json")
-    if path.is_file() and not (about.is_file() and "tasks" in read_json(about)): return _load_published(path)
+    if path.is_file() and not (about.is_file() and _has_tasks(read_json(about))): return _load_published(path)
     for p in (weights, about):
         if not p.exists(): raise BadInput(path if not path.exists() else p, "there is no such file", _RUN)
     info = _read_about(about)
@@ -242,10 +242,12 @@ def load(
 # %% ../../nbs/models/14_cerberus.ipynb #cell-025a
 _RUN = "Give the folder of a training run, with its cerberus.json and cerberus.safetensors."
 
+def _has_tasks(content): return isinstance(content, dict) and "tasks" in content
+
 def _read_about(path):
     "The content of a cerberus.json, every value looked at."
     info = read_json(path)
-    if not isinstance(info, dict) or not {"tasks", "arch", "width", "mpp"} <= info.keys():
+    if not _has_tasks(info) or not {"arch", "width", "mpp"} <= info.keys():
         raise BadInput(path, "lacks `tasks`, `arch`, `width` or `mpp`", "Copy it again from the run.")
     def positive(value): return type(value) in (int, float) and 0 < value < 100
     wrong = [key for key in ("width", "mpp") if not positive(info[key])]
