@@ -161,7 +161,7 @@ def settle(
         raise BadInput("batch_size", f"{c.batch_size} with {n_images} tiles", f"Choose 2 to {n_images}.")
     micro_batches(c, world)
     _settle_losses(c, c.batch_size//(world*micro_batches(c, world)))
-    device = str(find_device(c.device))
+    device = c.device if c.device != "auto" else str(find_device())  # a run on another machine can be settled here
     precision = find_precision(c.precision, torch.device(device))
     sync_bn = c.sync_bn if c.sync_bn != "auto" else "yes" if device.startswith("cuda") and world > 1 else "no"
     if sync_bn == "yes" and not device.startswith("cuda"):

@@ -24,7 +24,7 @@ from ..core import BadInput, append_jsonl, digest, progress, read_json, write_js
 from ..data.shards import TileShards
 from ..models import backbones
 from ..models.heads import DINOHead
-from ..models.running import (Stopped, checkpoints, claim, draw_seed, hold_signals, keep_precision, kept_rows, latest_checkpoint,
+from ..models.running import (Stopped, checkpoints, claim, draw_seed, find_device, hold_signals, keep_precision, kept_rows, latest_checkpoint,
                               memory_used, read_checkpoint, same_run, timed, write_checkpoint)
 from . import ranks
 from .config import PretrainConfig, micro_batches, schedules, settle
@@ -320,6 +320,7 @@ def pretrain(
     if dataset is None:
         dataset = TileShards(config.tiles, columns=["split"] if config.split else ())
         if config.split: dataset = TileShards(config.tiles, table=dataset.table[dataset.table["split"] == config.split])
+    find_device(config.device)  # refuses one that this machine lacks
     c, folder = settle(keep_precision(config, restart), len(dataset), ranks.announced()), Path(config.out)
     identity = _identity(c, dataset, elastic)
     with contextlib.ExitStack() as stack:
