@@ -228,6 +228,7 @@ def tile(
     mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the tiles, instead of a level.")] = None,
     slide_mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel at level 0, for slides that do not say.")] = None,
     min_coverage: Annotated[float, typer.Option(help="Least fraction of a tile that a class must cover to label it.")] = 0.,
+    max_damaged: Annotated[int, typer.Option(help="Internal tiles of a slide that may be damaged before it is set aside.")] = 16,
     workers: Annotated[int, typer.Option(help="Threads.")] = 2,
     store: Annotated[bool, typer.Option("--store/--coordinates-only", help="Store the tiles, or only where they lie.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first slide that cannot be used.")] = False,
@@ -245,13 +246,15 @@ def tile(
     from histonb.data.tiling import TileRule, tile_cohort
     cohort = panda(source[0]) if len(source) == 1 and os.path.isdir(source[0]) else single_slides(source)
     if slide_mpp is not None: cohort.slides["mpp"] = slide_mpp
-    rule = TileRule(size=size, level=level, mpp=mpp, min_coverage=min_coverage)
+    rule = TileRule(size=size, level=level, mpp=mpp, min_coverage=min_coverage, max_damaged=max_damaged)
     try: tiles = tile_cohort(cohort, out, rule=rule, workers=workers, store=store, strict=strict)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
     with open(out/"quarantine.csv", encoding="utf-8") as f: lost = sum(1 for _ in csv.reader(f)) - 1
+    damaged = (tiles["why"] == "damaged").sum()
     print(f"{tiles['kept'].sum():,} of {len(tiles):,} tiles kept in {tiles['slide'].nunique():,} slides"
+          + (f"; {damaged:,} tiles lie on damaged pixels" if damaged else "")
           + (f"; {lost} slides in {out/'quarantine.csv'}" if lost else "") + f": {out/'tiles.parquet'}")
 
 # %% ../nbs/60_cli.ipynb #cell-pretrain

@@ -120,3 +120,26 @@ def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypat
     for said in ("bad.svs: unexpected IndexError in cli.py, line", "known.svs: no such file", "half/annotation.json: there is no such file"): assert said in done.output
     assert isinstance(run("bad.svs").exception, BadInput)
     assert run("a.svs", "full.svs", "b.svs").exception.errno == 28
+
+
+def test_tile_says_how_much_of_a_slide_is_damaged(tmp_path):
+    "And takes as much as its option allows; a resolution that is missing is asked for by the name of the other."
+    import numpy as np
+    from typer.testing import CliRunner
+
+    from histonb import cli
+    from histonb.data.phantom import draw_slide
+    from histonb.data.slides import open_slide
+    from histonb.data.writing import write_slide
+    slide = tmp_path/"a.tiff"
+    write_slide(slide, draw_slide(1, (1000, 1000), cover=(.6, .7)).image, mpp=None, tile=256)
+    data = bytearray(slide.read_bytes())
+    with open_slide(slide) as opened: at = opened.levels[0]
+    fullest = np.argmax(at.counts)
+    data[at.offsets.flat[fullest]:at.offsets.flat[fullest] + 100] = bytes(100)
+    slide.write_bytes(data)
+    def tile(out, *options): return CliRunner().invoke(cli.app, ["tile", str(slide), "--out", str(tmp_path/out), *options])
+    assert "damaged internal tile" in str(tile("a", "--max-damaged", "0").exception)
+    assert "tiles lie on damaged pixels" in tile("a").stdout
+    assert "`--slide-mpp 0.5`" in str(tile("b", "--mpp", "0.5").exception)
+    assert tile("b", "--mpp", "0.5", "--slide-mpp", "0.5").exit_code == 0

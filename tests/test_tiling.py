@@ -469,7 +469,7 @@ def test_damage_at_low_resolution_is_not_glass(tmp_path):
 
 def test_damage_is_counted_in_a_cohort(tmp_path):
     slide, mask = half_slide(tmp_path/"a.tiff")
-    hurt, lost = broken(slide, [(1, 0)]), broken(slide, [(r, c) for r in range(4) for c in range(3)], name="lost")
+    hurt, lost = broken(slide, [(1, 0)]), broken(slide, [(0, 0), *((row, 1) for row in range(4))], name="lost")
     cohort = cohort_of([("good", slide, mask, "radboud"), ("hurt", hurt, mask, "radboud"),
                         ("lost", lost, mask, "radboud")])
     for workers in (1, 4):
@@ -481,19 +481,12 @@ def test_damage_is_counted_in_a_cohort(tmp_path):
         quarantine = pd.read_csv(out/"quarantine.csv").set_index("slide")
         assert "internal tiles are damaged, 4 may be" in quarantine.fault["lost"]
         assert TileShards(out).check() == table.kept.sum() == 12
-        with pytest.raises(BadInput, match="max_damaged 4 -> 5"): tile_cohort(cohort, out, TileRule(max_damaged=5))
-
-
-def test_a_folder_of_an_older_rule_goes_on(tmp_path):
-    "A rule that was written before an option existed lacks it, and differs in nothing else."
-    slide, mask = half_slide(tmp_path/"a.tiff")
-    cohort = cohort_of([("a", slide, mask, "radboud")])
-    table = tile_cohort(cohort, tmp_path/"out")
-    rule = read_json(tmp_path/"out/rule.json")
-    del rule["max_damaged"]
-    write_json(tmp_path/"out/rule.json", rule)
-    assert tile_cohort(cohort, tmp_path/"out").equals(table)
-    with pytest.raises(BadInput, match="size 224 -> 256"): tile_cohort(cohort, tmp_path/"out", TileRule(size=256))
+    for allowed, slides in ((0, ["good"]), (16, ["good", "hurt", "lost"]), (4, ["good", "hurt"])):
+        again = tile_cohort(cohort, out, TileRule(max_damaged=allowed))  # in the same folder, as if it were the first time
+        fresh = tile_cohort(cohort, tmp_path/f"fresh{allowed}", TileRule(max_damaged=allowed))
+        assert again.slide.unique().tolist() == slides
+        pd.testing.assert_frame_equal(again.drop(columns="offset"), fresh.drop(columns="offset"))
+        assert TileShards(out).check() == fresh.kept.sum()
 
 
 def test_what_a_folder_is_protected_from(phantoms, tmp_path):

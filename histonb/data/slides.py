@@ -264,7 +264,7 @@ def _note_damage(self: Slide, level, row, column, error):
     many = f"{len(self.damaged)} internal tiles are damaged, {self.max_damaged} may be; the last is a "
     if not self.max_damaged: many = ""
     raise BadInput(self.path, f"{many}damaged internal tile (level {level}, row {row}, column {column}): {fault}",
-                   "Copy or download it again, or leave this slide out.") from error
+                   "Copy or download it again, leave it out, or allow more damage (`--max-damaged`, `max_damaged=`).") from error
 
 def _touched(
     start: int, # first pixel of a region

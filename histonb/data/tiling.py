@@ -53,16 +53,20 @@ def _content(path):
     try: return content_key(path)
     except (OSError, ValueError): return None
 
-def _tile(job: _Job): # {"incomplete": n, "background": n, "key": of the files}, or the BadInput
+def _tile(job: _Job): # {"incomplete": n, "background": n, "damaged": internal tiles, "key": of the files}, or the BadInput
     "Tile one slide into its two part files."
+    allowed = job.rule.max_damaged
     try:
         with atomic_path(job.part(".tiles")) as records, contextlib.ExitStack() as stack:
             store = stack.enter_context(open(records, "wb")) if job.store else None
-            with foreign_errors(job.image), open_slide(job.image, job.mpp, max_damaged=job.rule.max_damaged) as slide:
-                table, counts = tile_slide(slide, job.mask, job.codes, job.rule, store, job.threads)
+            with foreign_errors(job.image), open_slide(job.image, job.mpp, max_damaged=allowed) as slide:
+                mask = open_slide(job.mask, mask=True, max_damaged=allowed) if job.mask else None
+                with mask or contextlib.nullcontext():
+                    table, counts = tile_slide(slide, mask, job.codes, job.rule, store, job.threads)
+                damaged = max(len(opened.damaged) for opened in (slide, mask) if opened)
             write_parquet(job.part(".parquet"), table.assign(slide=job.slide))
     except BadInput as e: return e
-    return counts[["incomplete", "background"]].sum().to_dict() | {"key": job.key}
+    return counts[["incomplete", "background"]].sum().to_dict() | {"damaged": damaged, "key": job.key}
 
 def _quiet(): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
 
@@ -116,11 +120,12 @@ def _results(jobs, processes):
 def _same_rule(out, rule, store):
     "Claim the folder for a rule, or refuse where it belongs to another."
     wanted = {**dataclasses.asdict(rule), "store": store}
+    del wanted["max_damaged"]  # decides which slides are taken, and nothing of their tiles
     if (out/"rule.json").exists():
         found = read_json(out/"rule.json")
         if not isinstance(found, dict) or "size" not in found:
             raise BadInput(out/"rule.json", "no rule of tiling", "Choose another folder, or delete this one.")
-        changed = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k, v) != v]  # an older rule lacks what came later
+        changed = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k) != v]
         if changed: raise BadInput(out, f"tiled by another rule ({', '.join(changed)})",
                                    "Choose another folder, or delete this one. Thresholds can be changed on the table with `apply_rule`.")
     else: write_json(out/"rule.json", wanted)
@@ -206,6 +211,7 @@ def _run(cohort, out, jobs, processes, store, strict):
         in_table = set(read_parquet(path, ["slide"], "Delete it and run again: the slides are cut anew.", only=True)["slide"])
     last = {row["slide"]: row for row in rows}
     done = {job.slide: last[job.slide] for job in jobs if job.slide in last and last[job.slide]["key"] == job.key
+            and last[job.slide].get("damaged", 0) <= job.rule.max_damaged
             and (job.slide in in_table or job.part(".parquet").exists())}
     sizes = {}
     for row in rows:

@@ -32,7 +32,9 @@ class Resampled:
         mpp: float, # um per pixel wanted
         square: int = 512, # pixels of a side of the squares it is resampled in
     ):
-        if mpp < slide.mpp/1.25: raise BadInput(slide.path, f"{mpp} um/px are asked for, but the slide has {slide.mpp:.3g}", "Use a slide of that resolution, or a network for this one.")
+        if mpp < slide.mpp/1.25:
+            raise BadInput(slide.path, f"{mpp} um/px are asked for, but the slide has {slide.mpp:.3g}",
+                           "Use a slide of that resolution, or a network for this one; or correct the slide's (`--slide-mpp`, `mpp=`).")
         self.scale, self.square = mpp/slide.mpp, square # pixels of level 0 for each pixel
         self.shape = tuple(max(1, round(side/self.scale)) for side in slide.shapes[0]) # height and width
         self._read = functools.lru_cache(32)(lambda x, y: slide.read_mpp(x*self.scale, y*self.scale, min(square, self.shape[1] - x), min(square, self.shape[0] - y), mpp))
