@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import tifffile
 
-from histonb.core import BadInput, read_json, read_jsonl, write_json
+from histonb.core import BadInput, read_jsonl
 from histonb.data import tiling
 from histonb.data.cohorts import Cohort, panda
 from histonb.data.criteria import FRACTIONS, METRICS, metrics
