@@ -452,7 +452,7 @@ def test_one_broken_internal_tile_costs_the_tiles_on_it(tmp_path):
         tile_slide(two, mask, "radboud", TileRule(max_damaged=1))
     assert tile_slide(two, mask, "radboud", TileRule(max_damaged=2))[1].damaged.sum() > 4
     with pytest.raises(BadInput, match="no tile is kept.*damaged"): tile_slide(broken(slide, all_tissue), mask, "radboud")
-    with pytest.raises(BadInput, match="max_damaged is -1"): TileRule(max_damaged=-1)
+    with pytest.raises(BadInput, match="max_damaged. is -1"): TileRule(max_damaged=-1)
 
 
 def test_damage_at_low_resolution_is_not_glass(tmp_path):

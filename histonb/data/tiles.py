@@ -29,8 +29,7 @@ class TileRule:
     size: int = 224 # side of a tile, in pixels
     level: int = 0 # pyramid level whose pixels are taken, where no mpp is given
     mpp: float | None = None # resolution of the tiles, in micrometres per pixel; None takes the level as it is
-    edge: Literal["drop",
-                  "pad"] = "drop" # incomplete tiles at the right and lower border: leave out, or complete with white
+    edge: Literal["drop", "pad"] = "drop" # incomplete tiles at the right and lower border: leave out, or complete with white
     white: int = 220 # grey level from which a pixel counts as glass
     gradient: int = 40 # Sobel magnitude from which a pixel counts as an edge
     background: float = .98 # tiles with this fraction of glass at low resolution are not read at full resolution
@@ -45,11 +44,8 @@ class TileRule:
         if not 0 <= self.max_emptiness < self.background <= 1:
             raise BadInput("TileRule", f"max_emptiness {self.max_emptiness} is not below background {self.background}",
                            "Tiles that emptier than `background` are never measured: raise `background`, or lower `max_emptiness`.")
-        if self.edge not in ("drop", "pad"): raise BadInput("TileRule", f"edge is {self.edge!r}",
-                                                            "Choose `drop` or `pad`.")
+        if self.edge not in ("drop", "pad"): raise BadInput("TileRule", f"edge is {self.edge!r}", "Choose `drop` or `pad`.")
         if self.size < 16: raise BadInput("TileRule", f"a tile of {self.size} pixels", "Use at least 16 pixels.")
-        if self.max_damaged < 0: raise BadInput("TileRule", f"max_damaged is {self.max_damaged}",
-                                                "Use 0 to allow no damage.")
 
     def passes(self, emptiness, edges, homogeneity):
         "Whether the three numbers of a tile (or of many) meet the thresholds."
