@@ -762,7 +762,7 @@ def test_pictures_from_nought_to_one_are_refused_by_every_reader(tmp_path, reade
     read, make, name = BLACK[reader]
     fields = read(make(tmp_path))
     save(tmp_path/name, rounded(picture()/255).astype(np.uint8))
-    with pytest.raises(BadInput, match=f"{name}: black: no value above 1.*0 to 255"): fields[0]
+    with pytest.raises(BadInput, match=f"{name}: black: no value above [01].*0 to 255"): fields[0]
     tifffile.imwrite((tmp_path/name).with_suffix(".tif"), np.float32(picture()/255), photometric="rgb")
     if name.endswith(".tif"):
         with pytest.raises(BadInput, match="32 bits"): fields[0]
@@ -773,7 +773,7 @@ def test_arrays_from_nought_to_one_are_refused(tmp_path):
     images = np.load(path)
     for wrong in (images/255, np.float32(images/255), (images/255).astype(np.uint8)):
         np.save(path, wrong)
-        with pytest.raises(BadInput, match="images.npy: black: no value above 1"): pannuke(tmp_path)[0]
+        with pytest.raises(BadInput, match="images.npy: black: no value above [01]"): pannuke(tmp_path)[0]
     for right in (images, np.float32(images), images.astype(np.uint8), images.astype(np.uint16)):
         np.save(path, right)
         assert np.array_equal(pannuke(tmp_path)[0].image, picture(0))

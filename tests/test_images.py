@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from PIL import Image
 
 from histonb.core import BadInput, read_json
@@ -103,6 +104,20 @@ def test_small_broken_and_odd_pictures_are_quarantined(root, tmp_path):
     assert "one channel" in found["bad/grey.png"] and "damaged" in found["bad/broken.png"]
     assert "empty" in found["bad/empty.jpg"] and "not a TIFF" in found["bad/text.tif"]
     assert len(found) == 5 and "bad/whole.png" in set(table.slide)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".jpg"])
+@pytest.mark.parametrize("rounded", [np.floor, np.rint])
+def test_pictures_from_nought_to_one_are_quarantined(root, tmp_path, suffix, rounded):
+    "They would be black tiles, which `KEEP_ALL` keeps."
+    dark = rounded(np.asarray(Image.open(picture(root/"dark/a.png")))/255).astype(np.uint8)
+    Image.fromarray(dark).save((root/"dark/a").with_suffix(suffix), **{"subsampling": 0, "quality": 100} if suffix == ".jpg" else {})
+    if suffix != ".png": (root/"dark/a.png").unlink()
+    tifffile.imwrite(root/"dark/b.tif", np.float32(dark), photometric="rgb")
+    tile_images(images(root, size=64), tmp_path/"store", SMALL, workers=1)
+    aside = read_csv(tmp_path/"store/quarantine.csv", ["slide"]).set_index("slide")["fault"]
+    seen = np.asarray(Image.open((root/"dark/a").with_suffix(suffix))).max()
+    assert aside.to_dict() == {f"dark/a{suffix}": f"black: no value above {seen}", "dark/b.tif": "32 bits a sample, floating point, not 8 without a sign"}
 
 
 def test_a_listed_picture_that_is_missing_is_named(root, tmp_path):

@@ -7,18 +7,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from histonb.core import BadInput
 from histonb.data import masks as module
 from histonb.data.cohorts import SLIDE_COLUMNS, panda
+from histonb.data.encodings import encoding_table
 from histonb.data.labels import CODES, IGNORE
 from histonb.data.masks import MaskTiles, extent, resize_labels, store_masks
 from histonb.data.phantom import write_cohort
 from histonb.data.shards import TileShards
 from histonb.data.slides import open_slide
-from histonb.data.tiling import TileRule, tile_cohort
-from histonb.data.writing import write_mask
+from histonb.data.tiling import TileRule, tile_cohort, tile_slide
+from histonb.data.writing import write_mask, write_slide
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +186,97 @@ def test_no_tiles_and_damaged_store(tiled, tmp_path):
     path, = tmp_path.glob("*.npy")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BadInput, match="Delete it"): store_masks(masks, tmp_path)
+
+
+# Masks of every kind ---------------------------------------------------------------------------------------------------
+
+def codes():
+    "A mask of Radboud's codes: areas with borders in every direction."
+    mask = np.zeros((448, 672), np.uint8)
+    mask[:, 150:300], mask[100:350, 300:450], mask[250:, 450:] = 1, 3, 5
+    return mask
+
+
+def tiff(array, **options): return lambda path: tifffile.imwrite(path.with_suffix(".tiff"), array(), metadata=None, **options)
+
+
+def plain(suffix, image, **options): return lambda path: image().save(path.with_suffix(suffix), **options)
+
+
+def in_color(red=None, green=None, blue=None): return np.dstack([codes()*0 if c is None else c for c in (red, green, blue)])
+
+
+def in_palette():
+    image = Image.fromarray(codes())
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255, 255, 255, 0, 0, 255, 255])
+    return image
+
+
+TILES, CODES_OF = {"tile": (256, 256)}, Image.fromarray
+READ = {
+    "one channel": tiff(codes, **TILES), "strips": tiff(codes, rowsperstrip=17, compression="lzw"), "big end first": tiff(codes, byteorder=">", compression="zlib", predictor=True, **TILES),
+    "packbits": tiff(codes, compression="packbits", **TILES), "white is nought": tiff(codes, photometric="miniswhite", **TILES), "red": tiff(lambda: in_color(codes()), photometric="rgb", compression="lzw", **TILES),
+    "red with a constant": tiff(lambda: in_color(codes(), None, codes()*0 + 7), photometric="rgb", **TILES), "the same in all": tiff(lambda: np.dstack([codes()]*3), photometric="rgb", **TILES),
+    "opaque": tiff(lambda: np.dstack([in_color(codes()), codes()*0 + 255]), photometric="rgb", extrasamples=["unassalpha"], **TILES),
+    "planes": tiff(lambda: in_color(codes()).transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **TILES), "palette tiff": plain(".tiff", in_palette), "palette png": plain(".png", in_palette),
+    "palette bmp": plain(".bmp", in_palette), "png": plain(".png", lambda: CODES_OF(codes())), "bmp": plain(".bmp", lambda: CODES_OF(codes())), "png with opacity": plain(".png", lambda: CODES_OF(codes()).convert("LA")),
+    "rgb png": plain(".png", lambda: CODES_OF(in_color(codes()))), "capitals": plain(".PNG", lambda: CODES_OF(codes())),
+}
+REFUSED = {
+    "codes in green": (tiff(lambda: in_color(None, codes()), photometric="rgb", **TILES), "colours, not the codes of a mask"), "green in planes": (tiff(lambda: in_color(None, codes()).transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **TILES), "colours"),
+    "colours whose red is a code": (plain(".png", lambda: CODES_OF(in_color(np.minimum(codes(), 1), codes()*50, codes()*9))), "colours, not"),
+    "jpg": (plain(".jpg", lambda: CODES_OF(codes()), quality=100), "stored as JPEG, which changes the values"), "jpg called png": (plain(".png", lambda: CODES_OF(codes()), format="JPEG", quality=95), "stored as JPEG"),
+    "jpeg tiff": (tiff(codes, compression="jpeg", compressionargs={"level": 95}, **TILES), "stored as JPEG"), "jpeg 2000 tiff": (tiff(codes, compression="jpeg2000", **TILES), "stored as JPEG"),
+    "uint16": (tiff(lambda: codes().astype(np.uint16), **TILES), "16 bits a sample, not 8 without a sign.*one channel for the codes of a mask"), "int8": (tiff(lambda: codes().astype(np.int8), **TILES), "8 bits a sample, signed"),
+    "int32": (tiff(lambda: codes().astype(np.int32), **TILES), "32 bits a sample, signed"), "float": (tiff(lambda: codes()/5, **TILES), "64 bits a sample, floating point"), "1 bit": (plain(".tiff", lambda: CODES_OF(codes() > 0)), "1 bits a sample"),
+    "16-bit png": (plain(".png", lambda: CODES_OF(codes().astype(np.uint16))), "16 bits"), "0/255": (tiff(lambda: np.uint8(codes() > 2)*255, **TILES), "mask values 255 are not among the codes"), "unknown code": (tiff(lambda: np.where(codes() == 5, 7, codes()).astype(np.uint8), **TILES), "mask values 7"),
+    "half size": (tiff(lambda: codes()[::2, ::2]), "the mask is 336x224 pixels, its slide 672x448"), "one row short": (tiff(lambda: codes()[:-1]), "the mask is 672x447"), "transposed": (tiff(lambda: codes().T.copy()), "the mask is 448x672"),
+    "empty": (tiff(lambda: codes()*0, **TILES), "marks nothing"), "no file": (lambda path: path.with_suffix(".png").write_bytes(b""), "empty"), "cut": (lambda path: path.with_suffix(".tiff").write_bytes(b"II*\0" + bytes(99)), "damaged"),
+    "npy": (lambda path: np.save(path.with_suffix(".npy"), codes()), "not a TIFF"),
+}
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    "A slide under `codes`, and its tiles by the plain mask."
+    path = tmp_path_factory.mktemp("kinds")/"slide.tiff"
+    write_slide(path, np.clip(np.array([190, 130, 180]) + np.random.default_rng(0).normal(0, 30, (448, 672, 3)), 0, 255).astype(np.uint8), mpp=.5)
+    write_mask(path.with_name("plain.tiff"), codes())
+    return path, tile_slide(path, path.with_name("plain.tiff"), "radboud")[0]
+
+
+def written(path, write):
+    write(path/"mask.any")
+    return next(path.glob("mask.*"))
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_masks_that_hold_codes_are_read_by_the_rules(slide, tmp_path, kind):
+    path, wanted = slide
+    mask = written(tmp_path, READ[kind])
+    found, _ = tile_slide(path, mask, "radboud")
+    pd.testing.assert_frame_equal(found, wanted)
+    table = found.assign(slide="s")
+    masks = MaskTiles(table, pd.DataFrame([{"slide": "s", "image": str(path), "mask": str(mask), "codes": "radboud"}]))
+    assert masks.check(0) == len(table) and np.array_equal(masks[0][0], np.array([0, 1, 1, 2, 3, 4], np.uint8)[codes()[:224, :224]])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_masks_are_refused_by_what_they_are(slide, tmp_path, kind):
+    path, wanted = slide
+    write, says = REFUSED[kind]
+    mask = written(tmp_path, write)
+    with pytest.raises(BadInput, match=says) as e: tile_slide(path, mask, "radboud")
+    assert e.value.path == str(mask) and e.value.remedy
+    rows = pd.DataFrame([{"slide": "s", "image": str(path), "mask": str(mask), "codes": "radboud"}])
+    with pytest.raises(BadInput, match="the tile table says" if kind in ("empty", "0/255") else says) as e: MaskTiles(wanted.assign(slide="s"), rows).check(0)
+    assert e.value.path == str(mask)
+
+
+def test_shades_may_be_jpeg(slide, tmp_path):
+    "A table that knows all values takes the nearest shade, so a JPEG of them is read; the shades alone are not enough."
+    shades = np.array([0, 50, 50, 100, 200, 200], np.uint8)[codes()]
+    Image.fromarray(shades).save(tmp_path/"mask.jpg", quality=90)
+    found = tile_slide(slide[0], tmp_path/"mask.jpg", encoding_table("0/50/100/200"))[0]
+    assert np.allclose(found.f4, (codes() == 5)[:, :672].reshape(2, 224, 3, 224).mean((1, 3)).ravel(), atol=.02)
+    with pytest.raises(BadInput, match="stored as JPEG"): tile_slide(slide[0], tmp_path/"mask.jpg", {0: 1, 50: 2, 100: 3, 200: 4})

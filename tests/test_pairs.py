@@ -137,6 +137,29 @@ def test_bad_masks_are_set_aside_when_cut(tmp_path):
         assert says in aside.loc[slide, "fault"] and aside.loc[slide, "path"] == str(tmp_path/file) and aside.loc[slide, "remedy"]
 
 
+def test_masks_that_lost_their_codes_are_set_aside(tmp_path):
+    "JPEG puts codes between codes that are there, and colours are no codes: neither becomes a label."
+    images, masks = write(tmp_path, n=4)
+    (masks/"p0.png").unlink()
+    Image.fromarray(codes_of(0)).save(masks/"p0.jpg", quality=95)
+    Image.fromarray(codes_of(1)).save(masks/"p1.png", "JPEG", quality=75)
+    Image.fromarray(np.dstack([codes_of(2), codes_of(3), codes_of(2)])).save(masks/"p2.png")
+    table = tile_images(pairs(images, masks, CODES, size=64), tmp_path/"tiles", SMALL, workers=1)
+    aside = pd.read_csv(tmp_path/"tiles/quarantine.csv").set_index("slide")["fault"]
+    assert set(table["slide"]) == {"p3.jpg"} and aside.str[:22].to_dict() == {"p0.jpg": "stored as JPEG, which ", "p1.jpg": "stored as JPEG, which ", "p2.jpg": "its green or blue diff"}
+
+
+def test_names_in_either_spelling_of_accents(tmp_path):
+    "As archives of different systems have them: a mask is found, by a rule and in folders too."
+    images, masks = write(tmp_path, n=1)
+    (images/"caf\u00e9").mkdir()
+    (masks/"cafe\u0301").mkdir()
+    (images/"p0.jpg").rename(images/"caf\u00e9/n\u00e9.jpg")
+    (masks/"p0.png").rename(masks/"cafe\u0301/ne\u0301_m.PNG")
+    cohort = pairs(images, masks, CODES, "*_m", size=64)
+    assert len(cohort) == 1 and not len(cohort.quarantine) and Path(cohort.slides["mask"][0]).exists()
+
+
 def test_what_is_to_be_ignored(tmp_path):
     table = tile_images(pairs(*write(tmp_path), {**CODES, 4: IGNORE}, size=64), tmp_path/"tiles", SMALL, workers=1)
     assert table["fignore"].max() > 0 and np.allclose(table[[f"f{i}" for i in range(5)]].sum(axis=1) + table["fignore"], 1)

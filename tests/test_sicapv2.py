@@ -202,6 +202,22 @@ def test_rows_say_what_the_tables_say(root):
     assert check_leak(slides)["leaking_cases"] == 0
 
 
+def test_patients_as_other_programs_write_them(root):
+    "7, 7.0 and a cell with a space are one patient; nan and nothing are nobody, and each slide its own case."
+    pd.DataFrame({"slide_id": [*SLIDES], "patient_id": ["7", "7.0", " 7", "nan", ""]}).to_excel(root/"wsi_labels.xlsx", index=False)
+    assert sicapv2(root).slides.groupby("wsi")["case"].first().to_dict() == {**dict.fromkeys(["S1", "S2", "S3"], "patient 7"), "S4": "S4", "S5": "S5"}
+
+
+def test_masks_in_colours_do_not_decide(root):
+    "A mask whose red looks like codes, but which has colours, is no evidence, and set aside when it is cut."
+    name = listing(*SLIDES)[0][0]
+    labels = blobs(0)
+    Image.fromarray(np.dstack([np.uint8(labels > 2), labels*50, labels])).save(root/f"masks/{name}.png")
+    assert sicapv2(root).slides["codes"][0] == encoding_table("0/3/4/5")
+    tile_cohort(sicapv2(root).take(2), root.parent/"tiles", KEEP_ALL, workers=1)
+    assert "not the codes of a mask" in pd.read_csv(root.parent/"tiles/quarantine.csv")["fault"][0] or "mask values" in pd.read_csv(root.parent/"tiles/quarantine.csv")["fault"][0]
+
+
 def test_parts_of_the_partition(root):
     assert sicapv2(root, "Val1").slides.groupby("split")["wsi"].agg(set).to_dict() == {"train": {"S1", "S2", "S4"}, "test": {"S3"}}
     assert sicapv2(root, "Val3").slides.groupby("split")["wsi"].agg(set).to_dict() == {"train": {"S3", "S4"}, "test": {"S1", "S2"}}

@@ -20,6 +20,7 @@ from skimage.measure import label
 
 from ..core import BadInput, digest, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS, composed, read_csv
+from .criteria import check_bright
 from .fields import FIELD_COLUMNS, Field, Fields
 from .images import Images, by_stem, find_pictures
 from .splits import SPLITS, check_leak, grouped_split, random_tile_split
@@ -68,7 +69,7 @@ def _mask(path):
 
 def _picture(path):
     pixels = _pixels(path, (SIDE, SIDE, 3))
-    if pixels.max() <= 1: raise BadInput(path, "black: no value is above 1", "Download it again; a picture from 0 to 1 must be multiplied by 255 before it is saved.")
+    check_bright(pixels.max(), path)
     return pixels
 
 def read_image(

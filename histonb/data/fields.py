@@ -20,6 +20,7 @@ from skimage.segmentation import find_boundaries, relabel_sequential
 
 from ..core import BadInput, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS
+from .criteria import check_bright
 from .phantom import draw_field
 from .tissue import MPP
 
@@ -87,9 +88,7 @@ def _check(field, row):
     for name, truth in field.truth.items():
         if TRUTHS[name] != "class" and truth.shape != field.image.shape[:2]:
             raise BadInput(row["map"] or row["field"], f"{_size(truth.shape)} pixels, its picture {_size(field.image.shape)}", "Find the map of this picture.")
-    if field.image.max() <= 1 and any(np.any(truth) for truth in field.truth.values()):
-        raise BadInput(row["image"] or row["field"], "black: no value above 1, though objects are marked in it",
-                       "Give values from 0 to 255: a picture from 0 to 1 must be multiplied before it is saved.")
+    if any(np.any(truth) for truth in field.truth.values()): check_bright(field.image.max(), row["image"] or row["field"])
 
 def _size(shape): return f"{shape[1]}x{shape[0]}"
 

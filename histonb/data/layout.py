@@ -304,7 +304,9 @@ def _check_kind(path, page):
     "Raise `BadInput` for pixels that cannot be read exactly."
     code, photometric, name = int(page.compression), int(page.photometric), _name(page.compression)
     if page.bitspersample != 8 or page.sampleformat not in (1, None):
-        raise BadInput(path, f"{page.bitspersample} bits a sample, not 8-bit RGB", "Convert it to an 8-bit RGB TIFF.")
+        sign = {2: ", signed", 3: ", floating point"}.get(page.sampleformat, "")
+        raise BadInput(path, f"{page.bitspersample} bits a sample{sign}, not 8 without a sign",
+                       "Convert it to 8 bits: RGB for a slide, one channel for the codes of a mask.")
     if code not in EXPANSION:
         raise BadInput(path, f"unsupported compression {name} ({code})",
                        "Convert it to a TIFF with JPEG, LZW or deflate, for example with `vips tiffsave`.")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import BadInput, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_xlsx
-from .encodings import ENCODINGS, decide, encoding_table, evidence
+from .encodings import ENCODINGS, check_colors, decide, encoding_table, evidence
 from .images import Images, by_stem, find_pictures, stem
 from .labels import LABELS, code_table
 from .slides import open_slide
@@ -101,8 +101,11 @@ def _detect(masks, path): # mask files in the order to look at, the folder
     found, names = [], []
     for mask in masks:
         try:
-            with foreign_errors(mask), open_slide(mask, mask=True) as m: found.append(evidence(m.level(0)))
+            with foreign_errors(mask), open_slide(mask, mask=True) as m:
+                values = m.level(0)
+                check_colors(m)
         except BadInput: continue  # a broken mask is set aside when it is cut
+        found.append(evidence(values))
         names.append(mask)
         if len(found) >= _ENOUGH and sum(all(name in e.fits for e in found) for name in ENCODINGS) < 2: break
     if found and all(e.values == [0] for e in found): return {0: GRADES["NC"]}
