@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..core import BadInput, atomic_path, content_key, digest, progress
 from .criteria import FRACTIONS
+from .encodings import check_colors, check_lossless
 from .labels import IGNORE, LABELS, code_table, to_labels
 from .shards import tile_span
 from .slides import open_slide
@@ -69,9 +70,13 @@ class MaskTiles:
             with open_slide(row["image"], None if pd.isna(mpp) else mpp) as slide:
                 for level in np.unique(self.where[:, 2]).tolist(): slide.downsample(level)  # known before it is closed
             mask = open_slide(row["mask"], mask=True)
-            if mask.base.shape != slide.base.shape:
+            try:
+                check_lossless(mask, row["codes"])
+                if mask.base.shape != slide.base.shape:
+                    raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape, *slide.base.shape), "Give the mask of this slide.")
+            except BadInput:
                 mask.close()
-                raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape, *slide.base.shape), "Give the mask of this slide.")
+                raise
             self.opened[name] = slide, mask
         self.opened.move_to_end(name)
         while len(self.opened) > self.keep_open: self.opened.popitem(last=False)[1][1].close()
@@ -86,7 +91,9 @@ class MaskTiles:
         slide, mask = self._open(name)
         x, y, level = self.where[i].tolist()
         side = extent(slide, level, self.mpp[i], self.size)
-        return to_labels(mask.read(x, y, side, side), self.slides.at[name, "codes"], mask.path)
+        codes = mask.read(x, y, side, side)
+        check_colors(mask)
+        return to_labels(codes, self.slides.at[name, "codes"], mask.path)
 
     def __getitem__(self, i): return resize_labels(self.read(i), self.side), int(self.labels[i])
 
