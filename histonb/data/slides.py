@@ -27,11 +27,11 @@ from PIL import Image
 
 from ..core import BadInput, foreign_errors
 from .layout import AGAIN, GIVE_MPP, described_images, find_mpp, fit_levels, pyramid_pages, read_level
-from .streams import JPEG, Damaged, Level, check_proportion, decode, jpeg_frame, jpeg_segments
+from .streams import JPEG, JPEG2000, Damaged, Level, check_proportion, decode, jpeg_frame, jpeg_segments
 
 # %% ../../nbs/data/02_slides.ipynb #cell-023
-_PNG = b"\x89PNG"
-_PLAIN = {b"BM": imagecodecs.bmp_decode, _PNG: imagecodecs.png_decode, b"\xff\xd8\xff": imagecodecs.jpeg8_decode}
+_PNG, _JPEG = b"\x89PNG", b"\xff\xd8\xff"
+_PLAIN = {b"BM": imagecodecs.bmp_decode, _PNG: imagecodecs.png_decode, _JPEG: imagecodecs.jpeg8_decode}
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # values a pixel by PNG's type of colour
 _DEFLATE, _STORED = 8, 1  # compression tags
 
@@ -119,6 +119,7 @@ class Slide:
             raise BadInput(path, f"{mpp} micrometres per pixel are given", GIVE_MPP)
         self.max_damaged = max_damaged
         self.damaged = {}  # (level, row, column) of an internal tile -> what is wrong with it
+        self.colored = False  # of a mask: whether green or blue said something else than red in what was read
         self._constant = {}
         self.fill = 0 if mask else 255
         with foreign_errors(path, AGAIN):
@@ -192,6 +193,12 @@ class Slide:
             raise self._no_mpp or BadInput(self.path, "the file does not say how many microns a pixel is", GIVE_MPP)
         return self._mpp
 
+    @property
+    def lossy(self):
+        "Whether values were changed when the file was written: by JPEG or JPEG 2000."
+        with open(self.path, "rb") as f: plain_jpeg = f.read(3) == _JPEG
+        return plain_jpeg or self.base.compression in (JPEG, *JPEG2000)
+
     def level_mpp(self, level):
         "Microns per pixel at `level`."
         return self.mpp*self.downsample(level)
@@ -229,11 +236,12 @@ def _decode_stored(
         h, w = planes[-1].shape[:2]
         if h < visible[0] or w < visible[1]:
             raise Damaged(f"it is {w}x{h} pixels in place of {level.tile[1]}x{level.tile[0]}")
-        if self.mask: break
     if not self.mask: return np.dstack(planes) if len(planes) == 3 else planes[0][..., :3]
-    codes = planes[0][..., 0]
-    if len(data) < codes.size//64 and codes.min() == codes.max(): self._constant[data] = codes[0, 0]
-    return codes
+    red, *others = np.moveaxis(planes[0] if len(planes) == 1 else np.dstack(planes), -1, 0)[:3]
+    shown = [channel[:visible[0], :visible[1]] for channel in (red, *others)]
+    if len(others) == 2 and any(c.min() != c.max() and not np.array_equal(c, shown[0]) for c in shown[1:]): self.colored = True
+    if len(planes) == 1 and len(data) < red.size//64 and red.min() == red.max(): self._constant[data] = red[0, 0]
+    return red
 
 @patch
 def _decode(

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import BadInput, check_ranges
-from .criteria import FRACTIONS, METRICS, code_matrix, fractions, highest, metrics
+from .criteria import FRACTIONS, METRICS, check_bright, code_matrix, fractions, highest, metrics
+from .encodings import check_colors, check_lossless
 from .labels import IGNORE, LABEL_COLORS, LABELS
 from .shards import HEADER, encoder, fit, record, tile_span
 from .slides import open_slide
@@ -179,19 +180,21 @@ def _shares(mask, matrix, xy, extent, threads):
 
     def share(i, codes):
         return unknown if mask.touches_damage(*xy[i], extent) else fractions(codes, matrix, mask.path)
-    return np.array(mask.map_tiles(share, xy, extent, threads=threads))
+    shares = np.array(mask.map_tiles(share, xy, extent, threads=threads))
+    check_colors(mask)
+    return shares
 
 def _measured(slide, g, xy, rule, encode, wanted, known, threads):
-    "Metrics, and the JPEG of what is stored, of the tiles at `xy`; NaN and nothing where pixels or label are damaged."
-    unknown = (math.nan,)*len(METRICS), b""
+    "Metrics, the JPEG of what is stored, and the highest value of the tiles at `xy`; NaN and nothing of what is damaged."
+    unknown = (math.nan,)*len(METRICS), b"", 255
 
     def measure(i, tile):
         if not known[i] or slide.touches_damage(*xy[i], g.span, g.level): return unknown
         tile = fit(tile, rule.size)
         numbers = metrics(tile, rule.white, rule.gradient)
-        return numbers, encode(tile) if encode and wanted[i] and rule.passes(*numbers) else b""
-    numbers, jpegs = zip(*slide.map_tiles(measure, xy, g.span, g.level, threads), strict=True)
-    return np.array(numbers), jpegs
+        return numbers, encode(tile) if encode and wanted[i] and rule.passes(*numbers) else b"", int(tile.max())
+    numbers, jpegs, brightest = zip(*slide.map_tiles(measure, xy, g.span, g.level, threads), strict=True)
+    return np.array(numbers), jpegs, max(brightest)
 
 def _check_kept(slide, mask, table, counts):
     "Raise `BadInput` where no tile is kept, or none that the mask marks."
@@ -222,18 +225,20 @@ def tile_slide(
         if mask is not None and not hasattr(mask, "map_tiles"): mask = opened(mask, mask=True)
         g = grid(slide, rule)
         matrix = None if mask is None else code_matrix(codes, mask.path)
+        if mask is not None: check_lossless(mask, codes)
         if mask is not None and mask.base.shape != slide.base.shape:
             raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape,
                                                                                              *slide.base.shape),
                            "Give the mask of this slide.")
         near = g.xy[~(low_resolution_glass(slide, g, rule.white) >= rule.background)]
         encode = None if store is None else encoder(slide.jpeg_source(g.level) if g.span == rule.size else None)
-        parts, position = [], 0
+        parts, position, brightest = [], 0, 0
         for xy in _strips(near, g.extent):
             f = _shares(mask, matrix, xy, g.extent, threads)
             known = np.full(len(xy), True) if mask is None else ~np.isnan(f[:, 0])
-            numbers, jpegs = _measured(slide, g, xy, rule, encode, highest(f, rule.min_coverage) != IGNORE, known,
-                                       threads)
+            numbers, jpegs, highest_value = _measured(slide, g, xy, rule, encode,
+                                                      highest(f, rule.min_coverage) != IGNORE, known, threads)
+            brightest = max(brightest, highest_value)
             nbytes = np.array([len(j) for j in jpegs])
             sizes = np.where(nbytes, nbytes + HEADER.size, 0)
             if store is not None: store.writelines(record(j) for j in jpegs if j)
@@ -245,6 +250,7 @@ def tile_slide(
             position += int(sizes.sum())
         if not parts: raise BadInput(slide.path, f"no tissue: all {len(g.xy)} candidate tiles are background",
                                      "Look at its thumbnail; leave the slide out, or set `white` for this scanner.")
+        check_bright(brightest, slide.path)
         name = slide.path.stem
         table = pd.concat(parts, ignore_index=True).assign(slide=name, level=g.level, mpp=g.mpp, cohort="", case=name,
                                                            split="")
