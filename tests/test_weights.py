@@ -458,6 +458,8 @@ BAD = {
     "NaN or infinite": torch.full((4,), torch.nan).to(torch.float8_e4m3fn),
     "a shape but no values": torch.empty(4, device="meta"),
     "is sparse": torch.ones(4).to_sparse(),
+    "is complex": torch.ones(4, dtype=torch.complex64),
+    "NaN or infinite numbers": torch.full((4,), 1e300, dtype=torch.float64),
     "is quantised": quantised(torch.ones(4)),
     "holds torch.int8": torch.ones(4, dtype=torch.int8),
 }

@@ -24,7 +24,7 @@ from ..core import BadInput, nearest
 from ..models.backbones import backbone
 from ..models.heads import DINOHead, find_head
 from ..models.vit import VIT, set_positions
-from ..models.weights import SUFFIXES, check_tensors, fill, find_network, flat, read_state
+from ..models.weights import SUFFIXES, build_filled, find_network, flat, read_state
 from ..models.xcit import XCIT, rename_official
 
 # %% ../../nbs/evaluate/29_published.ipynb #cell-008
@@ -168,13 +168,11 @@ def load_published(
     with torch.device("meta"): empty = known.build({})
     body, prefix = find_network(state, empty.state_dict(), path)
     body = _merge_class_position(empty, body)
-    check_tensors({name: t for name, t in body.items() if name == "pos_embed"}, path)  # the model is built for it
-    model = known.build(body)
-    report = fill(model, body, path, name, strict)
+    model, report = build_filled(lambda: known.build(body), body, path, name, strict)
     set_positions(model, positions)
     head = find_head(state, prefix, path)
     fits = head is not None and head.mlp[0].in_features == model.num_features
-    return model.eval(), head if fits else None, report | {"taken": prefix or "the whole file"}
+    return model, head if fits else None, report | {"taken": prefix or "the whole file"}
 
 # %% ../../nbs/evaluate/29_published.ipynb #cell-report
 BONY_REPORT = {  # accuracy on PANDA tiles, mean squared error of masks on DeepGleason, of the blurred tile on SICAPv2

@@ -16,7 +16,7 @@ from torch import nn
 from ..core import BadInput, atomic_path, digest, nearest, read_json, write_json
 from .fronts import behind
 from .vit import VIT, vit
-from .weights import fill, find_file, find_network, flat, match, plain, read_state
+from .weights import build_filled, find_file, find_network, flat, plain, read_state
 from .xcit import XCIT, xcit
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-005
@@ -163,9 +163,7 @@ def load(
     if info.get("weights") not in (None, digest(weights)):
         raise BadInput(weights, f"not the weights that {about.name} describes", "Copy both files again, from one run.")
     arguments = {k: info[k] for k in ("in_chans",) if k in info} | info.get("arguments", {})
-    with torch.device("meta"): own = backbone(info["name"], **arguments).state_dict()
-    state, _ = find_network(flat(held), own, weights)
-    match(own, state, weights, info["name"])  # before memory is asked for
-    model = backbone(info["name"], **arguments)
-    fill(model, state, weights, info["name"])
-    return model.eval(), info
+    def build(): return backbone(info["name"], **arguments)
+    with torch.device("meta"): names = build().state_dict()
+    state, _ = find_network(flat(held), names, weights)
+    return build_filled(build, state, weights, info["name"])[0], info

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import BadInput, atomic_path, build, digest, nearest, read_json, write_json
-from .weights import fill, flat, match, plain, read_state
+from .weights import build_filled, flat, plain, read_state
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-005
 REGIONS = ("background", "inner", "contour") # of every task that finds instances
@@ -232,12 +232,9 @@ def load(
     info = _read_about(about)
     if info.get("weights") not in (None, digest(weights)):
         raise BadInput(weights, f"not the weights that {about.name} describes", "Copy both files again, from one run.")
-    tasks, state = [build(Task, task, about) for task in info["tasks"]], flat(read_state(weights))
-    with torch.device("meta"): own = Cerberus(tasks, info["arch"], info["width"]).state_dict()
-    match(own, state, weights, "this Cerberus")  # before memory is asked for
-    net = Cerberus(tasks, info["arch"], info["width"])
-    fill(net, state, weights, "this Cerberus")
-    return net.eval(), info
+    tasks = [build(Task, task, about) for task in info["tasks"]]
+    def build_net(): return Cerberus(tasks, info["arch"], info["width"])
+    return build_filled(build_net, flat(read_state(weights)), weights, "this Cerberus")[0], info
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-025a
 _RUN = "Give the folder of a training run, with its cerberus.json and cerberus.safetensors."
@@ -268,8 +265,5 @@ def _load_published(path):
     state = {name.removeprefix(place): t for name, t in state.items() if name.startswith(place)}
     state = from_published({name: t for name, t in state.items() if "/" not in name})
     tasks = [name for name in TASKS if any(k.startswith(f"decoders.{name}.") for k in state)]
-    with torch.device("meta"): own = Cerberus(tasks or ["gland"]).state_dict()
-    match(own, state, path, "Cerberus")
-    net = Cerberus(tasks)
-    fill(net, state, path, "Cerberus")
-    return net.eval(), {"arch": "resnet34", "width": 1., "mpp": MPP, "source": path.name}
+    net, _ = build_filled(lambda: Cerberus(tasks or ["gland"]), state, path, "Cerberus")
+    return net, {"arch": "resnet34", "width": 1., "mpp": MPP, "source": path.name}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'OTHER_FILES', 'HARMLESS', 'MAPPINGS', 'plain', 'StandIn', 'find_file', 'read_state', 'flat',
-           'find_network', 'check_tensors', 'match', 'fill']
+           'find_network', 'check_tensors', 'match', 'fill', 'build_filled']
 
 # %% ../../nbs/models/10c_weights.ipynb #cell-002
 import _compat_pickle
@@ -270,8 +270,7 @@ def check_tensors(
     for name, t in state.items():
         fault = _fault(t)
         if fault: raise BadInput(source, f"`{plain(name, 60)}` {fault}", "Ask its makers for plain tensors.")
-        numbers = t.float() if t.element_size() == 1 else t  # PyTorch cannot ask numbers of 8 bits
-        if not torch.isfinite(numbers).all():
+        if not torch.isfinite(t.float()).all():  # as it is computed with
             raise BadInput(source, f"`{plain(name, 60)}` holds NaN or infinite numbers", "Take an earlier checkpoint.")
 
 def _fault(t):
@@ -279,6 +278,7 @@ def _fault(t):
     if t.is_meta: return "has a shape but no values"
     if t.is_quantized: return "is quantised"
     if t.layout != torch.strided: return "is sparse"
+    if t.is_complex(): return "is complex"
     if type(t) not in (torch.Tensor, nn.Parameter): return f"is a {plain(type(t).__name__)}, not a plain tensor"
     repeated = t.numel()*t.element_size() > t.untyped_storage().nbytes()
     if repeated and t.numel() > 2**20: return "claims more numbers than the file holds"
@@ -292,7 +292,7 @@ def match(
     name: str, # of the model, for the message
     strict: bool = True, # refuse what does not fit in every name and shape; else take what fits
 ) -> tuple[dict, dict]: # what fits; and `matched`: how many, `missing`, `unexpected`, `reshaped`: names
-    "Compare weights with a model, by name and shape."
+    "Compare weights with a model, by name, shape and kind of number."
     reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
     fits = {k: state[k] for k in own if k in state and k not in reshaped}
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]  # old files lack it
@@ -303,6 +303,10 @@ def match(
         listed = ", ".join(f"{len(names)} {fault} ({_listed(names)})" for fault, names in faults.items() if names)
         raise BadInput(source, f"not the weights of {name}: {len(fits)} of {len(own)} tensors match, {listed}",
                        "Name the model that they were trained for.")
+    check_tensors(fits, source)
+    for k, t in fits.items():
+        if own[k].is_floating_point() != t.is_floating_point():
+            raise BadInput(source, f"`{k}` holds {t.dtype}, wanted {own[k].dtype}", "Ask its makers for plain tensors.")
     return fits, {"matched": len(fits), "missing": missing, "unexpected": unexpected, "reshaped": reshaped}
 
 def fill(
@@ -315,9 +319,19 @@ def fill(
     "Put weights into a model."
     own = model.state_dict()
     fits, report = match(own, state, source, name, strict)
-    check_tensors(fits, source)
-    for k, t in fits.items():
-        if own[k].is_floating_point() != t.is_floating_point():
-            raise BadInput(source, f"`{k}` holds {t.dtype}, wanted {own[k].dtype}", "Ask its makers for plain tensors.")
     model.load_state_dict(fits, strict=False)
     return report
+
+def build_filled(
+    build, # () -> the model; called twice, first on the `meta` device
+    state: dict, # tensors by the model's own names
+    source, # where they come from, for the message
+    name: str, # of the model, for the message
+    strict: bool = True, # refuse what does not fit in every name and shape; else take what fits
+) -> tuple[nn.Module, dict]: # the model in eval mode, and the report of `fill`
+    "Build a model with its weights; memory is asked for only once they fit."
+    with torch.device("meta"): own = build().state_dict()
+    fits, report = match(own, state, source, name, strict)
+    model = build()
+    model.load_state_dict(fits, strict=False)
+    return model.eval(), report
