@@ -356,11 +356,15 @@ def test_weights_that_are_not_finite(tmp_path, trained):
         load_encoder(VIT, tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("name", ["histoencoder-small.ckpt", "histoencoder-small.pth.tar", "histoencoder-small.bin"])
+ENDINGS = [f"histoencoder-small{ending}" for ending in (".ckpt", ".pth.tar", ".bin", "", "/pytorch_model.bin")]
+
+
+@pytest.mark.parametrize("name", ENDINGS)
 def test_any_ending_is_found_in_the_folder_of_weights(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HISTONB_WEIGHTS", str(tmp_path))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     torch.save({"model": {}}, tmp_path / name)
-    with pytest.raises(BadInput, match=f"{name}: not the weights of histoencoder-small"):
+    with pytest.raises(BadInput, match=f"{name.split('/')[0]}: not the weights of histoencoder-small"):
         load_encoder("histoencoder-small", mean=(0.5,) * 3, std=(0.2,) * 3)
 
 

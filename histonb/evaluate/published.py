@@ -137,10 +137,10 @@ def entry(
 def find_weights(
     name: str, # of `ENCODERS`
     hub: bool = False, # fetch the file where it is not here
-) -> Path: # the file
+) -> Path: # the file, or a folder with it
     "Where the weights of a published encoder lie on this machine."
     folder = Path(os.environ.get("HISTONB_WEIGHTS", "weights"))
-    for suffix in SUFFIXES:
+    for suffix in (*SUFFIXES, ""):
         if (folder/f"{name}{suffix}").exists(): return folder/f"{name}{suffix}"
     known = entry(name)
     if not known.hub or not hub:
