@@ -320,6 +320,7 @@ def annotate(
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto is fp32 on a CPU, so that counts do not depend on its kind, and bf16 on a GPU that computes in it.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what there is of these slides in OUT, and annotate them anew.")] = False,
     skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave slides that have an annotation in OUT as they are, whatever its settings.")] = False,
+    max_damaged: Annotated[int, typer.Option(help="Internal tiles of a slide that may be damaged before it is refused.")] = 16,
 ):
     """Find glands, lumina and nuclei in whole slides.
 
@@ -342,7 +343,8 @@ def annotate(
         for slide in slides:
             try:
                 with foreign_errors(slide):
-                    folder = annotate_slide(slide, scorer, out, slide_mpp=slide_mpp, tile=tile, overwrite=overwrite, skip_existing=skip_existing)
+                    folder = annotate_slide(slide, scorer, out, slide_mpp=slide_mpp, tile=tile, overwrite=overwrite,
+                                            skip_existing=skip_existing, max_damaged=max_damaged)
                     about = read_json(folder/"annotation.json")
                     counts = ", ".join(f"{n:,} {c}" for c, n in about["counts"].items())
                     print(f"{folder}: {counts} in {about['tissue_mm2']:.2f} mm2 of tissue" + (f"; {about['note']}" if about["note"] else ""), flush=True)

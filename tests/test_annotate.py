@@ -515,14 +515,36 @@ def test_slides_that_cannot_be_used_are_named_before_anything_is_written(slide, 
     assert annotate_slide(tmp_path/"unknown.tiff", Painted(), tmp_path/"out", slide_mpp=.5).exists()
 
 
-def test_a_damaged_tile_of_the_slide_is_named_and_what_was_done_is_kept(slide, tmp_path):
+@pytest.fixture
+def damaged(slide, tmp_path):
+    "The slide with one broken internal tile, in the midst of its tissue."
     data = bytearray(slide[0].read_bytes())
     with open_slide(slide[0]) as s: at = s.levels[0]
     offset, count = int(at.offsets[0, 7, 4]), int(at.counts[0, 7, 4])
     data[offset:offset + count] = bytes(count)
-    (tmp_path/"painted.tiff").write_bytes(data)
-    with pytest.raises(BadInput, match="damaged internal tile"): annotate_slide(tmp_path/"painted.tiff", Painted(), tmp_path/"out", tile=288)
+    path = tmp_path/"painted.tiff"
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_tile_of_the_slide_is_named_and_what_was_done_is_kept(damaged, tmp_path):
+    with pytest.raises(BadInput, match=r"damaged internal tile \(level 0, row 7, column 4\)"):
+        annotate_slide(damaged, Painted(), tmp_path/"out", tile=288, max_damaged=0)
     assert len(list((tmp_path/"out/painted/parts").glob("scores-*.npz"))) > 3
+
+
+@pytest.mark.parametrize("left", [0, 1, 12])
+def test_damage_that_is_allowed_costs_what_lies_on_it_and_is_counted(damaged, annotated, tmp_path, left):
+    "Also by a run that was stopped, after it met the damage or before."
+    whole = read_json(annotated/"annotation.json")
+    def nuclei(about): return sum(n for name, n in about["counts"].items() if name.startswith("Nucleus"))
+    if left:
+        stopped = Painted(whole["tiles"]["computed"] - left)
+        with pytest.raises(KeyboardInterrupt): annotate_slide(damaged, stopped, tmp_path/"out", tile=288)
+    about = read_json(annotate_slide(damaged, Painted(), tmp_path/"out", tile=288)/"annotation.json")
+    assert about["damaged"] == 1 and about["note"] == "1 internal tile is damaged and taken as glass"
+    assert whole["damaged"] == 0 and whole["note"] == ""
+    assert .9*nuclei(whole) < nuclei(about) < nuclei(whole)
 
 
 def test_an_object_table_without_groups_and_unknown_types_is_written(tmp_path):

@@ -158,6 +158,8 @@ class _Work:
     folder: Path
     tile: int
     def __post_init__(self):
+        self.known_damage = {}
+        if self.damage_file.exists(): self.slide.damaged |= {tuple(where): fault for *where, fault in read_json(self.damage_file)}
         self.read = Resampled(self.slide, self.scorer.mpp)
         self.scale, self.shape, self.mpp, self.tasks = self.read.scale, self.read.shape, self.scorer.mpp, self.scorer.tasks
         self.boxes, self.squares = boxes(self.shape, self.tile), tissue_squares(self.slide, self.scale, self.shape)
@@ -168,6 +170,16 @@ class _Work:
         self.parts = Parts(self.folder/"parts", self.shape, self.tile, self.tasks)
         self.kinds = {task.of: task for task in self.tasks.values() if task.kind == "types"}
         self.finds = sorted((n for n, task in self.tasks.items() if task.kind == "instances"), key=lambda n: n != "gland")
+        self.note_damage()
+
+    @property
+    def damage_file(self): return self.folder/"parts/damaged.json"
+
+    def note_damage(self):
+        "Write down the damaged internal tiles that were met, for a run that goes on and does not meet them again."
+        if self.slide.damaged.keys() == self.known_damage.keys(): return
+        self.known_damage = dict(self.slide.damaged)
+        write_json(self.damage_file, [[*where, fault] for where, fault in sorted(self.known_damage.items())])
 
     def part(self, what, i): return self.folder/"parts"/f"{what}-{i:06d}.parquet"
 
@@ -177,6 +189,7 @@ def _score(work):
         box = work.boxes[i]
         top, left, bottom, right = around(box, work.scorer.margin, work.shape)
         image, keep = work.read(left, top, right - left, bottom - top), (box[0] - top, box[1] - left, box[2] - top, box[3] - left)
+        work.note_damage()
         work.parts.write(i, work.scorer(image, keep, (top, left)) if work.surveyed else work.scorer(image, keep))
 
 def _find(work, task):
@@ -233,6 +246,7 @@ def annotate_slide(
     precision: str = "auto", # fp32, bf16; auto: fp32 on a CPU, bf16 on a GPU that computes in it
     overwrite: bool = False, # discard what the slide's folder holds
     skip_existing: bool = False, # leave a slide that has an annotation as it is, whatever its settings
+    max_damaged: int = 16, # internal tiles of the slide that may be damaged: they are blank, and counted
 ) -> Path: # the slide's folder, with annotation.json
     "Annotate a slide, or go on with it. Raises `BadInput` for a slide, weights or a folder that cannot be used."
     start, path = time.monotonic(), Path(path)
@@ -242,7 +256,7 @@ def annotate_slide(
     if skip_existing and (folder/"annotation.json").exists(): return check_annotation(folder) and folder
     scorer = find_scorer(weights, tasks, mpp, device, precision)
     boxes((1, 1), tile)
-    with open_slide(path, slide_mpp) as slide:
+    with open_slide(path, slide_mpp, max_damaged=max_damaged) as slide:
         Resampled(slide, scorer.mpp)  # refuses a slide that is too coarse before a folder is made
         known = {} if overwrite else _begun(folder)
         if getattr(scorer, "automatic", False) and known.get("precision") in ("fp32", "bf16"): scorer = scorer.in_precision(known["precision"])
@@ -268,9 +282,15 @@ def annotate_slide(
                 "size": slide.shapes[0][::-1], "network": scorer.name, "device": str(scorer.device), "margin": scorer.margin, "histonb": histonb.__version__, "key": digest(settings),
                 "tiles": {"all": work.has.size, "computed": len(work.todo)}, "tissue_mm2": tissue_mm2(work.squares, work.shape, work.mpp),
                 "counts": none | counts, "squares": next(iter(squares.values()), {}), "files": {name: content_key(folder/name) for name in OUTPUTS if (folder/name).exists()},
-                "seconds": time.monotonic() - start,
-                "note": "" if work.todo else f"no tissue: all squares of {PATCH} pixels are glass to at least {GLASS:.0%}"})
+                "damaged": len(slide.damaged), "seconds": time.monotonic() - start, "note": _note(work)})
             shutil.rmtree(folder/"parts")
     return folder
+
+def _note(work):
+    "What a reader of the counts should know."
+    notes = [] if work.todo else [f"no tissue: all squares of {PATCH} pixels are glass to at least {GLASS:.0%}"]
+    n = len(work.slide.damaged)
+    if n: notes.append(f"{n} internal tile{'s are' if n > 1 else ' is'} damaged and taken as glass")
+    return "; ".join(notes)
 
 OVERVIEW = 1600 # pixels of the longer side of the overview
