@@ -541,6 +541,8 @@ def test_damage_that_is_allowed_costs_what_lies_on_it_and_is_counted(damaged, an
     if left:
         stopped = Painted(whole["tiles"]["computed"] - left)
         with pytest.raises(KeyboardInterrupt): annotate_slide(damaged, stopped, tmp_path/"out", tile=288)
+        with pytest.raises(BadInput, match="row 7, column 4"):
+            annotate_slide(damaged, Painted(), tmp_path/"out", tile=288, max_damaged=0)
     about = read_json(annotate_slide(damaged, Painted(), tmp_path/"out", tile=288)/"annotation.json")
     assert about["damaged"] == 1 and about["note"] == "1 internal tile is damaged and taken as glass"
     assert whole["damaged"] == 0 and whole["note"] == ""

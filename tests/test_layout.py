@@ -38,15 +38,14 @@ def label(shape):
     return pixels
 
 
-def write(path, pages, tile=(64, 64), compression="jpeg", xmp=None):
+def write(path, pages, tile=(64, 64), compression="jpeg"):
     "A TIFF of (pixels, options) pages."
     with tifffile.TiffWriter(path) as out:
         for pixels, more in pages:
             more = {"tile": tile, "compression": compression, **more}
             if more["tile"] is None: more.pop("tile")
             more["description"] = more.get("description", "").encode() or None
-            out.write(pixels, photometric="rgb", metadata=None, software=False,
-                      extratags=[(700, 1, len(xmp), xmp, True)] if xmp else (), **more)
+            out.write(pixels, photometric="rgb", metadata=None, software=False, **more)
     return path
 
 
@@ -120,6 +119,9 @@ LAYOUTS = {
     "GT450, which describes nothing": [LEVELS[0], (LEVELS[1][0], {}), (LEVELS[2][0], {}),
                                        (label((300, 280)), {"tile": None, "subfiletype": 1}),
                                        (tissue((900, 900), 2), {"subfiletype": 9})],
+    "Hamamatsu's lenses": [(tissue((1500, 500), 5), {"extratags": [(65421, "f", 1, -1., True)]}), *LEVELS,
+                           (tissue((1200, 1200), 6), {"extratags": [(65421, "f", 1, -2., True)]})],
+    "macro by its page's name": [(tissue((1500, 500), 5), {"extratags": [(285, "s", 6, "Macro", True)]}), *LEVELS],
     "tiled label of the slide's proportions, marked": [*LEVELS,
                                                        (label((120, 160)), {"description": APERIO + "label 160x120"})],
     "tiled label of the slide's proportions": [*LEVELS, (label((120, 160)), {})],
@@ -390,6 +392,7 @@ MPP = {
     "OME of another picture": ({}, ome(("", (640, 640), 'PhysicalSizeX="0.25"')), None),
     "XML that is none": (tags((20000, 1)), "<OME is broken", .5),
     "vips": (tags((28, 1)), VIPS, .252),
+    "Ventana": (tags((72, 1), unit=INCH), "level=0 mag=40 quality=90", .2325),
     "Philips": ({}, philips([(.000227273, .000227273)]), .227273),
     "Philips, not square": ({}, philips([(.0003, .0002)]), "0.2 by 0.3"),
     "Leica": (tags((72, 1), unit=INCH), scn(("main", 250, [(64, 64, 0)])), .25),
@@ -401,8 +404,10 @@ MPP = {
 def test_micrometres_per_pixel(tmp_path, name):
     extra, text, wanted = MPP[name]
     path = tmp_path/"slide.tif"
+    xmp = b"<iScan Magnification='40' ScanRes = '0.2325'/>"
+    more = [(700, 1, len(xmp), xmp, True)] if name == "Ventana" else ()
     tifffile.imwrite(path, tissue((64, 64)), photometric="rgb", tile=(64, 64), metadata=None, software=False,
-                     description=text.encode() or None)
+                     extratags=more, description=text.encode() or None)
     set_tags(path, extra)
     if isinstance(wanted, str):
         with pytest.raises(BadInput, match=wanted) as caught: open_slide(path)

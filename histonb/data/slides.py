@@ -260,12 +260,18 @@ def _decode(
                            "Give the process more memory.") from e
         except OSError as e: raise BadInput(self.path, f"cannot be read ({e.strerror or e})",
                                             "Check the disk, or the connection to it.") from e
-        except Exception as e: self._note_damage(level, row, column, e)
+        except Exception as e: self.note_damage(level, row, column, e)
     return np.broadcast_to(np.uint8(self.fill), (*at.tile, 1)[:2 if self.mask else 3])
 
 @patch
-def _note_damage(self: Slide, level, row, column, error):
-    "List a damaged internal tile, or raise `BadInput` where there are too many."
+def note_damage(
+    self: Slide,
+    level: int, # level of the pyramid
+    row: int, # row of the internal tile
+    column: int, # its column
+    error: Exception, # what is wrong with it
+):
+    "List a damaged internal tile in `damaged`, or raise `BadInput` where these are too many."
     fault = str(error) if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
     self.damaged[level, row, column] = fault
     if len(self.damaged) <= self.max_damaged: return

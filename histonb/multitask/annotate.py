@@ -22,6 +22,7 @@ import shapely
 import histonb
 from ..core import BadInput, atomic_path, content_key, digest, hold, progress, read_json, write_json
 from ..data.slides import open_slide
+from ..data.streams import Damaged
 from ..data.tiles import Grid, low_resolution_glass
 from ..models.cerberus import PATCH
 from .exporting import class_name, on_slide, write_objects, write_tissue
@@ -159,7 +160,8 @@ class _Work:
     tile: int
     def __post_init__(self):
         self.known_damage = {}
-        if self.damage_file.exists(): self.slide.damaged |= {tuple(where): fault for *where, fault in read_json(self.damage_file)}
+        if self.damage_file.exists():
+            for *where, fault in read_json(self.damage_file): self.slide.note_damage(*where, Damaged(fault))
         self.read = Resampled(self.slide, self.scorer.mpp)
         self.scale, self.shape, self.mpp, self.tasks = self.read.scale, self.read.shape, self.scorer.mpp, self.scorer.tasks
         self.boxes, self.squares = boxes(self.shape, self.tile), tissue_squares(self.slide, self.scale, self.shape)
