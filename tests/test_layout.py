@@ -189,7 +189,8 @@ CAMELYON = [[(86016, 89600), (43008, 45056), (21504, 22528), (10752, 11264), (56
 @pytest.mark.parametrize("sizes", CAMELYON)
 def test_levels_that_were_padded_to_whole_tiles(sizes):
     found = [1]
-    for size in sizes[1:]: found.append(padded_factor(sizes[0], size, (512, 512), found[-1]) or sizes[0][0]/size[0])
+    for size in sizes[1:]:
+        found.append(padded_factor(sizes[0], size, (512, 512), tuple(found)) or sizes[0][0]/size[0])
     assert found == [2**i for i in range(len(sizes))]
 
 

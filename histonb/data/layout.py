@@ -145,23 +145,28 @@ def described_images(
     return [image for page in pages if (image := _ventana(page))][:1]
 
 # %% ../../nbs/data/01e_layout.ipynb #cell-012
+def _whole_factor(whole, shape):
+    "The whole number by which a level is smaller, to less than a pixel along each axis; None where there is none."
+    factor = max(1, round(max(whole)/shape[whole.index(max(whole))]))
+    fits = all(abs(S/factor - s) < 1 for S, s in zip(whole, shape, strict=True))
+    return factor if fits else None
+
 def padded_factor(
     whole: tuple[int, int], # height and width of level 0
     shape: tuple[int, int], # of the level, padded or not
     tile: tuple[int, int], # of its internal tiles
-    before: float = 1, # factor of the level before it
+    before: tuple[float, ...] = (1,), # factors of the levels before it
 ) -> int | None: # None: it is not padded
     "Recognise a level that is padded to whole tiles, and by how much it is smaller."
-    if any(s % t for s, t in zip(shape, tile, strict=True)): return None
-    ratios = [S/s for S, s in zip(whole, shape, strict=True)]
-    if any(S < s and s > t for S, s, t in zip(whole, shape, tile, strict=True)): return None
-    near = max(1, round(sum(ratios)/2))
-    if near % round(before) == 0 and all(abs(S/near - s) < 1 for S, s in zip(whole, shape, strict=True)): return None
-    least = max(*ratios, before + 1e-9)
-    beyond = min(S/(s - t) if s > t else math.inf for S, s, t in zip(whole, shape, tile, strict=True))
+    axes = list(zip(whole, shape, tile, strict=True))
+    if any(s % t or S < s > t for S, s, t in axes): return None
+    exact = _whole_factor(whole, shape)
+    if exact and exact % round(before[-1]) == 0: return None
+    least = max(*(S/s for S, s, _ in axes), math.floor(before[-1]) + 1)
+    beyond = min(S/(s - t) if s > t else math.inf for S, s, t in axes)
+    again = round(before[-1]*before[-1]/before[-2]) if len(before) > 1 else 0
     power = 2**math.ceil(math.log2(least) - 1e-9)
-    factor = power if power < beyond else math.ceil(least - 1e-9)
-    return factor if factor < beyond and factor > before else None
+    return next((f for f in (again, power, math.ceil(least - 1e-9)) if least - 1e-9 <= f < beyond), None)
 
 def fit_levels(
     levels: list[Level], # as the pages say, level 0 first
@@ -171,20 +176,21 @@ def fit_levels(
     (H, W), spacings = levels[0].shape, _ratios(image)
     fitted, factors = [levels[0]], [(1., 1.)]
     for i, level in enumerate(levels[1:], 1):
-        (h, w), before = level.shape, max(factors[-1])
-        padded = spacings[i] if len(spacings) == len(levels) else padded_factor((H, W), level.shape, level.tile, before)
+        (h, w), before = level.shape, tuple(map(max, factors))
+        padded = spacings[i] if len(spacings) == len(levels) else padded_factor((H, W), (h, w), level.tile, before)
         if padded:
             level = dataclasses.replace(level, shape=(min(h, math.ceil(H/padded)), min(w, math.ceil(W/padded))))
             factors.append((float(padded), float(padded)))
-        else: factors.append(_factors((H, W), level.shape))
+        else: factors.append(_factors((H, W), (h, w)))
         fitted.append(level)
     return fitted, factors
 
 def _factors(whole, shape):
     "The factors along x and y of a level that is not padded."
     (H, W), (h, w) = whole, shape
-    both = (W/w + H/h)/2
-    return (both, both) if max(abs(W/both - w), abs(H/both - h)) < 1 else (W/w, H/h)
+    both, number = (W/w + H/h)/2, _whole_factor(whole, shape)
+    if max(abs(W/both - w), abs(H/both - h)) <= .5: return both, both
+    return (float(number), float(number)) if number else (W/w, H/h)
 
 def _ratios(image):
     "By how much the levels are smaller, by the sizes of their pixels; empty where these are not said."
