@@ -16,7 +16,6 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -428,7 +427,7 @@ def check_ranges(
     "Refuse numbers that no run could use: out of range, not finite, too few or too many, least and most exchanged."
     for name, value in values.items():
         numbers, words = _numbers(value), own.get(name) or _RANGE_OF.get(name, "of any size")
-        if not all(math.isfinite(v) and _WITHIN[words](v) for v in numbers):
+        if not all(abs(v) <= sys.float_info.max and _WITHIN[words](v) for v in numbers):
             raise BadInput(source, f"`{name}` is {value!r}", f"Choose a number {words}.")
         count = _COUNTS.get(name)
         if count and numbers and len(numbers) != count:

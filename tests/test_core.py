@@ -290,5 +290,6 @@ def test_impossible_rules_of_tiles(values):
 def test_whole_numbers_of_any_library_are_checked():
     import numpy as np
     with pytest.raises(BadInput): check_ranges({"lr": float(np.float64(-1))})
+    with pytest.raises(BadInput, match="`lr` is 1000"): check_ranges({"lr": 10**400})  # larger than any float
     check_ranges({"steps": 0, "name": "x", "recipe": ["a"], "norm_last_layer": True, "unknown": -5})
     assert json.dumps(core.as_json({1: (np.float32(1), np.arange(2))})) == '{"1": [1.0, [0, 1]]}'

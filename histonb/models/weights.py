@@ -168,7 +168,7 @@ def _read_shards(index):
     held = {}
     for name in sorted({str(shard) for shard in places.values()}):
         shard = index.parent/name
-        if shard.name != name or name.endswith(".json"):
+        if shard.name != name or name != plain(name, 255) or name.endswith(".json"):
             raise BadInput(index, f"names `{plain(name)}`, which is no file beside it", "Put the shards beside it.")
         if not shard.is_file(): raise BadInput(shard, "there is no such file", f"Copy all that {index.name} names.")
         held |= read_state(shard)
