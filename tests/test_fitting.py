@@ -19,7 +19,7 @@ from histonb.data.ebhi import CLASSES, ebhi_seg
 from histonb.data.pair_augment import EBHIAugment
 from histonb.models import backbones, cerberus
 from histonb.models.running import Stopped, checkpoints
-from histonb.multitask.encoders import Trunk, trunk
+from histonb.multitask.encoders import INPUTS, Trunk, trunk
 from histonb.multitask.fitting import FitConfig, answers, fit
 from histonb.multitask.pictures import Pictures, batches, example, parts
 
@@ -175,6 +175,35 @@ def test_weights_of_another_encoder_are_refused(tmp_path, fault):
     message = {"other arch": "not the weights of resnet18", "other width": "of another shape", "of no encoder": "0 of", "damaged": "not a whole safetensors", "empty folder": "neither cerberus.json nor",
                "lost": "no such file"}[fault]
     with pytest.raises(BadInput, match=message): trunk(path, arch, width)
+
+
+@pytest.mark.parametrize("name, wrapped, known", [
+    ("resnet.pth", lambda s: s, False), ("resnet.tar", lambda s: s, False), ("resnet.pth.tar", lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}, False),
+    ("resnet.pt", lambda s: {"model": s}, False), ("resnet.pth", lambda s: {"desc": s}, True), ("resnet.tar", lambda s: {"desc": {f"module.{k}": v for k, v in s.items()}}, True),
+    ("resnet.tar", lambda s: {f"module.backbone.{k}": v for k, v in s.items()} | {"module.conv_map.weight": torch.zeros(2, 2)}, True)])
+def test_a_resnet_tells_which_pictures_it_has_seen_or_is_asked(tmp_path, name, wrapped, known):
+    "That of Cerberus' authors reads 0..1 and is named like torchvision's, which reads standardised pictures."
+    net = backbones.backbone("resnet18").eval()
+    torch.save(wrapped({**net.state_dict(), "fc.weight": torch.zeros(9, 512), "fc.bias": torch.zeros(9)}), tmp_path/name)
+    def features(**said):
+        got = trunk(tmp_path/name, "resnet18", **said).eval()
+        got.net.conv1.stride = net.conv1.stride
+        return got(torch.full((1, 3, 64, 64), .7))
+    unit, standardised = (net((torch.full((1, 3, 64, 64), .7) - torch.tensor(mean).view(3, 1, 1))/torch.tensor(std).view(3, 1, 1)) for mean, std in (INPUTS["0..1"], INPUTS["imagenet"]))
+    assert torch.allclose(features(inputs="0..1"), unit, atol=1e-4) and not torch.allclose(unit, standardised, atol=1e-2)
+    if known:
+        assert torch.allclose(features(), unit, atol=1e-4)
+        with pytest.raises(BadInput, match="in 0..1"): features(inputs="imagenet")
+    else:
+        assert torch.allclose(features(inputs="imagenet"), standardised, atol=1e-4)
+        with pytest.raises(BadInput, match=r"do not tell which pictures it has seen.* `inputs`"): features()
+
+
+def test_inputs_are_asked_of_files_of_resnets_only(tmp_path):
+    cerberus.save(cerberus.Cerberus(["gland"], "resnet18", .125), tmp_path)
+    for source in ("", tmp_path):
+        with pytest.raises(BadInput, match="Leave it empty"): trunk(source, inputs="0..1")
+    with pytest.raises(BadInput, match="Did you mean `imagenet`"): trunk("w.pth", inputs="image-net")
 
 
 def test_a_transformer_has_no_maps(tmp_path):

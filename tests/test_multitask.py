@@ -21,7 +21,7 @@ from histonb.data import fields as data
 from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
 from histonb.models.running import checkpoints
-from histonb.multitask import samples, sets, targets, training, watching
+from histonb.multitask import losses, samples, sets, targets, training, watching
 from histonb.multitask.encoders import trunk
 from histonb.multitask.scoring import score_run
 from histonb.multitask.stitching import find_scorer
@@ -200,6 +200,44 @@ def test_objects_that_touch_are_kept_apart():
     assert weight[10, 14] > 9 > weight[10, 6]
 
 
+def four_objects():
+    ids = np.zeros((24, 40), np.int32)
+    ids[3:12, 3:12], ids[5:20, 12:20], ids[14:22, 24:36], ids[2:8, 30:38] = 1, 2, 3, 4
+    return ids
+
+
+def test_weights_of_insides_are_those_of_the_authors():
+    "Numbers that their `InstErodedContourMap` gives."
+    weight = targets.weight_of_insides(four_objects(), 3)
+    assert weight[8, 10:14] == pytest.approx([1., 7.065307, 7.065307, 1.], abs=1e-5) and weight.sum() == pytest.approx(1159.2144, abs=1e-3)
+    assert weight[11, 30:34] == pytest.approx([1.100562, 1.111090, 1.111090, 1.111090], abs=1e-5)
+    assert (targets.weight_of_insides(four_objects(), 11) == 1).all()  # no inside is left of these
+    one = np.where(four_objects() == 2, 1, 0)
+    assert (targets.weight_of_insides(one, 3) == 1).all() and (targets.weight_of_insides(0*one, 3) == 1).all()
+
+
+def test_losses_of_types_are_those_of_the_authors():
+    "Numbers that their training step gives, cross-entropy and Dice as it adds them."
+    for classes, every, weights, want in ((7, 3, (12., 1., 2., 6., 12., 2.), 10.28930950), (3, 2, (1., 1.), 2.06040406)):
+        i = torch.arange(2*24*24).reshape(2, 24, 24)
+        types = torch.where((i//5) % every == 0, 1 + (i*i//7) % (classes - 1), 0)
+        scores = 2*torch.sin(torch.arange(2*classes*24*24).float()*.7).reshape(2, classes, 24, 24)
+        assert losses.type_loss_over_pixels(scores, types, weights).item() == pytest.approx(want, rel=1e-6)
+        unknown = torch.where(types == 0, targets.UNKNOWN, types)  # objects whose type nobody knows count as none
+        assert losses.type_loss_over_pixels(scores, unknown, weights).item() == pytest.approx(want, rel=1e-6)
+    assert losses.type_loss_over_pixels(scores.requires_grad_(), 0*types).item() == 0
+
+
+@pytest.mark.parametrize("changes", [{"border": "insides"}, {"type_loss": "pixels"}])
+def test_a_run_weighs_as_it_is_told(tmp_path, changes):
+    def first(**more):
+        of = dataclasses.replace(config(tmp_path/"-".join(["run", *more]), steps=1, log_every=1, **more), sets=(PHANTOMS | {"truths": ["nucleus", "nucleus-type"]},))
+        return next(row for row in read_jsonl(train(of)/"log.jsonl") if "loss" in row)
+    a, b = first(), first(**changes)
+    name = "loss_nucleus" if "border" in changes else "loss_nucleus-type"
+    assert {k for k in a if k.startswith("loss_") and a[k] != b[k]} == {name}
+
+
 def test_an_empty_map_is_background_of_weight_one():
     ids = np.zeros((9, 9), np.uint16)
     assert not targets.instance_target(ids, 11).any() and (targets.weight_map(ids, 11) == 1).all()
@@ -282,8 +320,8 @@ def figures(folder): return [{k: v for k, v in row.items() if k not in ("images_
 def test_it_learns(tmp_path):
     train(TrainConfig(str(tmp_path), (PHANTOMS | {"n": 12, "truths": ["nucleus"]},), **TINY | {"steps": 80, "lr": 5e-3, "schedule": "cosine", "width": .25, "log_every": 20}))
     rows = read_jsonl(tmp_path/"log.jsonl")
-    losses, right = [row["loss"] for row in rows if "loss" in row], [row["right_nucleus"] for row in rows if "right_nucleus" in row]
-    assert losses[-1] < .75*losses[0] and right[-1] > .8
+    lost, right = [row["loss"] for row in rows if "loss" in row], [row["right_nucleus"] for row in rows if "right_nucleus" in row]
+    assert lost[-1] < .75*lost[0] and right[-1] > .8
 
 
 def test_two_on_one_folder(tmp_path):

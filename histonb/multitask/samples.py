@@ -154,8 +154,10 @@ class Samples(Dataset):
         seed: int = 0, # of the run
         keep: float = 1., # GiB of decoded fields to keep in each process
         glass: float = 0., # share of the crops in which the tissue ends
+        border: str = "objects", # of `targets.BORDERS`
     ):
         self.sets, self.tasks, self.mpp, self.seed, self.keep, self.glass, self.kept = sets, tuple(tasks), mpp, seed, keep*2**30, glass, OrderedDict()
+        self.border = border
 
     def field(
         self,
@@ -187,7 +189,7 @@ class Samples(Dataset):
 
     def __getitem__(self, key):
         image, truth = self.sample(*key)
-        return image, targets_of(truth, self.tasks)
+        return image, targets_of(truth, self.tasks, self.border)
 
 def _size(field): return field.image.nbytes + sum(np.asarray(a).nbytes for a in field.truth.values())
 

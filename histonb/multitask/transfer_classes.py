@@ -146,6 +146,7 @@ def transfer(
     kernels=KERNELS, # of SVMs
     seeds=(0,), # of the head, what is hidden, and an encoder from scratch
     balanced: bool = False, # classes weigh alike
+    inputs: str = "", # of `encoders.INPUTS`, for a source that does not tell which pictures it has seen
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict]: # calls: `slide, case, cls, method, seed, called, p`; runs: `method, seed, learnt, val_accuracy, ...`; logs by (method, seed)
     "Classify by an encoder in all ways asked for."
     c, (train, val, test) = settle(config), (pictures[k] for k in ("train", "val", "test"))
@@ -153,12 +154,12 @@ def transfer(
     for depth in depths:
         for seed in seeds:
             key, out = (f"layer {depth}", seed), Path(c.out)/f"layer-{depth}-seed-{seed}"
-            net, logs[key] = fine_tune(trunk(source, arch, width, seed), depth, train, val, dataclasses.replace(c, out=str(out), seed=seed), balanced)
+            net, logs[key] = fine_tune(trunk(source, arch, width, seed, inputs), depth, train, val, dataclasses.replace(c, out=str(out), seed=seed), balanced)
             p = probabilities(net, test, c.precision)
             calls.append(_calls(test, *key, p.argmax(1), p.max(1)))
             runs.append({"method": key[0], "seed": seed, "learnt": sum(q.numel() for q in net.parameters() if q.requires_grad), **_kept(logs[key], out)})
     for seed in (seeds if not source else seeds[:1]) if kernels else ():  # a given encoder has no seed
-        encoder = trunk(source, arch, width, seed).to(c.device)
+        encoder = trunk(source, arch, width, seed, inputs).to(c.device)
         x = {k: frozen_features(encoder, part, c.precision) for k, part in pictures.items()}
         for kernel in kernels:
             svm, right = fit_svm(x["train"], train.classes, x["val"], val.classes, kernel, balanced)

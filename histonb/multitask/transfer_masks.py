@@ -73,6 +73,7 @@ class Sizes:
     medt_side: int = 128 # pixels that MedT sees
     medt_width: int = 16 # channels of its first attention
     medt_heads: int = 8
+    inputs: str = "" # of `encoders.INPUTS`, for a source that does not tell which pictures it has seen
 
     def __post_init__(self): check_ranges(vars(self), "Sizes")
 
@@ -103,7 +104,7 @@ def mask_network(
     if name not in NETWORKS: raise BadInput("networks", f"there is no `{name}`", nearest(name, NETWORKS))
     s = sizes
     if name == "scratch" and not s.source: raise BadInput("networks", "without `source`, `transferred` is from scratch too", "Give a source, or leave `scratch` out.")
-    if name in ("transferred", "joint"): return Transferred(trunk(s.source, s.arch, s.width, seed).freeze(s.depth), name == "joint", seed)
+    if name in ("transferred", "joint"): return Transferred(trunk(s.source, s.arch, s.width, seed, s.inputs).freeze(s.depth), name == "joint", seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "unet": return UNet(width=s.plain_width)
@@ -113,7 +114,7 @@ def mask_network(
 
 def _random_like(sizes, seed):
     "An encoder as the source's, with random weights."
-    given = trunk(sizes.source, sizes.arch, sizes.width)
+    given = trunk(sizes.source, sizes.arch, sizes.width, inputs=sizes.inputs)
     arch = "resnet34" if len(given.net.layer1) == 3 else "resnet18"
     return trunk("", arch, given.widths[0]/64, seed)
 
