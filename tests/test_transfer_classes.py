@@ -166,7 +166,7 @@ def test_report_tells_both_divisions_and_the_published_row(tmp_path):
         assert of["layer 1"]["accuracy"]["value"] == pytest.approx((mine["cls"] == mine["called"]).mean()) and mine["seed"].nunique() == 2
 
 
-@pytest.mark.parametrize(("parameters", "message"), [({"splits": ["groupd"]}, "Did you mean `grouped`"), ({"source": "nowhere"}, "no such file or folder"), ({"depths": [0]}, "there is no layer 0")])
+@pytest.mark.parametrize(("parameters", "message"), [({"splits": ["groupd"]}, "Did you mean `grouped`"), ({"source": "nowhere"}, "no such file or folder"), ({"depths": [0]}, "`depths` is [0]. Choose a number from 1 to 5")])
 def test_report_names_what_is_wrong(tmp_path, parameters, message):
     error, found = run_report("41_transfer_classes", tmp_path, **parameters)
     assert found is None and message in error and not (tmp_path/"run/metrics.json").exists()

@@ -218,9 +218,9 @@ def test_truth_is_never_overwritten(root, tmp_path):
 # What must be refused --------------------------------------------------------------------------------------------------------
 
 def test_networks_that_cannot_be_are_refused(tmp_path):
-    for name, sizes, said in (("u-net", SMALL, "Did you mean `unet`"), ("scratch", SMALL, "leave `scratch` out"), ("medt", dataclasses.replace(SMALL, medt_side=96), "multiple of 128"),
-                              ("transferred", dataclasses.replace(SMALL, depth=7), "no layer 7")):
+    for name, sizes, said in (("u-net", SMALL, "Did you mean `unet`"), ("scratch", SMALL, "leave `scratch` out"), ("medt", dataclasses.replace(SMALL, medt_side=96), "multiple of 128")):
         with pytest.raises(BadInput, match=said): t.mask_network(name, sizes)
+    with pytest.raises(BadInput, match="`depth` is 7. Choose a number from 1 to 5"): dataclasses.replace(SMALL, depth=7)
     torch.manual_seed(0)
     backbones.save(backbones.backbone("xcit_nano_12_p16_224"), tmp_path, "xcit_nano_12_p16_224", (.5,)*3, (.5,)*3)
     with pytest.raises(BadInput, match="no maps at several strides"): t.mask_network("transferred", dataclasses.replace(SMALL, source=str(tmp_path)))
