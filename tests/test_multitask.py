@@ -25,6 +25,7 @@ from histonb.multitask import losses, samples, sets, targets, training, watching
 from histonb.multitask.encoders import trunk
 from histonb.multitask.scoring import score_run
 from histonb.multitask.stitching import find_scorer
+from histonb.multitask.sets import taught
 from histonb.multitask.training import TrainConfig, Trainer, _loader, settle, train
 
 REAL = Path(__file__).parents[2]/"shared/data"
@@ -491,3 +492,14 @@ def test_glass_is_empty_in_every_map_and_never_in_a_patch_with_one_class():
     patch = data.Field(np.full((96, 96, 3), 60, np.uint8), {"tissue": 3}, .5)
     image, truth = samples.draw_sample(patch, 64, (0,), glass=1.)
     assert image.max() < 120 and truth["tissue"] == 3
+
+
+@pytest.mark.parametrize("text, says", [("", "unreadable as CSV"), ("set,field,case\n", "no column `split`"), (None, "unreadable as CSV")])
+def test_what_was_learnt_from_is_read_exactly_or_refused(tmp_path, text, says):
+    "Names that other readers would take for nothing, or trim, are names: a leak must not pass by them."
+    rows = [("GlaS", " a ", "train"), ("GlaS", "NA", "train"), ("GlaS", "1.0", "val"), ("CRAG", "1.0", "train")]
+    pd.DataFrame(rows, columns=["set", "case", "split"]).to_csv(tmp_path/"fields.csv", index=False)
+    assert taught(tmp_path) == {"GlaS": {" a ", "NA"}, "CRAG": {"1.0"}}
+    if text is None: (tmp_path/"fields.csv").unlink()
+    else: (tmp_path/"fields.csv").write_text(text)
+    with pytest.raises(BadInput, match=f"fields.csv: {says}"): taught(tmp_path)

@@ -107,6 +107,7 @@ def test_one_tile_that_leaks_is_found():
     (lambda t: grouped_split(t, fractions=(1.2, -.1, -.1)), "not three shares"),
     (lambda t: grouped_split(t.assign(case="only")), "1 cases cannot fill 3 splits"),
     (lambda t: grouped_split(t.assign(case=t["case"].where(t["case"] != "c0"))), "rows have no `case`"),
+    (lambda t: grouped_split(t.assign(case=t["case"].replace("c0", ""))), "rows have no `case`"), (lambda t: grouped_split(t.assign(case=t["case"].replace("c0", " "))), "rows have no `case`"),
     (lambda t: random_tile_split(t, fractions=(.5, .5)), "not three shares"),
     (lambda t: check_leak(t), "no column `split`"),
     (lambda t: check_leak(t.assign(split=None)), "no row has a split"),

@@ -403,6 +403,15 @@ def test_names_of_every_kind(tmp_path):
     assert content(tmp_path/"out1") == content(tmp_path/"out4")
 
 
+def test_a_mask_that_only_some_slides_have(tmp_path):
+    "However a table says that there is none."
+    image, mask = half_slide(tmp_path/"a.tiff", shape=(896, 448))
+    cohort = cohort_of([(name, image, mask, "radboud") for name in ("a", "b", "c", "d")])
+    cohort.slides["mask"] = pd.Series([str(mask), "", None, np.nan], dtype=object)
+    table = tile_cohort(cohort, tmp_path/"out", workers=1)
+    assert table.groupby("slide").f0.apply(lambda f: f.notna().all()).to_dict() == {"a": True, "b": False, "c": False, "d": False}
+
+
 def test_a_resolution_that_is_known_of_some_slides_only(tmp_path):
     "A column of numbers and gaps: a gap is no resolution, and the file's own counts."
     (image, mask), (bare, bare_mask) = half_slide(tmp_path/"a.tiff", shape=(896, 448)), half_slide(tmp_path/"b.tiff", mpp=None, shape=(896, 448))

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, atomic_path, content_key, digest, progress
+from ..core import BadInput, atomic_path, content_key, digest, foreign_errors, progress
 from .criteria import FRACTIONS
 from .encodings import check_colors, check_lossless
 from .labels import IGNORE, LABELS, code_table, to_labels
@@ -54,7 +54,7 @@ class MaskTiles:
         for name in self.table["slide"].unique():
             if name not in self.slides.index: raise BadInput(name, "this slide of the tile table is not in the cohort", "Give the cohort that was tiled.")
             path = self.slides.at[name, "mask"]
-            if not path: raise BadInput(name, "this slide has no mask in the cohort", "Put its mask back, or leave its tiles out.")
+            if pd.isna(path) or not path: raise BadInput(name, "this slide has no mask in the cohort", "Put its mask back, or leave its tiles out.")
             if not Path(path).is_file(): raise BadInput(path, f"the mask of {name} is not there", "Download it again, or leave the slide's tiles out.")
             code_table(self.slides.at[name, "codes"], path)
         self.where = self.table[["x", "y", "level"]].to_numpy(np.int64)
@@ -135,7 +135,6 @@ def store_masks(
         with atomic_path(path) as p, open(p, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for i in progress(range(len(masks)), "masks", unit="tile"): f.write(masks[i][0].tobytes())
-    try: found = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as e: raise BadInput(path, f"not a whole .npy file ({e})", "Delete it; it is written anew.") from e
-    if found.shape != shape: raise BadInput(path, f"masks of shape {found.shape}, not {shape}", "Delete it; it is written anew.")
+    with foreign_errors(path, "Delete it; it is written anew.", "not a whole .npy file"): found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if found.shape != shape or found.dtype != np.uint8: raise BadInput(path, f"masks of shape {found.shape} and {found.dtype}, not {shape}", "Delete it; it is written anew.")
     return found

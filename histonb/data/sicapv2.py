@@ -114,7 +114,7 @@ def _detect(masks, path): # mask files in the order to look at, the folder
 def _code_column(slides, codes, path):
     "The code table of each patch's mask."
     if codes: return [encoding_table(codes) if isinstance(codes, str) and "/" in codes else code_table(codes)]*len(slides)
-    kind = slides["mask"].map(lambda mask: Path(mask).suffix)
+    kind = slides["mask"].map(lambda mask: Path(mask).suffix.lower())
     first = slides.sample(frac=1, random_state=0).sort_values("class", key=lambda c: c.isin(["", LABELS[GRADES["NC"]]]), kind="stable")  # cancer first
     tables = {"": "histonb", **{k: _detect(masks, path) for k, masks in first["mask"].groupby(kind) if k}}
     return [tables[k] for k in kind]

@@ -30,8 +30,9 @@ def _fractions(fractions):
 
 def _shares(table, group, label):
     "Cases, classes, and the share of each class's rows in each case; a first column counts the cases."
+    blank = table[group].isna() | (table[group].astype(str).str.strip() == "")
+    if blank.any(): raise BadInput("tile table", f"{blank.sum()} rows have no `{group}`", "Give every row its case.")
     case, cases = pd.factorize(table[group], sort=True)
-    if (case < 0).any(): raise BadInput("tile table", f"{(case < 0).sum()} rows have no `{group}`", "Give every row its case.")
     used = table["kept"].to_numpy(bool) if "kept" in table else np.ones(len(table), bool)
     columns, names = [np.full(len(cases), 1/len(cases))], ["cases"]
     for column in [label] if isinstance(label, str) else label:

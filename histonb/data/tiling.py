@@ -172,6 +172,7 @@ def tile_cohort(
     """Tile every slide of a cohort into one table and, on demand, shards.
 
     Raises `BadInput` for slide ids that occur twice, a folder of another rule or process, a full disk, and where no slide is usable."""
+    cohort = dataclasses.replace(cohort, slides=cohort.slides.assign(mask=cohort.slides["mask"].fillna("")))
     out, slides = Path(out), cohort.slides
     twice = slides["slide"][slides["slide"].duplicated()].unique()
     if len(twice): raise BadInput(cohort.name, f"slides occur twice: {', '.join(map(str, twice[:5]))}", "Give every slide an id of its own.")

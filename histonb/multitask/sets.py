@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, nearest
-from ..data.cohorts import read_csv
+from ..core import BadInput, foreign_errors, nearest
 from ..data.ebhi import ebhi_glands
 from ..data.fields import Fields, crag, folders, glas, patch_folders, phantom_fields
 from ..data.nuclei import consep, lizard, pannuke
@@ -68,7 +67,11 @@ def taught(
     folder, # of a training, with its `fields.csv`
 ) -> dict: # name of a set -> the cases that were learnt from
     "Which cases a network has seen."
-    fields = read_csv(Path(folder)/"fields.csv", ["set", "case", "split"])
+    path = Path(folder)/"fields.csv"
+    with foreign_errors(path, "Run the training again, or copy the file again.", "unreadable as CSV"):
+        fields = pd.read_csv(path, dtype=str, keep_default_na=False)  # names exactly as they were written
+    for column in ("set", "case", "split"):
+        if column not in fields: raise BadInput(path, f"no column `{column}`", "Run the training again, or copy the file again.")
     return fields[fields["split"] == "train"].groupby("set")["case"].agg(set).to_dict()
 
 def read_sets(
