@@ -326,6 +326,38 @@ def test_a_vit_of_dinov2_under_all_its_names(tmp_path):
         assert found.patch_embed.img_size == (112, 112) and not report["unexpected"]  # built for the grid of the file
 
 
+def test_a_vit_of_transformers(tmp_path):
+    "As Phikon and other plain ViTs of the hub are published, queries, keys and values apart."
+    theirs = timm.create_model(VIT, num_classes=0).eval()
+    words = {
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "pos_embed": "embeddings.position_embeddings",
+        "cls_token": "embeddings.cls_token",
+        "attn.proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "blocks.": "encoder.layer.",
+    }
+    state = {"pooler.dense.weight": torch.zeros(192, 192)}
+    for name, tensor in theirs.state_dict().items():
+        if name.startswith("norm."):
+            name = f"layernorm.{name[5:]}"
+        for ours, other in words.items():
+            name = name.replace(ours, other)
+        qkv = dict(zip(("query", "key", "value"), tensor.chunk(3), strict=True)) if ".attn.qkv." in name else {}
+        state |= {name.replace("attn.qkv", f"attention.attention.{k}"): t.clone() for k, t in qkv.items()} or {
+            name: tensor
+        }
+    x = torch.randn(1, 3, 224, 224)
+    for prefix in ("", "vit."):
+        save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+        found, _, report = load_published(VIT, tmp_path)
+        with torch.no_grad():
+            assert torch.equal(found(x), theirs(x)) and report["matched"] == len(theirs.state_dict())
+
+
 def test_positions_are_an_option_of_the_loader(tmp_path, trained):
     torch.save(trained[0].state_dict(), tmp_path / "vit.pth")
     plain, dino = (load_encoder(VIT, tmp_path / "vit.pth", positions=p) for p in ("timm", "dino"))
@@ -386,18 +418,28 @@ def test_a_normalisation_is_three_numbers(key, value):
 
 
 def test_what_the_report_printed():
-    assert {task: {name: row[task] for name, row in BONY_REPORT.items()} for task in ("classes", "masks", "reconstruction")} == {
-        "classes": {"bony": .812, "hibou": .831, "histoencoder": .816}, "masks": {"bony": 2.934e-6, "hibou": 1.455e-6, "histoencoder": 1.003e-6},
-        "reconstruction": {"bony": .0008, "hibou": .1, "histoencoder": None}}
+    assert {
+        task: {name: row[task] for name, row in BONY_REPORT.items()} for task in ("classes", "masks", "reconstruction")
+    } == {
+        "classes": {"bony": 0.812, "hibou": 0.831, "histoencoder": 0.816},
+        "masks": {"bony": 2.934e-6, "hibou": 1.455e-6, "histoencoder": 1.003e-6},
+        "reconstruction": {"bony": 0.0008, "hibou": 0.1, "histoencoder": None},
+    }
 
 
 def test_the_benchmark_is_that_of_the_report():
     "Three tasks on three sets, each encoder by its authors' feature; Bony by the scores that the report probed."
-    stages = load_study(Path(__file__).resolve().parents[1]/"runs/bench.yaml").stages
-    assert {stages[name].parameters["cohort"] for name in ("panda", "sicapv2", "deepgleason")} == {"panda", "sicapv2", "pairs"}
+    stages = load_study(Path(__file__).resolve().parents[1] / "runs/bench.yaml").stages
+    assert {stages[name].parameters["cohort"] for name in ("panda", "sicapv2", "deepgleason")} == {
+        "panda",
+        "sicapv2",
+        "pairs",
+    }
     for name, pool in (("bony", "head"), ("hibou", "class"), ("histoencoder", "class")):
         for kind, notebook in (("classes", "30_probe"), ("deepgleason", "31_masks")):
             stage = stages[f"{kind}-{name}"]
             assert stage.notebook.endswith(f"{notebook}.ipynb") and stage.parameters["pool"] == pool, stage.name
         assert stages[f"deepgleason-{name}"].parameters["tiles"] == "runs/bench/deepgleason"
-    assert stages["recap-deepgleason"].parameters["masks"] == [f"runs/bench/deepgleason-{name}" for name in ("bony", "hibou", "histoencoder")]
+    assert stages["recap-deepgleason"].parameters["masks"] == [
+        f"runs/bench/deepgleason-{name}" for name in ("bony", "hibou", "histoencoder")
+    ]

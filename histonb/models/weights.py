@@ -219,7 +219,7 @@ def read_state(
 # %% ../../nbs/models/10c_weights.ipynb #cell-016
 _INFIX = re.compile(r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.") # wrappers inside a name
 _OTHER_PARTS = re.compile( # of a training: classifiers, DINO's heads, MoCo's queues, iBOT's and MAE's tokens
-    r"((\w+_)?head\w*|fc|classifier|(\w+_)?queue\w*|mask_token|masked_embed|prototypes|decoder\w*)(\..*)?")
+    r"((\w+_)?head\w*|fc|classifier|pooler|(\w+_)?queue\w*|mask_token|masked_embed|prototypes|decoder\w*)(\..*)?")
 
 def flat(
     held: dict, # from `read_state`
