@@ -324,7 +324,7 @@ def annotate(
 ):
     """Find glands, lumina and nuclei in whole slides.
 
-    OUT/SLIDE/ gets objects.geojson, to be dragged onto the slide in QuPath; objects.parquet, a table with a row for each object; overview.png; tissue.png where the network tells kinds of tissue; and annotation.json, which says where it all comes from. Ctrl-C stops; the same command goes on from there.
+    OUT/SLIDE/ gets objects.geojson, to be dragged onto the slide in QuPath; objects.parquet, a table with a row for each object; overview.png; tissue.png where the network tells kinds of tissue; and annotation.json, which says where it all comes from. Ctrl-C stops; the same command goes on from there. A finished annotation is checked and left; one of other settings is refused, unless --overwrite or --skip-existing says what to do.
 
     \b
     Examples:
