@@ -317,9 +317,12 @@ def annotate(
     slide_mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel at level 0, for slides that do not say.")] = None,
     tile: Annotated[int, typer.Option(help="Pixels of a side of a tile, a multiple of 144: less needs less memory and more time.")] = 1008,
     device: Annotated[str, typer.Option(help="cpu, cuda ...; auto is a GPU where there is one.")] = "auto",
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto is fp32 on a CPU, so that counts do not depend on its kind, and bf16 on a GPU that computes in it.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what there is of these slides in OUT, and annotate them anew.")] = False,
-    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave slides that have an annotation in OUT as they are, whatever its settings.")] = False,
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(
+        help="auto is fp32 on a CPU, so that counts do not depend on its kind, and bf16 on a GPU that computes in it.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(
+        "--overwrite", help="Discard what there is of these slides in OUT, and annotate them anew.")] = False,
+    skip_existing: Annotated[bool, typer.Option(
+        "--skip-existing", help="Leave slides that have an annotation in OUT as they are, whatever its settings.")] = False,
     max_damaged: Annotated[int, typer.Option(help="Internal tiles of a slide that may be damaged before it is refused.")] = 16,
 ):
     """Find glands, lumina and nuclei in whole slides.
@@ -337,7 +340,8 @@ def annotate(
     names = [p.stem for p in slides]
     if twice := {n for n in names if names.count(n) > 1}: raise BadInput(", ".join(sorted(twice)), "several slides of this name", "Annotate them into different folders.")
     if overwrite and skip_existing: raise BadInput("--overwrite", "given beside --skip-existing", "Choose one.")
-    if not any(slide.exists() for slide in slides): raise BadInput(slides[0], "there is no such file", "Correct the path.")  # before weights are read
+    if not any(slide.exists() for slide in slides):  # told before weights are read
+        raise BadInput(slides[0], "there is no such file", "Correct the path.")
     scorer, lost = find_scorer(weights, [t.strip() for t in tasks.split(",")] if tasks else None, mpp, device, precision), []
     try:
         for slide in slides:

@@ -178,15 +178,18 @@ def reach(
     return down + sum(2*s + 2*s for s in (8, 4, 2, 1))
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-021
-PUBLISHED = {"Gland/INST": "gland", "Lumen/INST": "lumen", "Nuclei/INST": "nucleus", "Gland#TYPE/TYPE": "gland-type-cerberus",
-             "Nuclei#TYPE/TYPE": "nucleus-type", "Patch-Class/OUT": "tissue"} # decoder/output of the authors -> task
+PUBLISHED = { # decoder/output of the authors -> task
+    "Gland/INST": "gland", "Lumen/INST": "lumen", "Nuclei/INST": "nucleus", "Gland#TYPE/TYPE": "gland-type-cerberus",
+    "Nuclei#TYPE/TYPE": "nucleus-type", "Patch-Class/OUT": "tissue"}
 _PUBLISHED_DECODERS = {name.split("/")[0]: task for name, task in PUBLISHED.items()}
-_PATCH_LAYERS = ("bn1", "relu1", "dropout", "conv1", "bn2", "relu2", "conv2") # of the published patch head, in the order of `PatchHead`
+_PATCH_LAYERS = ("bn1", "relu1", "dropout", "conv1", "bn2", "relu2", "conv2") # published names, in the order of `PatchHead`
 
 def from_published(
     state: dict, # the authors' tensors by name
 ) -> dict: # by the names of `Cerberus`
-    "Rename the tensors of the published network; those it does not use (a classifier of ImageNet) are left out, names it does not have stay as they are."
+    """Rename the tensors of the published network.
+
+    Those it does not use, a classifier of ImageNet, are left out; names it does not have stay as they are."""
     names = {key: _renamed(key.removeprefix("module.")) for key in state}
     return {name: state[key] for key, name in names.items() if not name.startswith("backbone.fc.")}
 

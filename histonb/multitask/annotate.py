@@ -62,21 +62,25 @@ def tissue_mm2(
     return float((squares*np.outer(high, wide)).sum()*mpp**2/1e6)
 
 # %% ../../nbs/multitask/43_annotate.ipynb #cell-008
-OUTPUTS = ("objects.geojson", "objects.parquet", "overview.png", "tissue.png", "tissue_colour.png", "tissue.json") # of an annotation; the last three where the network tells tissue
+OUTPUTS = ( # of an annotation; the last three where the network tells tissue
+    "objects.geojson", "objects.parquet", "overview.png", "tissue.png", "tissue_colour.png", "tissue.json")
+_DISCARD = "Annotate with --overwrite, which discards what is there."
+_AGAIN = "Annotate again with --overwrite; if it was changed on purpose, move it elsewhere first."
 
 def _begun(folder):
     "The settings that a folder was begun with; empty where it was not."
     path = folder/"settings.json"
     found = read_json(path) if path.exists() else {}
-    if not isinstance(found, dict): raise BadInput(path, "no settings in it", "Annotate with --overwrite, which discards what is there.")
+    if not isinstance(found, dict): raise BadInput(path, "no settings in it", _DISCARD)
     return found
 
 def _begin(folder, settings):
     "Go on with the work of the same settings, or begin it."
     (folder/"parts").mkdir(exist_ok=True)
     found = _begun(folder)
-    changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
-    if found and changed: raise BadInput(folder, f"begun with other settings ({', '.join(changed)})", "Choose another folder, or discard this one with --overwrite.")
+    changed = ", ".join(f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v)
+    if found and changed:
+        raise BadInput(folder, f"begun with other settings ({changed})", "Choose another folder, or discard this one with --overwrite.")
     if not found: write_json(folder/"settings.json", settings)
 
 def _discard(folder):
@@ -88,13 +92,14 @@ def check_annotation(
     folder, # of a slide, with its annotation.json
 ) -> dict: # what is in annotation.json
     "Read what an annotation says of itself. A file that is missing, or not as it was written, is `BadInput`."
-    path, again = Path(folder)/"annotation.json", "Annotate again with --overwrite; if it was changed on purpose, move it elsewhere first."
+    path = Path(folder)/"annotation.json"
     about = read_json(path)
     files = about.get("files") if isinstance(about, dict) else None
-    if not isinstance(files, dict): raise BadInput(path, "does not say which files belong to it", again)
+    if not isinstance(files, dict): raise BadInput(path, "does not say which files belong to it", _AGAIN)
     for name, content in files.items():
-        if not (path.parent/name).is_file(): raise BadInput(path.parent/name, "the annotation is finished, but this file is missing", again)
-        if content_key(path.parent/name) != content: raise BadInput(path.parent/name, "not the file that annotation.json describes", again)
+        file = path.parent/name
+        if not file.is_file(): raise BadInput(file, "the annotation is finished, but this file is missing", _AGAIN)
+        if content_key(file) != content: raise BadInput(file, "not the file that annotation.json describes", _AGAIN)
     return about
 
 class Parts:
@@ -166,8 +171,7 @@ class _Work:
         self.scale, self.shape, self.mpp, self.tasks = self.read.scale, self.read.shape, self.scorer.mpp, self.scorer.tasks
         self.boxes, self.squares = boxes(self.shape, self.tile), tissue_squares(self.slide, self.scale, self.shape)
         self.surveyed = hasattr(self.scorer, "survey")
-        shown = self.scorer.survey(self.read, self.shape, self.squares > 1 - GLASS, self.folder/"parts/survey.npz") if self.surveyed else 0
-        self.has = tiles_with_tissue(np.maximum(self.squares, shown), self.tile)
+        self.has = tiles_with_tissue(np.maximum(self.squares, self.survey()), self.tile)
         self.todo = np.flatnonzero(self.has).tolist()
         self.parts = Parts(self.folder/"parts", self.shape, self.tile, self.tasks)
         self.kinds = {task.of: task for task in self.tasks.values() if task.kind == "types"}
@@ -183,6 +187,11 @@ class _Work:
         self.known_damage = dict(self.slide.damaged)
         write_json(self.damage_file, [[*where, fault] for where, fault in sorted(self.known_damage.items())])
 
+    def survey(self):
+        "The squares where a scorer that looks at the whole slide first expects something; 0: it does not."
+        if not self.surveyed: return 0
+        return self.scorer.survey(self.read, self.shape, self.squares > 1 - GLASS, self.folder/"parts/survey.npz")
+
     def part(self, what, i): return self.folder/"parts"/f"{what}-{i:06d}.parquet"
 
 def _score(work):
@@ -190,7 +199,8 @@ def _score(work):
     for i in progress([i for i in work.todo if not work.parts.path(i).exists()], f"{work.slide.path.name}, scores", unit="tile"):
         box = work.boxes[i]
         top, left, bottom, right = around(box, work.scorer.margin, work.shape)
-        image, keep = work.read(left, top, right - left, bottom - top), (box[0] - top, box[1] - left, box[2] - top, box[3] - left)
+        image = work.read(left, top, right - left, bottom - top)
+        keep = (box[0] - top, box[1] - left, box[2] - top, box[3] - left)
         work.note_damage()
         work.parts.write(i, work.scorer(image, keep, (top, left)) if work.surveyed else work.scorer(image, keep))
 
@@ -261,9 +271,11 @@ def annotate_slide(
     with open_slide(path, slide_mpp, max_damaged=max_damaged) as slide:
         Resampled(slide, scorer.mpp)  # refuses a slide that is too coarse before a folder is made
         known = {} if overwrite else _begun(folder)
-        if getattr(scorer, "automatic", False) and known.get("precision") in ("fp32", "bf16"): scorer = scorer.in_precision(known["precision"])
+        if getattr(scorer, "automatic", False) and known.get("precision") in ("fp32", "bf16"):
+            scorer = scorer.in_precision(known["precision"])
         settings = {"slide": path.name, "file": content_key(path), "slide_mpp": slide.mpp, "weights": scorer.digest,
-                    "tasks": {n: list(t.classes) for n, t in scorer.tasks.items()}, "mpp": scorer.mpp, "tile": tile, "precision": scorer.precision}
+                    "tasks": {n: list(t.classes) for n, t in scorer.tasks.items()}, "mpp": scorer.mpp, "tile": tile,
+                    "precision": scorer.precision}
         with hold(folder):
             if overwrite: _discard(folder)
             _begin(folder, settings)
@@ -283,7 +295,8 @@ def annotate_slide(
             write_json(folder/"annotation.json", settings | {
                 "size": slide.shapes[0][::-1], "network": scorer.name, "device": str(scorer.device), "margin": scorer.margin, "histonb": histonb.__version__, "key": digest(settings),
                 "tiles": {"all": work.has.size, "computed": len(work.todo)}, "tissue_mm2": tissue_mm2(work.squares, work.shape, work.mpp),
-                "counts": none | counts, "squares": next(iter(squares.values()), {}), "files": {name: content_key(folder/name) for name in OUTPUTS if (folder/name).exists()},
+                "counts": none | counts, "squares": next(iter(squares.values()), {}),
+                "files": {name: content_key(folder/name) for name in OUTPUTS if (folder/name).exists()},
                 "damaged": len(slide.damaged), "seconds": time.monotonic() - start, "note": _note(work)})
             shutil.rmtree(folder/"parts")
     return folder

@@ -23,7 +23,7 @@ from .instances import _disc, _drop, _fill, _label
 
 # %% ../../nbs/multitask/42a_baseline.ipynb #cell-005
 LEVELS = np.arange(-300, 1200) # hundredths of optical density
-LEAST = {"nucleus": .25, "gland": .1} # optical density that a threshold has at least, since a picture may have none of them
+LEAST = {"nucleus": .25, "gland": .1} # optical density that a threshold has at least: a picture may have none of them
 
 def haematoxylin(
     image: np.ndarray, # (H, W, 3) uint8
@@ -40,7 +40,8 @@ def stain_levels(
     stain: np.ndarray, # of `haematoxylin`, any shape
 ) -> np.ndarray: # number of pixels at each of `LEVELS`
     "The histogram of a stain, to a hundredth. Those of several pictures can be added."
-    return np.bincount(np.clip(np.rint(100*stain.ravel()).astype(np.int32), LEVELS[0], LEVELS[-1]) - LEVELS[0], minlength=len(LEVELS))
+    levels = np.clip(np.rint(100*stain.ravel()).astype(np.int32), LEVELS[0], LEVELS[-1])
+    return np.bincount(levels - LEVELS[0], minlength=len(LEVELS))
 
 def otsu(
     counts: np.ndarray, # of `stain_levels`
@@ -123,7 +124,8 @@ def glands_on_map(
     pale = cv2.connectedComponents(cv2.morphologyEx(np.uint8(~dark), cv2.MORPH_OPEN, _disc(5), borderType=cv2.BORDER_REPLICATE), connectivity=4)[1]
     inside = np.zeros(pale.max() + 1, np.int32)
     for part in regionprops(pale):
-        if 80 <= part.area <= min(.5*pale.size, WIDEST) and part.solidity > .65 and _rim(pale, part, dark) > .65: inside[part.label] = part.label
+        sized = 80 <= part.area <= min(.5*pale.size, WIDEST)
+        if sized and part.solidity > .65 and _rim(pale, part, dark) > .65: inside[part.label] = part.label
     seeds = inside[pale]
     far = distance_transform_edt(seeds == 0)
     ids = watershed(far, seeds, mask=(far == 0) | (far <= 8) & (cv2.dilate(np.uint8(dark), _disc(1)) > 0))

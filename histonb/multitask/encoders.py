@@ -95,16 +95,18 @@ class Trunk(nn.Module):
         if self.blocks: raise BadInput(type(self.net).__name__, "a transformer has vectors of patches, no maps at several strides", "Give weights of Cerberus, of a ResNet, or none.")
 
 # %% ../../nbs/multitask/46a_encoders.ipynb #cell-015
-INPUTS = {"imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "0..1": ((0., 0., 0.), (1., 1., 1.))} # which pictures -> their mean and deviation
+INPUTS = { # which pictures -> their mean and deviation
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "0..1": ((0., 0., 0.), (1., 1., 1.))}
 
 def _statistics(path, state, inputs):
-    "Mean and deviation of the pictures that a file of a ResNet was trained on. Raises `BadInput` where nothing tells them."
+    "Find mean and deviation of the pictures that a file of a ResNet was trained on, or refuse it."
     authors = any(name.startswith("desc/") or "conv_map." in name for name in state)
-    if authors and inputs == "imagenet": raise BadInput(path, "the weights of Cerberus' authors, which read pictures in 0..1", "Leave `inputs` empty.")
+    if authors and inputs == "imagenet":
+        raise BadInput(path, "the weights of Cerberus' authors, which read pictures in 0..1", "Leave `inputs` empty.")
     found = inputs or ("0..1" if authors else "imagenet" if path.suffix == ".safetensors" else "")
     if not found:
-        raise BadInput(path, "its names do not tell which pictures it has seen: in 0..1, as the ResNet of Cerberus' authors, or standardised, as torchvision's of ImageNet",
-                       'Say which: `inputs` is "0..1" or "imagenet".')
+        raise BadInput(path, "its names do not tell which pictures it has seen: in 0..1, as the ResNet of Cerberus' authors, or "
+                             "standardised, as torchvision's of ImageNet", 'Say which: `inputs` is "0..1" or "imagenet".')
     return INPUTS[found]
 
 def _resnet(state, source, arch, width):
@@ -121,13 +123,15 @@ def _is_cerberus(path):
     return isinstance(content, dict) and "tasks" in content
 
 def trunk(
-    source="", # empty: from scratch; folder or file of Cerberus weights, the authors' weights.tar, folder of a DINO run or for `timm`, or a file of a ResNet
+    source="", # empty: from scratch; Cerberus weights, the authors' too; folder of a DINO run or for `timm`; or a ResNet's file
     arch: str = "resnet34", # or resnet18; Cerberus and DINO bring their own
     width: float = 1., # share of the channels; likewise
     seed: int = 0, # of random weights
     inputs: str = "", # of INPUTS: which pictures a file of a ResNet was trained on, where it does not tell
 ) -> Trunk: # all of it learns
-    "The encoder of a source. Weights of another encoder are `BadInput`, and those of which nothing tells which pictures they have seen."
+    """Load the encoder of a source.
+
+    Weights of another encoder are `BadInput`, and those of which nothing tells which pictures they have seen."""
     if inputs and inputs not in INPUTS: raise BadInput("inputs", f"`{inputs}`", nearest(inputs, INPUTS))
     path, said = Path(source), f"given for {source or 'random weights'}, which needs none"
     told = not source or _is_cerberus(path) or backbones.find_saved(path)

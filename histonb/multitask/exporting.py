@@ -69,7 +69,8 @@ def feature(
     row, # of the table from `on_slide`, as `itertuples` gives it
 ) -> dict: # of GeoJSON
     "An object as QuPath writes it."
-    measured = {"Area µm^2": round(row.area_um2, 2)} | ({} if np.isnan(row.probability) else {"Probability": round(row.probability, 4)})
+    measured = {"Area µm^2": round(row.area_um2, 2)}
+    if not np.isnan(row.probability): measured["Probability"] = round(row.probability, 4)
     return {"type": "Feature", "id": row.feature, "geometry": {"type": "Polygon", "coordinates": [shapely.get_coordinates(row.outline).tolist()]},
             "properties": {"objectType": "detection" if row.task == "nucleus" else "annotation", "name": f"{row.task} {row.id}",
                            "classification": {"name": class_name(row.task, row.type), "color": color_of(row.type or row.task)},

@@ -73,7 +73,8 @@ def _flood(score, markers, mask):
 
 def _ranks(score, markers, mask):
     "The order in which pixels of the mask are flooded, without ties."
-    far = np.rint(np.square(cv2.distanceTransform(np.uint8(markers == 0), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)))  # whole numbers
+    far = cv2.distanceTransform(np.uint8(markers == 0), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    far = np.rint(np.square(far))  # whole numbers
     y, x = np.nonzero(mask)
     order, ranks = np.lexsort((far[y, x], -score[y, x])), np.zeros(mask.shape, np.int32)
     ranks[y[order], x[order]] = np.arange(len(order))

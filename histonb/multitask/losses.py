@@ -51,7 +51,7 @@ def type_loss_over_pixels(
     both, size = (p*is_type).sum((0, 2, 3))[1:], (p + is_type).sum((0, 2, 3))[1:]
     return F.cross_entropy(scores, y, weights, reduction="none").mean() + (1 - (2*both + 1e-3)/(size + 1e-3)).sum()
 
-TYPE_LOSSES = {"objects": type_loss, "pixels": type_loss_over_pixels} # what cross-entropy is averaged over -> loss of types
+TYPE_LOSSES = {"objects": type_loss, "pixels": type_loss_over_pixels} # what it is averaged over -> loss of types
 
 # %% ../../nbs/multitask/40a_losses.ipynb #cell-011
 def patch_loss(

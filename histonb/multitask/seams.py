@@ -30,7 +30,7 @@ def outlines(
     areas = [(ring[:-1, 0]*ring[1:, 1] - ring[1:, 0]*ring[:-1, 1]).sum() for ring in rings]  # negative: around a hole
     return shapely.MultiPolygon([shapely.Polygon(ring) for ring, area in zip(rings, areas, strict=True) if area > 0])
 
-TOLERANCES = (.5, .25) # pixels by which an outline may be simplified, the first that costs at most a hundredth of its area
+TOLERANCES = (.5, .25) # pixels by which an outline is simplified: the first that costs at most a hundredth of its area
 
 def largest(
     parts: shapely.Geometry, # a polygon or several, from `outlines`
@@ -39,7 +39,8 @@ def largest(
     exact = _filled(parts)
     coarser = (shapely.simplify(exact, tolerance) for tolerance in TOLERANCES)
     simple = next((c for c in coarser if abs(c.area - exact.area) <= .01*exact.area), exact)
-    missing = exact.area + .5 - simple.area  # marching squares cut an eighth of a pixel from each corner, and an outline has four more that go out than in
+    # marching squares cut an eighth of a pixel from each corner, and an outline has four more that go out than in
+    missing = exact.area + .5 - simple.area
     return _filled(shapely.buffer(simple, missing/exact.length, join_style="mitre", mitre_limit=2))
 
 def _filled(parts):
@@ -152,8 +153,11 @@ def _join(pieces):
     n, votes = pieces["n"].sum(), np.sum(pieces["votes"].tolist(), 0)
     kind = votes[1:].argmax() + 1 if votes[1:].any() else 0
     outline = _filled(shapely.union_all(shapely.from_wkb(pieces["outline"])))
-    return {**{c: np.average(pieces[c], weights=pieces["n"]) for c in ("x", "y")}, **{c: pieces[c].min() for c in ("left", "top")}, **{c: pieces[c].max() for c in ("right", "bottom")},
-            "n": max(n, round(outline.area + .5)), "type": kind, "probability": np.sum(pieces["sums"].tolist(), 0)[kind]/n, "outline": shapely.to_wkb(largest(outline))}
+    return {**{c: np.average(pieces[c], weights=pieces["n"]) for c in ("x", "y")},
+            **{c: pieces[c].min() for c in ("left", "top")},
+            **{c: pieces[c].max() for c in ("right", "bottom")},
+            "n": max(n, round(outline.area + .5)), "type": kind,
+            "probability": np.sum(pieces["sums"].tolist(), 0)[kind]/n, "outline": shapely.to_wkb(largest(outline))}
 
 # %% ../../nbs/multitask/43b_seams.ipynb #cell-011
 def inside(

@@ -156,8 +156,9 @@ def inference_precision(
     name: str, # auto, fp32 or bf16
     device: torch.device, # where the network runs
 ) -> str: # "bf16" or "fp32"
-    "The precision of this name; auto is fp32 on a CPU, since counts must not depend on its kind, and the best of a GPU."
-    if name not in ("auto", "fp32", "bf16"): raise BadInput("precision", f"unknown `{name}`", nearest(name, ("auto", "fp32", "bf16")))
+    "Choose a precision: auto is fp32 on a CPU, on whose kind counts would depend, and the best of a GPU."
+    names = ("auto", "fp32", "bf16")
+    if name not in names: raise BadInput("precision", f"unknown `{name}`", nearest(name, names))
     return "fp32" if name == "auto" and device.type == "cpu" else find_precision(name, device)
 
 class Scorer:
@@ -201,8 +202,14 @@ SQUARE_MARGIN = 96 # pixels around a square that `stain_nuclei` sees too: what i
 
 def _of_squares(squares, starts, shape, scale):
     "The value of the square that each pixel lies in; `scale`: pixels of the scores for each, `starts` in these."
-    at = [np.minimum((start + (np.arange(n) + .5)*scale).astype(int)//PATCH, side - 1) for start, n, side in zip(starts, shape, squares.shape, strict=True)]
-    return squares[np.ix_(*at)]
+    places = [(start + (np.arange(n) + .5)*scale).astype(int)//PATCH for start, n in zip(starts, shape, strict=True)]
+    return squares[np.ix_(*(np.minimum(p, side - 1) for p, side in zip(places, squares.shape, strict=True)))]
+
+def _put(whole, part, top, left):
+    "Put a part into an array where both meet; its place may begin before the array."
+    part = part[max(-top, 0):, max(-left, 0):]
+    place = whole[max(top, 0):, max(left, 0):][:part.shape[0], :part.shape[1]]
+    place[:] = part[:place.shape[0], :place.shape[1]]
 
 def survey_stain(
     read, # (x, y, width, height) -> (height, width, 3) uint8
@@ -210,25 +217,25 @@ def survey_stain(
     tissue: np.ndarray, # (rows, columns) bool, squares of 144 pixels that show tissue
     mpp: float, # um per pixel of these pixels
     glands: bool = True, # look for glands
-) -> tuple[float, np.ndarray, tuple[int, int]]: # threshold of nuclei; glands (h, w) int32 at 2 um/px, where there is tissue; row and column of this map's first pixel on the slide's
-    "What stain says of a slide as a whole."
+) -> tuple[float, np.ndarray, tuple[int, int]]: # threshold of nuclei; glands (h, w) int32 of a part of the map; where it begins
+    "Look at the stain of a slide as a whole: one threshold for its nuclei, and its glands on one map at 2 um/px."
     rows, columns = (np.flatnonzero(tissue.any(axis)) for axis in (1, 0))
     if not len(rows): return LEAST["nucleus"], np.zeros((0, 0), np.int32), (0, 0)
     scale = mpp/MAP_MPP
-    extent = around((rows[0]*PATCH, columns[0]*PATCH, (rows[-1] + 1)*PATCH, (columns[-1] + 1)*PATCH), PATCH, shape)
-    y0, x0, y1, x1 = (round(side*scale) for side in extent)
-    stain, counts = np.zeros((max(y1 - y0, 1), max(x1 - x0, 1)), np.float32), np.zeros(len(stain_levels(np.zeros(0))), np.int64)
+    squares = rows[0]*PATCH, columns[0]*PATCH, (rows[-1] + 1)*PATCH, (columns[-1] + 1)*PATCH
+    y0, x0, y1, x1 = (round(side*scale) for side in around(squares, PATCH, shape))
+    stain, counts = np.zeros((max(y1 - y0, 1), max(x1 - x0, 1)), np.float32), 0
     for box in progress(boxes(shape), "stain of the slide", unit="tile"):
         top, left, bottom, right = box
         if not tissue[top//PATCH:-(-bottom//PATCH), left//PATCH:-(-right//PATCH)].any(): continue
         image = read(left, top, right - left, bottom - top)
         fine = nuclear_stain(image, mpp)
-        counts += stain_levels(fine[_of_squares(tissue, (top, left), fine.shape, MPP/mpp)])
+        counts = counts + stain_levels(fine[_of_squares(tissue, (top, left), fine.shape, MPP/mpp)])
         t, l, b, r = (round(side*scale) for side in box)
-        part = cv2.resize(haematoxylin(image, mpp, MAP_MPP), (max(r - l, 1), max(b - t, 1)))[max(y0 - t, 0):, max(x0 - l, 0):]
-        place = stain[max(t - y0, 0):, max(l - x0, 0):][:part.shape[0], :part.shape[1]]
-        place[:] = part[:place.shape[0], :place.shape[1]]
-    found = glands_on_map(stain, _of_squares(tissue, (y0/scale, x0/scale), stain.shape, 1/scale)) if glands else np.zeros(stain.shape, np.int32)
+        coarse = cv2.resize(haematoxylin(image, mpp, MAP_MPP), (max(r - l, 1), max(b - t, 1)))
+        _put(stain, coarse, t - y0, l - x0)
+    counted = _of_squares(tissue, (y0/scale, x0/scale), stain.shape, 1/scale)
+    found = glands_on_map(stain, counted) if glands else np.zeros(stain.shape, np.int32)
     return otsu(counts, LEAST["nucleus"]), found, (y0, x0)
 
 # %% ../../nbs/multitask/43a_stitching.ipynb #cell-028b
@@ -239,7 +246,8 @@ class StainScorer:
         tasks=None, # of gland and nucleus; None: both
         mpp: float | None = None, # um per pixel of its pictures; None: 0.5
     ):
-        self.tasks, self.mpp, self.margin = choose_tasks({n: TASKS[n] for n in BASELINES}, tasks), mpp or MPP, SQUARE_MARGIN
+        self.tasks = choose_tasks({n: TASKS[n] for n in BASELINES}, tasks)
+        self.mpp, self.margin = mpp or MPP, SQUARE_MARGIN
         self.name, self.digest, self.precision, self.device = "stain", "stain 2", "fp32", "cpu"
 
     def survey(
@@ -254,42 +262,48 @@ class StainScorer:
             threshold, glands, start = survey_stain(read, shape, tissue, self.mpp, "gland" in self.tasks)
             with atomic_path(path) as p: np.savez_compressed(p, threshold=threshold, glands=glands, start=start)
         try:
-            with np.load(path) as f: self.threshold, self.glands, self.start = float(f["threshold"]), f["glands"], f["start"]
+            with np.load(path) as f:
+                self.threshold, self.glands, self.start = float(f["threshold"]), f["glands"], f["start"].tolist()
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
             raise BadInput(path, f"damaged ({e})", "Delete this file and run the same command again.") from e
-        y, x = np.nonzero(self.glands)
-        at = [((start + places + .5)*MAP_MPP/self.mpp).astype(int)//PATCH for start, places in zip(self.start, (y, x), strict=True)]
-        self.tissue, self.shown = tissue, cv2.dilate(np.uint8(tissue), np.ones((3, 3), np.uint8)) > 0
-        self.shown[tuple(np.minimum(places, side - 1) for places, side in zip(at, tissue.shape, strict=True))] = True
+        self.tissue = tissue
+        self.shown = cv2.dilate(np.uint8(tissue), np.ones((3, 3), np.uint8)) > 0
+        places = (start + at for start, at in zip(self.start, np.nonzero(self.glands), strict=True))
+        squares = (((at + .5)*MAP_MPP/self.mpp).astype(int)//PATCH for at in places)
+        self.shown[tuple(np.minimum(at, side - 1) for at, side in zip(squares, tissue.shape, strict=True))] = True
         return self.shown
 
     def __call__(
         self,
         image: np.ndarray, # (H, W, 3) uint8, a tile with its margins
         keep: tuple, # top, left, bottom, right of what is kept of it
-        at: tuple | None = None, # its top and left edge on the slide that was surveyed; None: it is a picture by itself
+        at: tuple | None = None, # its top and left edge on the slide that was surveyed; None: a picture by itself
     ): # name, 255 where the region is (C, h, w) uint8 of each task, else 0
         for name, task in self.tasks.items():
-            find = {"gland": self._glands, "nucleus": self._nuclei}[name]
-            regions = instance_target(BASELINES[name](image, self.mpp), task.kernel)[keep[0]:keep[2], keep[1]:keep[3]] if at is None else find(image, keep, at, task.kernel)
+            if at is None:
+                whole = instance_target(BASELINES[name](image, self.mpp), task.kernel)
+                regions = whole[keep[0]:keep[2], keep[1]:keep[3]]
+            else: regions = {"gland": self._glands, "nucleus": self._nuclei}[name](image, keep, at, task.kernel)
             yield name, np.uint8(255)*(regions == np.arange(len(task.classes))[:, None, None])
 
     def _nuclei(self, image, keep, at, kernel):
         "Regions of nuclei, square by square; of those that reach out of the tissue's squares all, of others none."
         regions = np.zeros((keep[2] - keep[0], keep[3] - keep[1]), np.uint8)
-        for top, left, bottom, right in ((y + keep[0], x + keep[1], b + keep[0], r + keep[1]) for y, x, b, r in boxes(regions.shape, PATCH)):
-            if not self.shown[(at[0] + top)//PATCH, (at[1] + left)//PATCH]: continue
-            t, l, b, r = around((top, left, bottom, right), SQUARE_MARGIN, image.shape[:2])
+        for y0, x0, y1, x1 in boxes(regions.shape, PATCH):
+            square = (y0 + keep[0], x0 + keep[1], y1 + keep[0], x1 + keep[1])
+            if not self.shown[(at[0] + square[0])//PATCH, (at[1] + square[1])//PATCH]: continue
+            t, l, b, r = around(square, SQUARE_MARGIN, image.shape[:2])
             ids = stain_nuclei(image[t:b, l:r], self.mpp, self.threshold)
-            ids = np.where(np.isin(ids, ids[_of_squares(self.tissue, (at[0] + t, at[1] + l), ids.shape, 1)]), ids, 0)
-            regions[top - keep[0]:bottom - keep[0], left - keep[1]:right - keep[1]] = instance_target(ids, kernel)[top - t:bottom - t, left - l:right - l]
+            touching = ids[_of_squares(self.tissue, (at[0] + t, at[1] + l), ids.shape, 1)]
+            target = instance_target(np.where(np.isin(ids, touching), ids, 0), kernel)
+            regions[y0:y1, x0:x1] = target[square[0] - t:square[2] - t, square[1] - l:square[3] - l]
         return regions
 
     def _glands(self, image, keep, at, kernel):
         "Regions of glands, from the map."
         t, l, b, r = around(keep, kernel, image.shape[:2])
-        places = [((start + np.arange(first, last) + .5)*self.mpp/MAP_MPP).astype(int) - origin
-                  for start, first, last, origin in zip(at, (t, l), (b, r), self.start, strict=True)]
+        edges = zip(at, (t, l), (b, r), self.start, strict=True)
+        places = [((edge + np.arange(first, last) + .5)*self.mpp/MAP_MPP).astype(int) - start for edge, first, last, start in edges]
         there = [(p >= 0) & (p < side) for p, side in zip(places, self.glands.shape, strict=True)]
         ids = np.zeros((b - t, r - l), np.int32)
         ids[np.ix_(*there)] = self.glands[np.ix_(*(p[here] for p, here in zip(places, there, strict=True)))]

@@ -59,7 +59,7 @@ def weight_of_insides(
     weight[inside > 0] = 1
     return weight
 
-BORDERS = {"objects": weight_map, "insides": weight_of_insides} # what distances are measured to -> weights of instances, by ids and kernel
+BORDERS = {"objects": weight_map, "insides": weight_of_insides} # what distances are measured to -> weights
 
 # %% ../../nbs/multitask/40_targets.ipynb #cell-013
 UNKNOWN = 255 # a type that is not annotated
@@ -74,6 +74,7 @@ def targets_of(
     for task in tasks:
         if task.name not in truth: continue
         value = truth[task.name]
-        if task.kind == "instances": found[task.name] = instance_target(value, task.kernel), BORDERS[border](value, task.kernel)
+        if task.kind == "instances":
+            found[task.name] = instance_target(value, task.kernel), BORDERS[border](value, task.kernel)
         else: found[task.name] = (np.asarray(value, np.int64 if task.kind == "patch" else np.uint8),)
     return found

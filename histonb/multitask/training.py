@@ -42,7 +42,7 @@ class TrainConfig:
     mpp: float = .5 # um per pixel
     crop: int = 448 # pixels a side
     glass: float = .2 # share of the crops in which the tissue is made to end
-    border: Literal["objects", "insides"] = "objects" # what the weight of gaps measures distances to; insides: as the authors
+    border: Literal["objects", "insides"] = "objects" # what the weight of gaps measures to; insides: as the authors
     sampling: Literal["single", "mixed", "alternating"] = "mixed" # how batches are made of the sets
     shares: tuple[int, ...] = () # how often each set has its turn in a round of them; empty: once
     batch_size: int = 12 # samples a step
@@ -140,7 +140,8 @@ class Trainer:
         images = images.to(self.device, memory_format=self.layout, non_blocking=True).float()/255
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
             scores = self.net(images, {name: rows for name, (rows, *_) in truth.items()})
-        losses = {name: task_loss(self.tasks[name], scores[name].float(), target, c.type_loss) for name, (_, *target) in truth.items()}
+        losses = {name: task_loss(self.tasks[name], scores[name].float(), target, c.type_loss)
+                  for name, (_, *target) in truth.items()}
         total = sum(self.tasks[name].weight*loss for name, loss in losses.items())
         if not torch.isfinite(total): raise ArithmeticError(f"step {self.step + 1}: the loss is not finite ({', '.join(f'{n} {v.item():.3g}' for n, v in losses.items())}). Lower lr; the last checkpoint is kept.")
         for group in self.optimiser.param_groups: group["lr"] = learning_rate(c, self.step)
@@ -172,7 +173,9 @@ def _network(c, tasks):
     known = list(before.tasks)
     for task in tasks:
         theirs = before.tasks.get(task.name, task).classes
-        if theirs != task.classes: raise BadInput(c.start, f"its `{task.name}` tells {', '.join(theirs)}, not {', '.join(task.classes)}", "Train a task of another name.")
+        if theirs != task.classes:
+            told = f"its `{task.name}` tells {', '.join(theirs)}, not {', '.join(task.classes)}"
+            raise BadInput(c.start, told, "Train a task of another name.")
     net = Cerberus([*before.tasks.values(), *(t for t in tasks if t.name not in known)], before.arch, before.width)
     net.load_state_dict(before.state_dict(), strict=False)
     return net, known
@@ -221,7 +224,8 @@ def _patches(fields): return fields.truths == ("tissue",)
 def _loader(c, fields, tasks, start):
     "Batches of the steps from `start` to the last."
     batches = Batches(list(map(_patches, fields)), c.sampling, c.batch_size, c.crop, start, c.steps, c.shares)
-    return loader(Samples(fields, tasks, c.mpp, c.seed, glass=c.glass, border=c.border), batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
+    samples = Samples(fields, tasks, c.mpp, c.seed, glass=c.glass, border=c.border)
+    return loader(samples, batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
 
 def _save(trainer, done=False):
     "Write a checkpoint, and at the end the weights."
