@@ -190,7 +190,7 @@ def test_glas_by_patient_without_its_masks():
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("classes.json", '{"a": 1}', "not a list of different names"), ("classes.json", '["a", "a"]', "not a list of different names"), ("classes.json", "[1, 2]", "not a list"), ("classes.json", '["a",', "not valid JSON"),
+    ("classes.json", '{"a": 1}', "not a list of different names"), ("classes.json", '["a", "a"]', "not a list of different names"), ("classes.json", "[1, 2]", "not a list"), ("classes.json", '["a",', "not valid JSON"), ("classes.json", '["\\ud800"]', "not a list of different names"),
     ("rule.json", "[]", "it tells no `size`"), ("rule.json", '{"size": "64"}', "it tells no `size`"), ("rule.json", None, "there is no such file"), ("rule.json", "", "not valid JSON"),
     ("account.parquet", None, "there is no such table"), ("account.parquet", "PAR1", "unreadable as a Parquet table"), ("tiles.parquet", None, "there is no tile table here"), ("tiles.parquet", "PAR1", "unreadable"),
     ("quarantine.csv", "slide,path\na,b\n", "no column `fault`"), ("quarantine.csv", "", "unreadable as CSV")])

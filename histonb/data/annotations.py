@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import tifffile
 from PIL import Image
 from scipy.io import loadmat
 
@@ -39,6 +40,9 @@ def read_map(
     with foreign_errors(path, "Copy or download it again.", "unreadable as a map"), Image.open(path) as image:
         for how in (image.format, str(image.info.get("compression")).upper()):
             if how in _LOSSY: raise BadInput(path, f"stored as {how}, which changes numbers", "Give the map as it was drawn, in PNG, BMP or plain TIFF.")
+        if image.format == "TIFF": return tifffile.imread(path, key=0)  # numbers as stored, and its checksums looked at
+        if image.format == "PNG":
+            with Image.open(path) as copy: copy.verify()  # likewise
         return np.asarray(image)
 
 def read_mat(

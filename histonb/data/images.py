@@ -160,7 +160,7 @@ def class_names(
     path = Path(store)/"classes.json"
     if not path.exists(): return dict(LABELS)
     names = read_json(path)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and is_text(name) for name in names) or len({*names}) < len(names):
         raise BadInput(path, "not a list of different names", "Copy it again, or cut the pictures again.")
     return dict(enumerate(names))
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import BadInput, foreign_errors
 from .annotations import find_mats, listed, pair_up, read_image, read_mat, type_map, types_by_id
-from .cohorts import identifiers, lost_files, read_csv
+from .cohorts import identifiers, is_text, lost_files, read_csv
 from .fields import Field, Fields, clean_instances
 from .images import by_stem, find_pictures, stem, visible_files
 
@@ -99,9 +99,10 @@ def _organs(path, n):
     "The organs of a fold's patches; empty where there is no file, or one that only unpickling would open."
     if path is None: return [""]*n
     try:
-        with foreign_errors(path): organs = np.load(path, allow_pickle=False)
+        with foreign_errors(path): organs = np.load(path, allow_pickle=False).tolist()
     except BadInput: return [""]*n
-    return organs.tolist() if organs.dtype.kind == "U" and organs.shape == (n,) else [""]*n
+    whole = isinstance(organs, list) and len(organs) == n and all(isinstance(o, str) and is_text(o) for o in organs)
+    return organs if whole else [""]*n
 
 _KIND = re.compile("(image|mask|type)s?", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:fold|part|images?|masks?|types?)[ _-]?(\d+)", re.IGNORECASE)

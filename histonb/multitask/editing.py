@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from ..core import BadInput, read_json
+from ..core import BadInput, foreign_errors, read_json
 from ..evaluate.objects import Pairs
 
 # %% ../../nbs/multitask/43d_editing.ipynb #cell-005
@@ -22,13 +22,19 @@ def read_objects(
     features = found.get("features") if isinstance(found, dict) else found
     if not isinstance(features, list) or not all(isinstance(f, dict) and "geometry" in f for f in features):
         raise BadInput(path, "no list of features", "Export objects from QuPath as GeoJSON.")
+    with foreign_errors(path, "Export it again.", "a polygon cannot be read"): return _objects(features)
+
+def _objects(features):
+    "The polygons of a list of GeoJSON's features, a row each."
     features = [f for f in features if f["geometry"] and f["geometry"].get("type") in ("Polygon", "MultiPolygon")]
-    try: shapes = [shapely.geometry.shape(f["geometry"]) for f in features]
-    except (ValueError, TypeError, KeyError, shapely.errors.ShapelyError) as e: raise BadInput(path, f"a polygon cannot be read ({e})", "Export it again.") from e
+    shapes = [shapely.geometry.shape(f["geometry"]) for f in features]
     about = [f.get("properties") or {} for f in features]
     classes = [str((p.get("classification") or {}).get("name", "")).partition(":") for p in about]
-    return pd.DataFrame({"task": [c[0].strip().lower() for c in classes], "type": [c[2].strip() for c in classes], "name": [str(p.get("name", "")) for p in about],
-                         "feature": [str(f.get("id", "")) for f in features], "outline": pd.Series(list(shapely.make_valid(np.array(shapes, object))), dtype=object)})
+    outlines = shapely.make_valid(np.array(shapes, object))
+    return pd.DataFrame({
+        "task": [c[0].strip().lower() for c in classes], "type": [c[2].strip() for c in classes],
+        "name": [str(p.get("name", "")) for p in about], "feature": [str(f.get("id", "")) for f in features],
+        "outline": pd.Series(list(outlines), dtype=object)})
 
 # %% ../../nbs/multitask/43d_editing.ipynb #cell-009
 def pair_outlines(
