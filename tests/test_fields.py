@@ -2,8 +2,10 @@
 
 import io
 import pickle
+import struct
 import tracemalloc
 import unicodedata
+import zlib
 from pathlib import Path
 
 import cv2
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 from scipy.ndimage import label as components
+from scipy.sparse import csr_array
 
 import histonb.data.fields as fields
 from histonb.core import BadInput
@@ -284,6 +287,53 @@ def test_broken_mat_files_are_named(tmp_path, compress):
     path.write_bytes(whole)
     with pytest.raises(BadInput, match="no `inst_type` in it, but inst_map, id, name"): read_mat(path, "inst_type")
     with pytest.raises(BadInput, match="there.mat"): read_mat(tmp_path/"not_there.mat", "id")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_mat_files_hold_what_scipy_reads(tmp_path, compress):
+    rng = np.random.default_rng(0)
+    arrays = {f"{np.dtype(kind).name}_{i}": (rng.random(shape)*200).astype(kind) for i, shape in enumerate([(3, 5), (1, 1), (0, 1), (2, 3, 4)])
+              for kind in (float, np.float32, np.uint8, np.int8, np.uint16, np.int16, np.int32, np.uint32, np.int64, np.uint64, bool)}
+    others = {"text": "some words", "cell": np.array(["a", np.ones(3)], object), "struct": {"a": 1., "b": "c"}, "complex": np.ones(3)*1j, "sparse": csr_array(np.eye(3))}
+    savemat(tmp_path/"a.mat", arrays | others, do_compression=compress)
+    known = loadmat(tmp_path/"a.mat")
+    for name in arrays:
+        found, = read_mat(tmp_path/"a.mat", name)
+        assert found.dtype == known[name].dtype and np.array_equal(found, known[name]) and found.shape == known[name].shape, name
+    for name in others:
+        with pytest.raises(BadInput, match=f"`{name}` in it is no array of numbers"): read_mat(tmp_path/"a.mat", name)
+
+
+def test_mat_files_of_other_kinds(tmp_path, monkeypatch):
+    "The other order of bytes is read; versions 4 and 7.3, and a file that unpacks without end, are refused in words."
+    path = tmp_path/"a.mat"
+    element = struct.pack(">IIII", 6, 8, 9, 0) + struct.pack(">IIii", 5, 8, 1, 3) + struct.pack(">HH", 2, 1) + b"id\0\0" + struct.pack(">HH", 3, 2) + b"\7\x08\x09\0"
+    path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack(">H", 0x100) + b"MI" + struct.pack(">II", 14, len(element)) + element)
+    assert read_mat(path, "id")[0].tolist() == loadmat(path)["id"].tolist() == [[7, 8, 9]]
+    savemat(path, {"id": np.arange(3)}, format="4")
+    with pytest.raises(BadInput, match="not of version 5 to 7.*save it as MATLAB version 7"): read_mat(path, "id")
+    path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + struct.pack("<H", 0x200) + b"IM" + bytes(384) + b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(BadInput, match="not of version 5 to 7"): read_mat(path, "id")
+    monkeypatch.setattr("histonb.data.annotations._MOST", 2**20)
+    bomb = zlib.compress(bytes(2**20 + 1000))
+    path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x100) + b"IM" + struct.pack("<II", 15, len(bomb)) + bomb)
+    with pytest.raises(BadInput, match="more than 1048576 bytes"): read_mat(path, "id")
+    savemat(path, {"id": np.arange(3)})
+    path.write_bytes(path.read_bytes() + path.read_bytes()[128:])
+    with pytest.raises(BadInput, match="two variables `id`"): read_mat(path, "id")
+
+
+def test_no_wrong_byte_of_a_mat_file_ends_the_process(tmp_path):
+    "Which the sizes and types in it do, where they are believed."
+    path = tmp_path/"a.mat"
+    savemat(path, {"inst_map": squares(5, 2, 9).astype(float), "id": np.arange(3)})
+    whole, refused = path.read_bytes(), 0
+    for at in range(124, 200):
+        for value in {0, 5, 9, 17, 127} - {whole[at]}:
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1:])
+            try: read_mat(path, "inst_map", "id")
+            except BadInput as e: refused += e.path == str(path)
+    assert refused > 150
 
 
 def test_sixteen_bits_and_palettes_keep_their_numbers(tmp_path):

@@ -7,7 +7,10 @@ __all__ = ['NCT', 'read_image', 'read_map', 'read_mat', 'pair_up', 'listed', 'gl
            'find_mats', 'folders', 'patch_folders']
 
 # %% ../../nbs/data/05e_annotations.ipynb #cell-002
+import math
 import re
+import struct
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +18,6 @@ import numpy as np
 import pandas as pd
 import tifffile
 from PIL import Image
-from scipy.io import loadmat
 
 from ..core import BadInput, digest, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_csv
@@ -45,15 +47,67 @@ def read_map(
             with Image.open(path) as copy: copy.verify()  # likewise
         return np.asarray(image)
 
+# %% ../../nbs/data/05e_annotations.ipynb #cell-005b
+_STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"} # type of an element -> numbers
+_ARRAYS = dict(zip(range(6, 16), ("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), strict=True)) # class of an array -> its numbers
+_MATRIX, _PACKED, _OPAQUE, _COMPLEX = 14, 15, 17, 0x800
+_MOST = 2**29 # bytes of an element, unpacked
+
+def _elements(data, order):
+    "Yield type and content of the elements of a MATLAB file. Raises `ValueError` for one that reaches beyond the end."
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from(f"{order}II", data.ljust(at + 8, b"\0"), at)
+        begin, after = at + 8, at + 8 + size + (-size % 8)*(kind != _PACKED)
+        if kind >> 16: kind, size, begin, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        if begin + size > min(after, len(data)): raise ValueError(f"an element of {size} bytes in the last {len(data) - begin}")
+        yield kind, data[begin:begin + size]
+        at = after
+
+def _unpacked(data):
+    "The content of a packed element."
+    stream = zlib.decompressobj()
+    found = stream.decompress(data, _MOST)
+    if not stream.eof: raise ValueError(f"a packed element is cut short, or has more than {_MOST} bytes")
+    return found
+
+def _variable(data, order):
+    "Name and array of a variable; None where it is no array of real numbers."
+    (_, flags), *content = _elements(data, order)
+    flags = struct.unpack_from(f"{order}I", flags)[0]
+    if flags & 0xFF == _OPAQUE: return content[0][1].decode("ascii"), None
+    (_, shape), (_, name), *content = content
+    shape, name = np.frombuffer(shape, f"{order}i4").tolist(), name.decode("ascii")
+    if flags & 0xFF not in _ARRAYS or flags & _COMPLEX: return name, None
+    kind, numbers = content[0] if content else (2, b"")
+    array = np.frombuffer(numbers, order + _STORED[kind])
+    if min(shape, default=0) < 0 or len(array) != math.prod(shape): raise ValueError(f"{len(array)} numbers of an array of {shape}")
+    return name, array.astype(_ARRAYS[flags & 0xFF]).reshape(shape, order="F")
+
+def _variables(path):
+    "Names and arrays of all variables of a MATLAB file."
+    data = Path(path).read_bytes()
+    order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
+    if order is None or struct.unpack_from(f"{order}H", data, 124)[0] != 0x100: raise ValueError("not of version 5 to 7")
+    found = {}
+    for kind, content in _elements(data[128:], order):
+        for inner, matrix in _elements(_unpacked(content), order) if kind == _PACKED else [(kind, content)]:
+            if inner != _MATRIX: raise ValueError(f"an element of type {inner} in place of a variable")
+            name, array = _variable(matrix, order)
+            if name in found and name: raise ValueError(f"two variables `{name}`")
+            found[name] = array
+    return found
+
 def read_mat(
     path, # MATLAB file, of a version before 7.3
     *keys: str, # names of the arrays
 ) -> list[np.ndarray]: # the arrays
     "Read arrays of a MATLAB file. Raises `BadInput` where it is damaged or lacks one."
-    with foreign_errors(path, "Copy or download it again, or save it as MATLAB version 7.", "unreadable as a MATLAB file"): found = loadmat(path)
-    here = [key for key in found if not key.startswith("__")]
+    with foreign_errors(path, "Copy or download it again, or save it as MATLAB version 7.", "unreadable as a MATLAB file"): found = _variables(path)
+    here = [*found]
     for key in keys:
         if key not in here: raise BadInput(path, f"no `{key}` in it, but {', '.join(here) or 'nothing'}", nearest(key, here) if here else "Download it again.")
+        if found[key] is None: raise BadInput(path, f"`{key}` in it is no array of numbers", "Download it again, or save it as an array of numbers.")
     return [found[key] for key in keys]
 
 # %% ../../nbs/data/05e_annotations.ipynb #cell-007
