@@ -334,9 +334,8 @@ def _check_bytes(path, level, size):
     pixels = sum(math.prod((level.height(row), level.tile[1], level.samples))*int(n)
                  for row, n in enumerate(stored.sum((0, 2))) if n)
     try:
-        check_proportion(pixels, int(level.counts.sum()), level.compression, f"{w}x{h} pixels")
-        if not stored.all(): check_proportion(each, _EMPTY_TILE, 1,
-                                              f"an internal tile of {level.tile[1]}x{level.tile[0]} pixels")
+        check_proportion(pixels, int(level.counts.sum()), level.compression, w, h)
+        if not stored.all(): check_proportion(each, _EMPTY_TILE, 1, level.tile[1], level.tile[0])
     except Damaged as e: raise BadInput(path, f"damaged: {e}", AGAIN) from e
 
 def read_level(

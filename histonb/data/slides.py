@@ -47,7 +47,7 @@ def _check_plain(data):
         begin, _, width, height, _, bits, packed = struct.unpack("<IIiiHHI", data[10:34])
         if packed in (4, 5): return _check_plain(data[begin:])  # a JPEG or a PNG inside
         compression, height = _STORED, abs(height)
-    check_proportion(height*((width*bits + 7)//8), len(data), compression, f"{width}x{height} pixels")
+    check_proportion(height*((width*bits + 7)//8), len(data), compression, width, height)
 
 def _palette(data, pixels):
     "The numbers of an image whose colours stand in a palette; the pixels of any other."
@@ -219,6 +219,16 @@ def open_slide(
     return Slide(path, mpp, mask, max_damaged)
 
 # %% ../../nbs/data/02_slides.ipynb #cell-030
+def _is_colored(pixels):
+    "Whether green or blue say anything else than red does: neither one value nor the same."
+    total = cv2.sumElems(pixels)
+    for number in (1, 2):
+        if not total[number]: continue  # as in most masks
+        channel = cv2.extractChannel(pixels, number)
+        low, high, _, _ = cv2.minMaxLoc(channel)
+        if low != high and not np.array_equal(channel, pixels[..., 0]): return True
+    return False
+
 @patch
 def _decode_stored(
     self: Slide,
@@ -226,22 +236,24 @@ def _decode_stored(
     row: int, # row of the internal tile
     column: int, # its column
     buffer=None, # (height, width, 3) uint8 to decode into
-) -> np.ndarray: # (height, width, 3) uint8; a mask (height, width)
+) -> np.ndarray | None: # (height, width, 3) uint8; a mask (height, width); None where it is not stored
     "Fetch and decode one internal tile. Raises whatever the codec does."
-    planes, visible = [], level.visible(row, column)
+    planes = []
     for offset, count in zip(level.offsets[:, row, column], level.counts[:, row, column], strict=True):
+        if not count: return None
         data = os.pread(self._file.fileno(), count, offset)
         if self.mask and (value := self._constant.get(data)) is not None: return np.broadcast_to(value, level.tile)
         planes.append(decode(level, data, row, buffer if len(level.offsets) == 1 else None))
-        h, w = planes[-1].shape[:2]
-        if h < visible[0] or w < visible[1]:
-            raise Damaged(f"it is {w}x{h} pixels in place of {level.tile[1]}x{level.tile[0]}")
-    if not self.mask: return np.dstack(planes) if len(planes) == 3 else planes[0][..., :3]
-    red, *others = np.moveaxis(planes[0] if len(planes) == 1 else np.dstack(planes), -1, 0)[:3]
-    shown = [channel[:visible[0], :visible[1]] for channel in (red, *others)]
-    if len(others) == 2 and any(c.min() != c.max() and not np.array_equal(c, shown[0]) for c in shown[1:]): self.colored = True
-    if len(planes) == 1 and len(data) < red.size//64 and red.min() == red.max(): self._constant[data] = red[0, 0]
-    return red
+        if (found := planes[-1].shape[:2]) != level.tile and not level.is_covered(row, column, found):
+            raise Damaged(f"it is {found[1]}x{found[0]} pixels in place of {level.tile[1]}x{level.tile[0]}")
+    pixels = planes[0] if len(planes) == 1 else np.dstack(planes)
+    if not self.mask: return pixels[..., :3]
+    codes = pixels[..., 0]
+    height, width = level.visible(row, column)
+    if pixels.shape[2] >= 3 and not self.colored: self.colored = _is_colored(pixels[:height, :width])
+    constant = len(planes) == 1 and len(data) < codes.size//64 and codes.min() == codes.max()
+    if constant: self._constant[data] = codes[0, 0]
+    return codes
 
 @patch
 def _decode(
@@ -253,15 +265,22 @@ def _decode(
 ) -> np.ndarray: # (height, width, 3) uint8; a mask (height, width)
     "Fetch and decode one internal tile; one that is not stored, or damaged and allowed to be so, is blank."
     at, _ = self.at(level)
-    if at.counts[:, row, column].all():
-        try: return self._decode_stored(at, row, column, buffer)
-        except MemoryError as e:
-            raise BadInput(self.path, f"no memory for an internal tile of {at.tile[1]}x{at.tile[0]} pixels",
-                           "Give the process more memory.") from e
-        except OSError as e: raise BadInput(self.path, f"cannot be read ({e.strerror or e})",
-                                            "Check the disk, or the connection to it.") from e
-        except Exception as e: self.note_damage(level, row, column, e)
-    return np.broadcast_to(np.uint8(self.fill), (*at.tile, 1)[:2 if self.mask else 3])
+    try: pixels = self._decode_stored(at, row, column, buffer)
+    except MemoryError as e:
+        raise BadInput(self.path, f"no memory for an internal tile of {at.tile[1]}x{at.tile[0]} pixels",
+                       "Give the process more memory.") from e
+    except OSError as e:
+        raise BadInput(self.path, f"cannot be read ({e.strerror or e})",
+                       "Check the disk, or the connection to it.") from e
+    except Exception as e:
+        self.note_damage(level, row, column, e)
+        pixels = None
+    return self._blank_tile(at) if pixels is None else pixels
+
+@patch
+def _blank_tile(self: Slide, level):
+    "An internal tile of nothing."
+    return np.broadcast_to(np.uint8(self.fill), (*level.tile, 1)[:2 if self.mask else 3])
 
 @patch
 def note_damage(
@@ -410,9 +429,8 @@ def _same_picture(slide, fine, coarse):
 def _both(slide, fine, coarse, row, column):
     "Grey levels of an internal tile at both levels; None where it is damaged, and says nothing of the other."
     def get(level, row, column):
-        stored = level.counts[:, row, column].all()
-        return slide._decode_stored(level, row, column) if stored else np.broadcast_to(np.uint8(slide.fill),
-                                                                                       (*level.tile, 3))
+        pixels = slide._decode_stored(level, row, column)
+        return slide._blank_tile(level) if pixels is None else pixels
     (at, (fx, fy)), (other, (cx, cy)) = fine, coarse
     h, w = at.visible(row, column)
     there = np.empty((max(1, round(h*fy/cy)), max(1, round(w*fx/cx)), 3), np.uint8)

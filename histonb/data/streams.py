@@ -8,6 +8,7 @@ __all__ = ['JPEG', 'JPEG2000', 'EXPANSION', 'COLOR_SPACES', 'Level', 'Damaged', 
 
 # %% ../../nbs/data/01d_streams.ipynb #cell-002
 import dataclasses
+import functools
 import math
 import re
 import struct
@@ -48,6 +49,10 @@ class Level:
         (h, w), (th, tw) = self.shape, self.tile
         return min(th, h - row*th), min(tw, w - column*tw)
 
+    def is_covered(self, row, column, shape):
+        "Whether pixels of this height and width are all that an internal tile shows."
+        return all(have >= seen for have, seen in zip(shape, self.visible(row, column), strict=True))
+
 # %% ../../nbs/data/01d_streams.ipynb #cell-007
 EXPANSION = {1: 1, 5: 2600, JPEG: 1500, 8: 1040, 32946: 1040, 32773: 64,
              **dict.fromkeys(JPEG2000, 1_000_000)}  # compression tag -> most bytes of pixels for a byte of a file
@@ -59,11 +64,12 @@ def check_proportion(
     pixels: int, # bytes that the pixels take
     stored: int, # bytes that they are stored in
     compression: int, # TIFF compression tag
-    what: str, # the image, in words
+    width: int, # pixels
+    height: int,
 ):
     "Raise `Damaged` where so few bytes cannot hold an image of that size."
     if pixels <= EXPANSION[compression]*stored: return
-    raise Damaged(f"its sizes are out of proportion: {what} in {stored:,} bytes")
+    raise Damaged(f"its sizes are out of proportion: {width}x{height} pixels in {stored:,} bytes")
 
 # %% ../../nbs/data/01d_streams.ipynb #cell-010
 _MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ends an entropy-coded part
@@ -112,21 +118,38 @@ def _goes_on(data, end):
     after = data[last:].lstrip(b"\0")
     return not after or after.startswith(b"\xff\xd8")
 
-def jpeg_frame(
-    data: bytes, # a JPEG stream, perhaps with something behind it
-) -> Frame: # its frame
-    "Walk through a JPEG stream to its end. Raises `Damaged` for a break in it, which libjpeg would paint grey."
-    if data[:2] != b"\xff\xd8": raise Damaged("it does not begin as a JPEG stream")
+def _walk(data):
+    "The frame of a stream, the number of its scans, and where the walk through it ended."
     frame, end, scans = None, 0, 0
     for code, start, end in jpeg_segments(data):
         scans += code == _SCAN
         if code in _FRAMES and frame is None:
             if end - start < 6: raise Damaged("its JPEG stream holds an impossible frame")
             frame = Frame(*struct.unpack(">BHHB", data[start:start + 6]))
-    if frame is None or not scans or 0 in frame: raise Damaged("its JPEG stream holds no picture")
-    if _goes_on(data, end): raise Damaged("its JPEG stream ends too early")
-    check_proportion(frame.height*frame.width*frame.samples, len(data), JPEG, f"{frame.width}x{frame.height} pixels")
+    return frame, scans, end
+
+@functools.lru_cache(256)
+def _frame_of(header):
+    "The frame that a stream's bytes before its scan speak of; None where they are not whole segments. Most tiles share them."
+    try: return _walk(header + bytes([0xFF, _END]))[0] if header[:2] == b"\xff\xd8" else None
+    except Damaged: return None
+
+def jpeg_frame(
+    data: bytes, # a JPEG stream, perhaps with something behind it
+) -> Frame: # its frame
+    "Walk through a JPEG stream to its end. Raises `Damaged` for a break in it, which libjpeg would paint grey."
+    scan = data.find(bytes([0xFF, _SCAN]))
+    mark = _MARK.search(data, scan + 2)
+    frame = _frame_of(data[:max(scan, 0)])
+    if not frame or not mark or mark.group()[1] != _END or mark.end() != len(data):  # not just one scan and the end
+        if data[:2] != b"\xff\xd8": raise Damaged("it does not begin as a JPEG stream")
+        frame, scans, end = _walk(data)
+        if frame is None or not scans: raise Damaged("its JPEG stream holds no picture")
+        if _goes_on(data, end): raise Damaged("its JPEG stream ends too early")
+    if 0 in frame: raise Damaged("its JPEG stream holds no picture")
+    check_proportion(frame.height*frame.width*frame.samples, len(data), JPEG, frame.width, frame.height)
     return frame
+
 
 # %% ../../nbs/data/01d_streams.ipynb #cell-013
 def _jpeg2000_frame(data):
@@ -151,7 +174,7 @@ def decode(
     "Decode one internal tile of one plane. Raises `Damaged`, or what the codec raises, where its bytes are damaged."
     shape = (level.height(row), level.tile[1], level.samples)
     size = math.prod(shape)
-    check_proportion(size, len(data), level.compression, f"{shape[1]}x{shape[0]} pixels")
+    check_proportion(size, len(data), level.compression, shape[1], shape[0])
     whole = out if shape[0] == level.tile[0] else None
     if level.compression == JPEG: return _decode_jpeg(level, data, shape, whole)
     if level.compression in JPEG2000:
@@ -177,6 +200,7 @@ def _decode_jpeg(level, data, shape, out):
 
 def _check_frame(frame, level):
     "Raise `Damaged` where a stream's picture is none of a tile of this level."
+    if frame == (8, *level.tile, level.samples): return
     if frame.bits != 8 or frame.samples != level.samples:
         raise Damaged(f"it holds {frame.samples} values of {frame.bits} bits a pixel in place of {level.samples} of 8")
     if frame.height > 2*level.tile[0] or frame.width > 2*level.tile[1]:

@@ -179,7 +179,7 @@ def _shares(mask, matrix, xy, extent, threads):
     if mask is None: return np.tile(unknown, (len(xy), 1))
 
     def share(i, codes):
-        return unknown if mask.touches_damage(*xy[i], extent) else fractions(codes, matrix, mask.path)
+        return unknown if mask.damaged and mask.touches_damage(*xy[i], extent) else fractions(codes, matrix, mask.path)
     shares = np.array(mask.map_tiles(share, xy, extent, threads=threads))
     check_colors(mask)
     return shares
@@ -189,7 +189,7 @@ def _measured(slide, g, xy, rule, encode, wanted, known, threads):
     unknown = (math.nan,)*len(METRICS), b"", 255
 
     def measure(i, tile):
-        if not known[i] or slide.touches_damage(*xy[i], g.span, g.level): return unknown
+        if not known[i] or slide.damaged and slide.touches_damage(*xy[i], g.span, g.level): return unknown
         tile = fit(tile, rule.size)
         numbers = metrics(tile, rule.white, rule.gradient)
         return numbers, encode(tile) if encode and wanted[i] and rule.passes(*numbers) else b"", int(tile.max())
