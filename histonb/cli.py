@@ -275,15 +275,13 @@ def pretrain(
       histonb pretrain runs/mine/config.json                          continue
       torchrun --nproc-per-node 4 -m histonb.cli pretrain mine.yaml   on four GPUs
     """
-    from histonb.core import build
     from histonb.jobs.studies import read_yaml
     from histonb.pretrain import ranks, trainer
-    from histonb.pretrain.config import PretrainConfig, preset
+    from histonb.pretrain.config import as_config
     from histonb.pretrain.memory import memory_text
     values = read_yaml(config)
     if not isinstance(values, dict) or "out" not in values: raise BadInput(config, "no `out`", "Name the folder of the run, and parameters of `PretrainConfig`.")
-    values.pop("n_images", None)
-    c = preset(values.pop("preset"), **values) if "preset" in values else build(PretrainConfig, values, config)
+    c = as_config(values, config)
     if int(os.environ.get("RANK", 0)) == 0: print(memory_text(c, ranks.announced()), flush=True)
     try: trainer.pretrain(c, restart=restart, elastic=elastic)
     except trainer.Stopped as e:

@@ -18,12 +18,12 @@ import pandas as pd
 import pytest
 import torch
 
-from histonb.core import BadInput, read_jsonl
+from histonb.core import BadInput, read_json, read_jsonl, write_json
 from histonb.data.example import example_tiles
 from histonb.models import running
 from histonb.pretrain import ranks
 from histonb.models.running import checkpoints, read_checkpoint
-from histonb.pretrain.config import PretrainConfig, settle
+from histonb.pretrain.config import PretrainConfig, as_config, preset, settle
 from histonb.pretrain.loading import Batches, crop_loader
 from histonb.pretrain.trainer import Diverged, Stopped, Trainer, load_backbone, pretrain
 
@@ -371,3 +371,11 @@ def test_tiles_that_are_no_pictures(tmp_path):
 
 def test_no_tiles(tmp_path):
     with pytest.raises(BadInput, match="no tiles"): pretrain(dataclasses.replace(config(tmp_path)), [])
+
+
+def test_a_run_s_own_config_starts_it_again(tmp_path):
+    """`histonb pretrain runs/mine/config.json`, which tells of the tiles too, and is what the reports read."""
+    config = preset("tiny", out=str(tmp_path), steps=2, n_local=1)
+    write_json(tmp_path/"config.json", dataclasses.asdict(config) | {"n_images": 40, "data": "0123456789abcdef"})
+    assert as_config(read_json(tmp_path/"config.json"), tmp_path) == config
+    with pytest.raises(BadInput, match="mine.yaml.*data_"): as_config({"data_": 1}, "mine.yaml")

@@ -44,8 +44,9 @@ def output_keys(
     return folder_keys(folder, _is_result)
 
 def _is_result(name):
-    name = Path(name).name
-    return not name.startswith(".") and Path(name).suffix not in _TOLD and name not in _RECORDS
+    path = Path(name)
+    if path.parts[0] == "ranks": return False # how the processes of a stage agree, until after its end
+    return not path.name.startswith(".") and path.suffix not in _TOLD and path.name not in _RECORDS
 
 def outputs_digest(
     metrics: dict, # results of a run
