@@ -498,3 +498,15 @@ def test_json_that_cannot_be_read(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(BadInput, match="x.json: not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_record_that_claims_to_be_a_folder_is_refused(tmp_path):
+    "torch takes it for read, and gives what lay in memory."
+    path = tmp_path / "w.pth"
+    torch.save(STATE, path)
+    data = bytearray(path.read_bytes())
+    for place in [m.start() for m in re.finditer(rb"PK\x01\x02", data)]:
+        data[place + 38] |= 0x10
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match="is a folder"):
+        read_state(path)

@@ -147,6 +147,8 @@ def _read_zip(path):
         if sum(r.file_size for r in records) > 20*os.path.getsize(path):
             raise BadInput(path, "would unpack to more than twenty times its size", _AGAIN)
         for record in records:
+            if record.external_attr & 0x10 or record.is_dir():  # torch would leave the memory of a folder as it was
+                raise BadInput(path, f"not a whole torch file (`{plain(record.filename)}` is a folder)", _AGAIN)
             if not record.CRC: del record.CRC  # written without checksums, and then not compared
             with archive.open(record) as f:
                 while f.read(2**22): pass  # a wrong checksum is an error at the end
