@@ -252,6 +252,8 @@ def test_parts_refuse_what_is_damaged(tmp_path):
     for content in (b"", whole[:-30], whole[:100], *flipped):
         parts.path(0).write_bytes(content)
         with pytest.raises(BadInput, match="Delete this file"): Parts(tmp_path, (144, 144), 144, parts.tasks)("gland", (0, 0, 9, 9))
+    with open(parts.path(0), "wb") as f: np.save(f, np.zeros(3))  # an array in place of an archive
+    with pytest.raises(BadInput, match="Delete this file"): Parts(tmp_path, (144, 144), 144, parts.tasks)("gland", (0, 0, 9, 9))
 
 
 # Slides
@@ -679,3 +681,26 @@ def test_annotations_are_read_back_also_those_of_others(annotated, tmp_path):
     for text, says in (("{", "not valid JSON"), ("{}", "no list of features"), ('[{"geometry": {"type": "Polygon", "coordinates": [[1]]}}]', "cannot be read")):
         (tmp_path/"bad.geojson").write_text(text)
         with pytest.raises(BadInput, match=says): read_objects(tmp_path/"bad.geojson")
+
+
+@pytest.mark.parametrize("what", ["gland-", "gland-edges-", "survey", "damaged"])
+def test_damaged_work_that_was_begun_is_named(tmp_path, monkeypatch, what):
+    "Anything else in place of a part is a `BadInput`, and so is a table without a column."
+    write_slide(tmp_path/"s.tiff", draw_field(3, size=288).image, mpp=.5, tile=144, levels=(1,))
+    def annotate(): return annotate_slide(tmp_path/"s.tiff", "stain", tmp_path/"out", tile=144)
+    with monkeypatch.context() as patch:
+        patch.setattr("histonb.multitask.annotate.write_objects", lambda *args: 1/0)
+        with pytest.raises(ZeroDivisionError): annotate()
+    parts = tmp_path/"out/s/parts"
+    (parts/"damaged.json").write_text("[]")
+    path = sorted(p for p in parts.iterdir() if p.name.startswith(what))[0]
+    whole = path.read_bytes()
+    for content in (b"[3]", b'[["a", 1, 2, "x"]]', whole[:-9] if what != "damaged" else b"["):
+        path.write_bytes(content)
+        with pytest.raises(BadInput): annotate()
+    path.write_bytes(whole)
+    if what == "gland-":
+        pd.read_parquet(path).drop(columns="top").to_parquet(path)
+        with pytest.raises(BadInput, match="not the parts of an annotation"): annotate()
+        path.write_bytes(whole)
+    assert (annotate()/"annotation.json").exists()

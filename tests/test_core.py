@@ -293,3 +293,15 @@ def test_whole_numbers_of_any_library_are_checked():
     with pytest.raises(BadInput, match="`lr` is 1000"): check_ranges({"lr": 10**400})  # larger than any float
     check_ranges({"steps": 0, "name": "x", "recipe": ["a"], "norm_last_layer": True, "unknown": -5})
     assert json.dumps(core.as_json({1: (np.float32(1), np.arange(2))})) == '{"1": [1.0, [0, 1]]}'
+
+
+def test_an_error_can_be_printed_whatever_it_is_about():
+    "JSON may hold half a character, and a name bytes that are no letters."
+    error = BadInput("a\udcff.json", "`\ud800` in it", "Delete \udcff.")
+    assert str(error).encode() and error.path == "a\\udcff.json" and str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize("text, says", [("[]", "holds no names and values"), ("3", "holds no names"), ("null", "holds no names"), ("{}", "no `a` in it"), ("{", "not valid JSON")])
+def test_a_record_that_is_none(tmp_path, text, says):
+    (tmp_path/"x.json").write_text(text)
+    with pytest.raises(BadInput, match=says): core.read_record(tmp_path/"x.json", "a")

@@ -13,7 +13,9 @@ from torch import nn
 
 from histonb.core import BadInput, append_jsonl, write_json
 from histonb.data.shards import ShardWriter, record
+from histonb.models import running
 from histonb.models.backbones import backbone
+from histonb.multitask import watching
 from histonb.pretrain.config import PretrainConfig, settle
 from histonb.pretrain.diagnostics import LiveCurves, collapse, curves, suspect
 from histonb.pretrain.loading import crop_loader
@@ -227,3 +229,21 @@ def test_suspect_names_a_parameter():
     assert suspect(model.named_parameters()) == "all finite so far, the largest value 3.0e+20 in 1.weight"
     with torch.no_grad(): model[1].bias[1] = math.inf
     assert suspect([*model.named_parameters(), ("none", None)]) == "first not finite: 1.bias"
+
+
+@pytest.mark.parametrize("name, text", [("config.json", "[]"), ("config.json", "{}"), ("config.json", '{"out_dim": "x"}'), ("log.jsonl", '{"step": {}, "loss": 1, "lr": 1}\n'),
+                                        ("log.jsonl", '{"step": 1, "loss": [], "lr": []}\n'), ("log.jsonl", '{"loss": 1, "lr": 1}\n')])
+def test_curves_of_damaged_records_say_so(tmp_path, name, text):
+    from matplotlib.figure import Figure
+    append_jsonl(tmp_path/"log.jsonl", {"step": 1, "loss": 1.})
+    (tmp_path/name).write_text(text)
+    with pytest.raises(BadInput, match=name): curves(tmp_path, Figure())
+    if name == "log.jsonl":
+        with pytest.raises(BadInput, match=name): watching.curves(tmp_path, Figure())
+
+
+def test_records_of_a_run_that_are_none(tmp_path):
+    (tmp_path/"config.json").write_text("[]")
+    with pytest.raises(BadInput, match="holds no names and values"): running.same_run(tmp_path, {"lr": 1})
+    (tmp_path/"log.jsonl").write_text('{"step": null}\n')
+    with pytest.raises(BadInput, match="`None` is not a step"): running.kept_rows(tmp_path/"log.jsonl", 3)

@@ -276,3 +276,34 @@ def test_bad_input_is_named(colour, tmp_path):
     with pytest.raises(BadInput, match="without a cache"): extract(bare, colour, tmp_path)
     assert extract(bare, colour).shape == (20, 54)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("harm", ["archive", "surrogate", "list"])
+def test_features_beside_damaged_records_are_computed_again(colour, tmp_path, harm, capsys):
+    right = np.array(extract(Tiles(), colour, tmp_path))
+    path, = cache_paths(Tiles(), [colour], tmp_path)
+    record = read_json(path.with_suffix(".json"))
+    if harm == "archive":
+        with open(path, "wb") as f: np.savez(f, a=right)
+    else: path.with_suffix(".json").write_text(json.dumps([] if harm == "list" else record | {"dtype": "\ud800"}))
+    with pytest.raises(BadInput): load_features(path, Tiles().table)
+    assert np.array_equal(extract(Tiles(), colour, tmp_path), right) and capsys.readouterr().out.encode()
+
+
+@pytest.mark.parametrize("header", ["{'descr': '<f4', 'fortran_order': False, 'shape': (20, 54", "{'descr': '<f4', 'fortran_order': False, 'shape': (21, 54), }",
+                                    "{'descr': '<f4', 'fortran_order': False, 'shape': (20, 0), }", "{"])
+def test_a_part_with_a_damaged_header_is_begun_anew(colour, tmp_path, header):
+    right = np.array(extract(Tiles(), colour, tmp_path, batch_size=4))
+    path, = cache_paths(Tiles(), [colour], tmp_path)
+    data = path.read_bytes()
+    for p in tmp_path.iterdir(): p.unlink()
+    path.with_suffix(".part").write_bytes(data[:10] + header.encode().ljust(len(data) - right.nbytes - 11) + b"\n" + data[-right.nbytes:-20*54])
+    assert np.array_equal(extract(Tiles(), colour, tmp_path, batch_size=4), right)
+
+
+def test_a_part_of_other_features_is_refused(colour, tmp_path):
+    extract(Tiles(), colour, tmp_path, batch_size=4)
+    path, = cache_paths(Tiles(), [colour], tmp_path)
+    path.with_suffix(".part").write_bytes(path.read_bytes()[:-14*54*4].replace(b"54)", b"27)"))
+    path.unlink()
+    with pytest.raises(BadInput, match="those that follow are of"): extract(Tiles(), colour, tmp_path, batch_size=4)

@@ -930,3 +930,29 @@ def test_real_patches_of_consep_are_read():
             ys, xs = np.nonzero(raw == number)
             assert abs(xs.mean() - x) < 1 and abs(ys.mean() - y) < 1  # the row is this instance's
             assert {*np.unique(one.truth["nucleus-type-consep"][raw == number])} <= {int(t), 0}  # 0: a sliver
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_an_archive_in_place_of_an_array_is_refused(tmp_path, kind):
+    make_pannuke(tmp_path)
+    path = next(tmp_path.rglob(f"{kind}.npy"))
+    with open(path, "wb") as f: np.savez(f, a=np.zeros(3))
+    with pytest.raises(BadInput, match="unreadable as an array"): pannuke(tmp_path)
+
+
+def test_organs_that_are_no_letters_are_left_out(tmp_path):
+    make_pannuke(tmp_path)
+    path = next(tmp_path.rglob("types.npy"))
+    data = path.read_bytes()
+    path.write_bytes(data[:-5] + b"\x31" + data[-4:])
+    assert (pannuke(tmp_path).table["organ"] == "").all() and pannuke(tmp_path)[0].image.any()
+
+
+def test_a_table_that_lists_nothing_is_no_foreign_error(tmp_path):
+    make_lizard(tmp_path)
+    (tmp_path/"Lizard_Labels/info.csv").write_text("Filename,Source,Split\n")
+    with pytest.raises(BadInput, match="does not give its fold"): lizard(tmp_path)
+    save(tmp_path/"glas/train_1.bmp", picture())
+    save(tmp_path/"glas/train_1_anno.bmp", squares(1).astype(np.uint8))
+    (tmp_path/"glas/Grade.csv").write_text("name, patient ID, grade (GlaS)\n")
+    with pytest.raises(BadInput, match="does not give its patient"): glas(tmp_path/"glas")

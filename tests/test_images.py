@@ -192,12 +192,13 @@ def test_glas_by_patient_without_its_masks():
 @pytest.mark.parametrize("name, content, says", [
     ("classes.json", '{"a": 1}', "not a list of different names"), ("classes.json", '["a", "a"]', "not a list of different names"), ("classes.json", "[1, 2]", "not a list"), ("classes.json", '["a",', "not valid JSON"), ("classes.json", '["\\ud800"]', "not a list of different names"),
     ("rule.json", "[]", "it tells no `size`"), ("rule.json", '{"size": "64"}', "it tells no `size`"), ("rule.json", None, "there is no such file"), ("rule.json", "", "not valid JSON"),
-    ("account.parquet", None, "there is no such table"), ("account.parquet", "PAR1", "unreadable as a Parquet table"), ("tiles.parquet", None, "there is no tile table here"), ("tiles.parquet", "PAR1", "unreadable"),
+    ("account.parquet", None, "there is no such table"), ("account.parquet", "PAR1", "unreadable as a Parquet table"), ("account.parquet", "text", "its column `label` does not hold whole numbers"), ("tiles.parquet", None, "there is no tile table here"), ("tiles.parquet", "PAR1", "unreadable"),
     ("quarantine.csv", "slide,path\na,b\n", "no column `fault`"), ("quarantine.csv", "", "unreadable as CSV")])
 def test_stores_with_a_damaged_file_are_not_joined(root, tmp_path, name, content, says):
     tile_images(labelled(root), tmp_path/"store", SMALL, workers=1)
     path = tmp_path/"store"/name
     if content is None: path.unlink()
+    elif content == "text": pd.read_parquet(path).assign(label="a").to_parquet(path)
     else: path.write_text(content)
     with pytest.raises(BadInput, match=says) as e: join_stores([tmp_path/"store"], tmp_path/"joined", labelled=tmp_path/"store")
     assert e.value.path == str(path) and e.value.remedy

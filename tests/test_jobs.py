@@ -14,7 +14,7 @@ import pytest
 
 from histonb.core import BadInput, read_json
 from histonb.jobs import studies
-from histonb.jobs.site import duration_text, write_report
+from histonb.jobs.site import duration_text, write_index, write_report
 from histonb.jobs.studies import StageFailed, is_running, load_study, parameter_types, run_study, status
 from histonb.pretrain.config import PretrainConfig
 
@@ -384,8 +384,31 @@ def test_a_study_whose_name_is_no_folder(root, name):
 
 def test_a_broken_record_of_a_stage_counts_as_none(root):
     run_study(root / "runs/tiny.yaml")
-    (root / "runs/tiny/first/stage.json").write_text("[]")
-    assert states(root) == ["not run", "stale"]
+    path = root / "runs/tiny/first/stage.json"
+    record = read_json(path)
+    made = record["made_from"]
+    for broken in ([], 3, record | {"made_from": None}, record | {"made_from": made | {"inputs": 3}}, record | {"made_from": {}}, record | {"state": []}, record | {"seconds": "x"}):
+        path.write_text(json.dumps(broken))
+        assert states(root) == ["not run", "stale"]
+    path.write_text(json.dumps(record))
+    for name, content in (("metrics.json", "[]"), ("provenance.json", "[]"), ("provenance.json", '{"files": 3}')):
+        whole = (path.parent / name).read_text()
+        (path.parent / name).write_text(content)
+        assert states(root) == ["unreadable"]
+        if content == "[]":
+            with pytest.raises(BadInput): write_report(path.parent)
+        (path.parent / name).write_text(whole)
+    for name, write in (("study.json", write_index), ("first/notebook.ipynb", write_report)):
+        damaged = root / "runs/tiny" / name
+        for content in ("[]", '{"cells": [3]}', '{"study": 1, "title": 2, "stages": [3]}', "{"):
+            damaged.write_text(content)
+            with pytest.raises(BadInput): write(damaged.parent)
+
+
+@pytest.mark.parametrize("cell", [3, {}, {"metadata": []}, {"metadata": {"tags": 3}, "cell_type": "code", "source": ""}, {"metadata": {}, "cell_type": "code", "source": [3]}])
+def test_cells_that_are_none_are_no_notebook(root, cell):
+    (root / "nbs/reports/10_first.ipynb").write_text(json.dumps({"cells": [cell]}))
+    with pytest.raises(BadInput, match="not a notebook"): load_study(root / "runs/tiny.yaml")
 
 
 @pytest.mark.parametrize("seconds, text", [(.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (119.6, "2 min 0 s"), (3599.7, "1 h 0 min"), (7170, "2 h 0 min"), (None, "")])

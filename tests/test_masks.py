@@ -186,6 +186,8 @@ def test_no_tiles_and_damaged_store(tiled, tmp_path):
     path, = tmp_path.glob("*.npy")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BadInput, match="Delete it"): store_masks(masks, tmp_path)
+    with open(path, "wb") as f: np.savez(f, a=np.zeros(3))
+    with pytest.raises(BadInput, match="not a whole .npy file"): store_masks(masks, tmp_path)
 
 
 # Masks of every kind ---------------------------------------------------------------------------------------------------

@@ -515,6 +515,7 @@ def test_what_a_folder_is_protected_from(phantoms, tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("rule.json", "[1, 2]", "no rule of tiling"), ("rule.json", '{"size": 224', "not valid JSON"), ("rule.json", "{}", "no rule of tiling"), ("tiles.parquet", "PAR1", "unreadable as a Parquet table"),
     ("tiles.parquet", "without slide", "no column `slide`"), ("tiles.parquet", "without f0", "no column `f0`"), ("journal.jsonl", '{"slide": "a"}\n', "a line is not of a journal of tiles"),
+    ("journal.jsonl", '{"slide": "phantom1_000", "key": "x", "shard": 0, "start": 0, "end": 5, "incomplete": 0, "background": 0, "damaged": "x"}\n', "a line is not of a journal"),
     ("journal.jsonl", "[1]\n", "line 1 is not a record"), ("journal.jsonl", '{"slide": "a", \n{}\n', "line 1 is not a record"), ("journal.jsonl", b"\xff\xfe\n", "line 1 is not a record"),
     ("journal.jsonl", '{"slide": "phantom1_000", "key": "x", "shard": "0", "start": 0, "end": 5, "incomplete": 0, "background": 0}\n', "a line is not of a journal of tiles")])
 def test_a_store_with_a_damaged_file_is_refused_by_name(phantoms, tmp_path, name, content, says):

@@ -182,7 +182,7 @@ def glas(
     maps = {name.removesuffix("_anno"): path for name, path in by_stem(find_pictures(root, masks=True), root).items() if name.endswith("_anno")}
     table, quarantine = pair_up(by_stem(find_pictures(root), root), maps, root, .62)
     names = table["field"]
-    table = table.assign(case="patient " + names.map(grades["patient ID"]), split=names.str.extract(r"^(train|testA|testB)_\d+$", expand=False),
+    table = table.assign(case=names.map(grades["patient ID"]).map("patient {}".format, na_action="ignore"), split=names.str.extract(r"^(train|testA|testB)_\d+$", expand=False),
                          grade=names.map(grades["grade (GlaS)"].str.lower()).map({g: i for i, g in enumerate(CLASSES["gland-type"]) if i}))
     lost = table[["case", "split", "grade"]].isna().any(axis=1)
     quarantine += [(r.field, r.image, "Grade.csv does not give its patient and grade, or its name no split", "Correct its name, or its row.") for r in table[lost].itertuples()]

@@ -63,8 +63,8 @@ def is_text(
     path, # file or its name
 ) -> bool:
     "Tell whether a name can stand in a table: names from other systems may hold bytes that are no letters."
-    try: str(path).encode()
-    except UnicodeEncodeError: return False
+    try: str(path).encode().decode()  # an array of NumPy may hold numbers beyond all letters
+    except UnicodeError: return False
     return True
 
 def _strict(path, read, kind, remedy, columns, key):
@@ -176,7 +176,7 @@ def panda(
     case = table["image_id"]
     if duplicates is not None:
         groups = read_csv(duplicates, ["image_id", "group"], key="image_id").set_index("image_id")["group"]
-        case = ("duplicates " + table["image_id"].map(identifiers(groups))).fillna(case)
+        case = table["image_id"].map(identifiers(groups)).map("duplicates {}".format, na_action="ignore").fillna(case)
     left = max(len(table) - limit, 0) if limit is not None else 0
 
     ids = table["image_id"]

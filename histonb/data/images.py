@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ..core import BadInput, atomic_path, foreign_errors, hold, nearest, read_json, read_parquet, write_json, write_parquet
+from ..core import BadInput, atomic_path, foreign_errors, hold, nearest, printable, read_json, read_parquet, write_json, write_parquet
 from .cohorts import QUARANTINE_COLUMNS, Cohort, composed, identifiers, is_text, read_csv
 from .labels import LABELS
 from .shards import read_tiles, shard_path
@@ -53,8 +53,6 @@ def stem(
     "Tell what a picture is called."
     return composed(re.sub(rf"(\.ome)?({'|'.join(map(re.escape, (*PICTURES, '.mat')))})$", "", Path(path).name, flags=re.IGNORECASE))
 
-def _printable(path): return str(path).encode(errors="backslashreplace").decode()
-
 def by_stem(
     paths, # files
     root, # the folder they are in
@@ -62,7 +60,7 @@ def by_stem(
     "Find files by their names. Raises `BadInput` where two differ by their endings only."
     found = {}
     for path in paths:
-        if not is_text(path): raise BadInput(_printable(path), "its name is not UTF-8 text", "Rename it.")
+        if not is_text(path): raise BadInput(printable(path), "its name is not UTF-8 text", "Rename it.")
         name = composed(path.relative_to(root).with_name(stem(path)).as_posix())
         if name in found: raise BadInput(path, f"{found[name].name} beside it has the same name", "Keep one of the two.")
         found[name] = path
@@ -139,7 +137,7 @@ def images(
             known = slides["slide"].map(rows[column]).fillna("")
             slides[column] = known.where(known != "", slides[column])
     quarantine = [(name, str(root/name), f"listed in {Path(table).name} but not in the folder", "Download it again.") for name in missing]
-    quarantine += [(_printable(path.relative_to(root)), _printable(path), "its name is not UTF-8 text", "Rename it.") for path in found if not is_text(path)]
+    quarantine += [(printable(path.relative_to(root)), printable(path), "its name is not UTF-8 text", "Rename it.") for path in found if not is_text(path)]
     small = pd.Series([_too_small(p, size) for p in pictures])
     quarantine += [(slides["slide"][i], slides["image"][i], small[i], "Give larger pictures, or cut smaller tiles.") for i in slides.index[small != ""]]
     counts = {"set aside": len(quarantine), "without class": int((slides["class"] == "").sum())}
@@ -203,11 +201,19 @@ def join_stores(
     if len({*sizes.values()}) > 1: raise BadInput("stores", f"their tiles differ in size: {sizes}", "Cut them with one size.")
     with hold(out): return _join(dict(zip(stores, found, strict=True)), out, labelled, sizes[stores[0].name])
 
+def _account(path):
+    "What became of a store's candidate tiles."
+    account = read_parquet(path, ["slide", "label"])
+    for name in account.columns.drop("slide"):
+        if not pd.api.types.is_integer_dtype(account[name]):
+            raise BadInput(path, f"its column `{name}` does not hold whole numbers", "Copy it again, or tile again.")
+    return account
+
 def _join(stores, out, labelled, size):
     "Link the shards, then write the tables."
     tables, accounts, first = [], [], 0
     for s, table in stores.items():
-        account = read_parquet(s/"account.parquet", ["slide", "label"])
+        account = _account(s/"account.parquet")
         stored = table["shard"] >= 0
         for shard in table["shard"][stored].unique(): _link(shard_path(s, shard), shard_path(out, first + shard))
         table["shard"] = table["shard"].where(~stored, table["shard"] + first)

@@ -135,6 +135,6 @@ def store_masks(
         with atomic_path(path) as p, open(p, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for i in progress(range(len(masks)), "masks", unit="tile"): f.write(masks[i][0].tobytes())
-    with foreign_errors(path, "Delete it; it is written anew.", "not a whole .npy file"): found = np.load(path, mmap_mode="r", allow_pickle=False)
+    with foreign_errors(path, "Delete it; it is written anew.", "not a whole .npy file"): found = np.lib.format.open_memmap(path, mode="r")
     if found.shape != shape or found.dtype != np.uint8: raise BadInput(path, f"masks of shape {found.shape} and {found.dtype}, not {shape}", "Delete it; it is written anew.")
     return found

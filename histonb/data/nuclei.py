@@ -73,13 +73,14 @@ def lizard(
     quarantine += [(r.field, r.image, f"{info.name} does not give its fold", "Correct its row, or leave it out.") for r in table[lost].itertuples()]
     names = known.index.to_series()
     quarantine += lost_files(names, names.isin([*table["field"], *(row[0] for row in quarantine)]), lambda name: root/f"Lizard_Images1/{name}.png", info.name)
-    table = table.assign(split="fold" + fold, source=table["field"].map(known["Source"]))[~lost]
+    table, fold = table[~lost], fold[~lost]
+    table = table.assign(split="fold" + fold.astype(str), source=table["field"].map(known["Source"]))
     return listed("Lizard", root, table, quarantine, ("nucleus", "nucleus-type"), _read_lizard)
 
 # %% ../../nbs/data/05f_nuclei.ipynb #cell-013
 def _array(path, channels):
     "An array of patches that stays on disk."
-    with foreign_errors(path, "Copy or download it again.", "unreadable as an array"): array = np.load(path, mmap_mode="r", allow_pickle=False)
+    with foreign_errors(path, "Copy or download it again.", "unreadable as an array"): array = np.lib.format.open_memmap(path, mode="r")
     if array.ndim != 4 or array.shape[3] != channels or array.dtype.kind not in "uif":
         raise BadInput(path, f"{array.dtype} of shape {array.shape}, not numbers of (n, h, w, {channels})", "Give the arrays as published.")
     return array

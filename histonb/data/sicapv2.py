@@ -79,7 +79,7 @@ def _cases(root, slides):
     path = root/"wsi_labels.xlsx"
     if not path.is_file(): return slides
     patient = read_xlsx(path, ["slide_id", "patient_id"], key="slide_id").set_index("slide_id")["patient_id"]
-    return ("patient " + slides.map(identifiers(patient))).fillna(slides)
+    return slides.map(identifiers(patient)).map("patient {}".format, na_action="ignore").fillna(slides)
 
 def check_sides(
     table: pd.DataFrame, # with `split`

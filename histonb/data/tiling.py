@@ -200,7 +200,7 @@ def _journal(path):
     "Read the journal."
     rows = read_jsonl(path)
     for row in rows:
-        if not all(isinstance(row.get(key), kind) for key, kind in _LINE.items()):
+        if not all(isinstance(row.get(key), kind) for key, kind in _LINE.items()) or not isinstance(row.get("damaged", 0), int):
             raise BadInput(path, f"a line is not of a journal of tiles ({str(row)[:80]})", "Choose another folder, or delete this one.")
     return rows
 

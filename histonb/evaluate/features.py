@@ -77,13 +77,19 @@ class _Part:
             try:
                 np.lib.format.read_magic(f)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-            except ValueError: return  # not even its header is whole
-            header, row = f.tell(), dtype.itemsize*math.prod(shape[1:])
-            self.rows = (f.seek(0, 2) - header)//row//batch_size*batch_size  # batches as they would have been: the same features to the last bit
+                header, row = f.tell(), dtype.itemsize*math.prod(shape[1:])
+                if shape[0] != n or row <= 0: return
+                self.kind = shape[1:], dtype
+            except Exception: return  # not even its header is whole: these fail in many ways
+            if (f.seek(0, 2) - header)//row > n: return  # its header is of other features
+            self.rows = (f.tell() - header)//row//batch_size*batch_size  # batches as they would have been: the same features to the last bit
             f.truncate(header + self.rows*row)
 
     def add(self, features):
         features = np.ascontiguousarray(features, "<f4" if features.ndim == 2 else "<f2")
+        if self.rows and self.kind != (features.shape[1:], features.dtype):
+            raise BadInput(self.path, f"features of {self.kind[0]}, those that follow are of {features.shape[1:]}", "Delete it; they are computed anew.")
+        self.kind = features.shape[1:], features.dtype
         with open(self.path, "ab" if self.rows else "wb") as f:
             if not self.rows: np.lib.format.write_array_header_1_0(f, {"descr": features.dtype.str, "fortran_order": False, "shape": (self.n, *features.shape[1:])})
             f.write(features.tobytes())
@@ -108,9 +114,9 @@ def _fault(path):
     try: known = read_json(record)
     except BadInput as e: return e.fault
     if not isinstance(known, dict): return "its record is no record"
-    try: found = np.load(path, mmap_mode="r")
+    try: found = np.lib.format.open_memmap(path, mode="r")
     except Exception as e: return f"not a whole .npy file ({e})"  # damaged headers fail in many ways
-    if (list(found.shape), found.dtype.name) != (known.get("shape"), known.get("dtype")): return f"{found.dtype} of shape {found.shape}, the record says {known.get('dtype')} of {known.get('shape')}"
+    if (list(found.shape), found.dtype.name) != (known.get("shape"), known.get("dtype")): return f"{found.dtype} of shape {found.shape}, the record says {known.get('dtype')!r} of {known.get('shape')}"
     same = _hash_file(path) == known.get("blake2b") and _hash_file(table) == known.get("table_blake2b", _hash_file(table))
     return "" if same else "its bytes are not those that were written"
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core import BadInput, append_jsonl, as_json, build, content_key, digest, folder_keys, hold, read_json, repo_root, sweep, write_json
+from ..core import BadInput, append_jsonl, as_json, build, content_key, digest, folder_keys, hold, read_json, read_record, repo_root, sweep, write_json
 
 # %% ../../nbs/jobs/50_runs.ipynb #cell-005
 def input_digest(
@@ -59,7 +59,9 @@ def lost_outputs(
     folder, # of a finished run
 ) -> list: # names, in order
     "Which outputs of a run are gone or no longer what it wrote."
-    known = read_json(Path(folder)/"provenance.json").get("files", {})
+    path = Path(folder)/"provenance.json"
+    known = read_record(path).get("files", {})
+    if not isinstance(known, dict): raise BadInput(path, "does not tell the files of its run", "Run the stage again.")
     now = output_keys(folder)
     return [name for name, key in known.items() if now.get(name) != key]
 

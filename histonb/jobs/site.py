@@ -12,7 +12,7 @@ import re
 import warnings
 from pathlib import Path
 
-from ..core import BadInput, atomic_path, read_json
+from ..core import BadInput, atomic_path, foreign_errors, read_record
 
 # %% ../../nbs/jobs/53_site.ipynb #cell-005
 def figure_text(
@@ -176,11 +176,16 @@ def _code_colors():
 def write_report(
     folder, # folder of a run with its executed notebook.ipynb
 ) -> Path: # the page, `report.html`
-    "Write a run's notebook as a self-contained page."
-    import nbformat
+    "Write a run's notebook as a self-contained page. Raises `BadInput` where it, or a record beside it, is damaged."
     folder = Path(folder)
     if not (folder/"notebook.ipynb").exists(): raise BadInput(folder, "no notebook.ipynb in it", "Run its stage first.")
-    records = {n: read_json(folder/f"{n}.json") if (folder/f"{n}.json").exists() else {} for n in ("metrics", "provenance", "stage")}
+    with foreign_errors(folder, "Run its stage again.", "no page can be made of what is in it"): page = _report(folder)
+    return _write_page(folder/"report.html", *page)
+
+def _report(folder):
+    "Title, style, header and body of a run's page."
+    import nbformat
+    records = {n: read_record(folder/f"{n}.json") if (folder/f"{n}.json").exists() else {} for n in ("metrics", "provenance", "stage")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # missing cell ids
         book = nbformat.read(folder/"notebook.ipynb", as_version=4)
@@ -198,7 +203,7 @@ def write_report(
         + _facts("Provenance", {**{f"input {k}": f"{v['path']} ({v['digest']})" for k, v in made.get("inputs", {}).items()},
             **{k: v for k, v in machine.items()}, "CPU time": duration_text(made.get("cpu_seconds")),
             **{f"package {k}": v for k, v in made.get("packages", {}).items() if v}} if made else {}) + _TOGGLE)
-    return _write_page(folder/"report.html", title, STYLE + _code_colors(), header, put_math(_body(book), formulas))
+    return title, STYLE + _code_colors(), header, put_math(_body(book), formulas)
 
 # %% ../../nbs/jobs/53_site.ipynb #cell-019
 def write_index(
@@ -207,14 +212,19 @@ def write_index(
     "Write a study's overview: the tables of its stages, then all stages in order, their state, time and headline figures, each linked to its report."
     study_folder = Path(study_folder)
     if not (study_folder/"study.json").exists(): raise BadInput(study_folder, "no study.json in it", "Run the study first.")
-    study = read_json(study_folder/"study.json")
+    with foreign_errors(study_folder, "Run the study again.", "no page can be made of what is in it"): page = _index(study_folder)
+    return _write_page(study_folder/"index.html", *page)
+
+def _index(study_folder):
+    "Title, style, header and body of a study's page."
+    study = read_record(study_folder/"study.json", "study", "title", "stages")
     tables, parts = [], []
     for row in study["stages"]:
         name, metrics = html.escape(row["stage"]), study_folder/row["stage"]/"metrics.json"
         page = next((p for p in ("report.html", "notebook.ipynb") if (study_folder/row["stage"]/p).exists()), None)
         link = f'<a href="{name}/{page}">{name}</a>' if page else name
         if row["state"] in ("finished", "stale") and metrics.exists():
-            tables += [f"<h2>{html.escape(title)}</h2>{_table(rows)}<p class=\"soft\">from {link}</p>" for title, rows in read_json(metrics).get("tables", {}).items()]
+            tables += [f"<h2>{html.escape(title)}</h2>{_table(rows)}<p class=\"soft\">from {link}</p>" for title, rows in read_record(metrics).get("tables", {}).items()]
         note = " · ".join(filter(None, [row["state"], duration_text(row["seconds"]), row["why"]]))
         parts.append(f'<section class="stage"><h2>{link}</h2><p class="state {row["state"]}">{html.escape(note)}</p>'
                      f'{_figures(row["headline"])}<p class="soft">{html.escape(row["notebook"])}</p></section>')
@@ -222,4 +232,4 @@ def write_index(
     total = duration_text(sum(r["seconds"] or 0 for r in study["stages"]))
     header = (f"<nav>{html.escape(study['study'])}</nav><h1>{html.escape(study['title'])}</h1>"
               f'<p class="soft">{finished} of {len(study["stages"])} stages finished{" · " + total if finished else ""}</p>')
-    return _write_page(study_folder/"index.html", study["title"], STYLE, header, "".join(tables + parts))
+    return study["title"], STYLE, header, "".join(tables + parts)

@@ -23,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-from ..core import BadInput, build, hold, nearest, read_json, write_json
+from ..core import BadInput, build, hold, nearest, read_json, read_record, write_json
 from .studies import Stage, StageFailed, Stopped, Study, load_study, read_yaml, run_study, stage_record, stage_states
 
 # %% ../../nbs/jobs/52_slurm.ipynb #cell-005
@@ -106,7 +106,7 @@ def in_queue(
 def _job(study, stage):
     "Number of the stage's last job."
     path = study.root/stage.folder/"job.json"
-    return read_json(path)["job"] if path.exists() else None
+    return str(read_record(path, "job")["job"]) if path.exists() else None
 
 # %% ../../nbs/jobs/52_slurm.ipynb #cell-018
 def submit(
@@ -252,7 +252,7 @@ def launch(
 def _order(folder):
     "What the first node's notebook asks for now, in this attempt of the job."
     path = folder/"launch.json"
-    order = read_json(path) if path.exists() else {}
+    order = read_record(path) if path.exists() else {}
     return order if order.get("attempt") == _attempt() else None
 
 def _failures(folder, order):

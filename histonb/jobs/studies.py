@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core import BadInput, build, digest, hold, is_held, nearest, read_json, refusal, repo_root, sweep, write_json
+from ..core import BadInput, build, digest, hold, is_held, nearest, read_json, read_record, refusal, repo_root, sweep, write_json
 from .runs import check_parameters, input_digest, lost_outputs, read_parameters
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-005
@@ -72,8 +72,16 @@ def read_notebook(
 ) -> dict: # its JSON
     "Read a notebook; an unreadable one is a `BadInput`."
     book = read_json(path)
-    if not isinstance(book, dict) or not isinstance(book.get("cells"), list): raise BadInput(path, "not a notebook", "Save it again from JupyterLab.")
+    cells = book.get("cells") if isinstance(book, dict) else None
+    if not isinstance(cells, list) or not all(map(_is_cell, cells)): raise BadInput(path, "not a notebook", "Save it again from JupyterLab.")
     return book
+
+def _is_cell(cell):
+    "Whether this is a cell of a notebook, its tags a list and its source text."
+    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict) or not isinstance(cell.get("cell_type"), str): return False
+    source = cell.get("source")
+    lines = source if isinstance(source, list) else [source]
+    return isinstance(cell["metadata"].get("tags", []), list) and all(isinstance(line, str) for line in lines)
 
 def _source(cell): return "".join(cell["source"])
 
@@ -222,7 +230,14 @@ def stage_record(
     "What the runner noted about the stage's last run."
     path = study.root/stage.folder/"stage.json"
     record = read_json(path) if path.exists() else {}
-    return record if isinstance(record, dict) and {"made_from", "state", "library"} <= {*record} else {}
+    return record if isinstance(record, dict) and _is_whole(record) else {}
+
+def _is_whole(record):
+    "Whether a stage.json says all that it should."
+    made, parts = record.get("made_from"), ("parameters", "inputs", "needs")
+    texts = (record.get("state"), record.get("library"), record.get("error", ""))
+    return (isinstance(made, dict) and "notebook" in made and all(isinstance(made.get(part), dict) for part in parts)
+            and all(isinstance(text, str) for text in texts) and isinstance(record.get("seconds"), (int, float, type(None))))
 
 def library_digest() -> str: # 16 hexadecimal digits
     "Key of the library's own code."
@@ -261,7 +276,7 @@ def stage_states(
         queued = stage.name in jobs and state != "finished"
         if queued: state, why = jobs[stage.name]
         rows.append({"study": study.name, "stage": stage.name, "notebook": stage.notebook, "state": state, "why": why, "queued": queued,
-                     "seconds": record.get("seconds"), "headline": headline(read_json(metrics)) if state in ("finished", "stale") else {}})
+                     "seconds": record.get("seconds"), "headline": headline(read_record(metrics)) if state in ("finished", "stale") else {}})
     return rows
 
 def headline(
@@ -269,7 +284,8 @@ def headline(
 ) -> dict: # name -> number or text
     "The figures an overview shows: the metrics' own `headline`, or else their first three numbers."
     plain = {k: v for k, v in metrics.items() if type(v) in (int, float)}
-    return metrics.get("headline") or dict(list(plain.items())[:3])
+    told = metrics.get("headline")
+    return told if told and isinstance(told, dict) else dict(list(plain.items())[:3])
 
 # %% ../../nbs/jobs/51_studies.ipynb #cell-022
 def _claim(folder): return Path(folder).with_name(f".{Path(folder).name}.lock")
@@ -471,7 +487,7 @@ def _run_stage(study, stage, force):
     write_json(folder/"stage.json", {**record, "state": state, "seconds": seconds, "error": fault})
     if state == "finished":
         write_report(folder)
-        print(f"{stage.name}: finished in {seconds:.0f} s" + "".join(f"; {k} {figure_text(v)}" for k, v in headline(read_json(folder/"metrics.json")).items()), flush=True)
+        print(f"{stage.name}: finished in {seconds:.0f} s" + "".join(f"; {k} {figure_text(v)}" for k, v in headline(read_record(folder/"metrics.json")).items()), flush=True)
         return
     _overview(study)
     again = f"`histonb run {study.path}` goes on from here: finished stages are not run again."

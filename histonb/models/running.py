@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core import BadInput, as_json, atomic_path, digest, hold, read_json, read_jsonl, refusal, write_json
+from ..core import BadInput, as_json, atomic_path, digest, hold, read_jsonl, read_record, refusal, write_json
 
 # %% ../../nbs/models/18a_running.ipynb #cell-005
 _NAME = re.compile(r"(best-)?(\d{7,})-([0-9a-f]{16})\.pt")
@@ -106,7 +106,7 @@ def latest_checkpoint(
 def _recorded(folder):
     "Parameters of the run in the folder; empty where there is none."
     path = Path(folder)/"config.json"
-    return read_json(path) if path.exists() else {}
+    return read_record(path) if path.exists() else {}
 
 def keep_precision(
     config, # a dataclass with `out` and `precision`, as the user gave it
@@ -157,7 +157,11 @@ def kept_rows(
 ) -> list: # its rows up to that step
     "The log up to a step; what was written after it is removed from the file."
     path = Path(path)
-    rows = [row for row in (read_jsonl(path) if path.exists() else []) if row.get("step", 0) <= step]
+    rows = read_jsonl(path) if path.exists() else []
+    for row in rows:
+        if not isinstance(row.get("step", 0), (int, float)):
+            raise BadInput(path, f"`{row['step']}` is not a step", "Delete this line, or the whole log.")
+    rows = [row for row in rows if row.get("step", 0) <= step]
     with atomic_path(path) as p: p.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import imagecodecs
@@ -20,7 +19,7 @@ import pandas as pd
 import shapely
 
 import histonb
-from ..core import BadInput, atomic_path, content_key, digest, hold, progress, read_json, write_json
+from ..core import BadInput, atomic_path, content_key, digest, foreign_errors, hold, progress, read_json, read_parquet, write_json, write_parquet
 from ..data.slides import open_slide
 from ..data.streams import Damaged
 from ..data.tiles import Grid, low_resolution_glass
@@ -65,6 +64,7 @@ def tissue_mm2(
 OUTPUTS = ( # of an annotation; the last three where the network tells tissue
     "objects.geojson", "objects.parquet", "overview.png", "tissue.png", "tissue_colour.png", "tissue.json")
 _DISCARD = "Annotate with --overwrite, which discards what is there."
+_DELETE = "Delete this file and run the same command again."
 _AGAIN = "Annotate again with --overwrite; if it was changed on purpose, move it elsewhere first."
 
 def _begun(folder):
@@ -130,12 +130,9 @@ class Parts:
     def _load(self, i, name):
         "Probabilities of a tile; None where it has none of this task."
         if not self.path(i).exists(): return None
-        try:
-            with np.load(self.path(i)) as f:
-                if name not in f and self.tasks[name].kind == "patch": return None  # a rest at the slide's end that holds no square
-                return np.frombuffer(imagecodecs.zstd_decode(f[name].tobytes()), np.uint8).reshape(f[f"{name}/shape"])
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, imagecodecs.ZstdError) as e:
-            raise BadInput(self.path(i), f"damaged ({e})", "Delete this file and run the same command again.") from e
+        with foreign_errors(self.path(i), _DELETE, "damaged"), np.load(self.path(i)) as f:
+            if name not in f and self.tasks[name].kind == "patch": return None  # a rest at the slide's end that holds no square
+            return np.frombuffer(imagecodecs.zstd_decode(f[name].tobytes()), np.uint8).reshape(f[f"{name}/shape"])
 
     def __call__(
         self,
@@ -166,7 +163,9 @@ class _Work:
     def __post_init__(self):
         self.known_damage = {}
         if self.damage_file.exists():
-            for *where, fault in read_json(self.damage_file): self.slide.note_damage(*where, Damaged(fault))
+            known = read_json(self.damage_file)
+            with foreign_errors(self.damage_file, _DISCARD, "not a list of damaged internal tiles"):
+                for level, row, column, fault in known: self.slide.note_damage(int(level), int(row), int(column), Damaged(fault))
         self.read = Resampled(self.slide, self.scorer.mpp)
         self.scale, self.shape, self.mpp, self.tasks = self.read.scale, self.read.shape, self.scorer.mpp, self.scorer.tasks
         self.boxes, self.squares = boxes(self.shape, self.tile), tissue_squares(self.slide, self.scale, self.shape)
@@ -210,18 +209,22 @@ def _find(work, task):
     for i in progress([i for i in work.todo if not work.part(task, i).exists()], f"{work.slide.path.name}, {task}", unit="window"):
         table, edges = find_in_window(work.parts, task, divmod(i, work.has.shape[1]), work.shape, work.tile, work.has, work.mpp, types)
         for what, rows in ((f"{task}-edges", edges), (task, table)):  # the second one says that both are there
-            with atomic_path(work.part(what, i)) as p: rows.to_parquet(p, index=False)
+            write_parquet(work.part(what, i), rows)
+
+def _told(work): return foreign_errors(work.folder/"parts", _DISCARD, "not the parts of an annotation")
 
 def _objects(work, task):
     "Objects of one task, window by window, then those that were joined."
     pieces, edges = [], []
     for i in work.todo:
-        table = pd.read_parquet(work.part(task, i))
-        long = table["piece"] >= 0
+        table = read_parquet(work.part(task, i), ["piece"], _DELETE)
+        with _told(work): long = table["piece"] >= 0
         if long.any(): pieces.append(table[long])
-        edges.append(pd.read_parquet(work.part(f"{task}-edges", i)))
+        edges.append(read_parquet(work.part(f"{task}-edges", i), remedy=_DELETE))
         yield table[~long]
-    if pieces: yield join(pd.concat(pieces, ignore_index=True), pd.concat(edges, ignore_index=True))
+    if not pieces: return
+    with _told(work): joined = join(pd.concat(pieces, ignore_index=True), pd.concat(edges, ignore_index=True))
+    yield joined
 
 def _groups(work):
     "Objects of all tasks as they are on the slide, glands first."
@@ -230,11 +233,13 @@ def _groups(work):
         number, found = 1, _objects(work, task)
         if task == "gland":
             found = list(found)
-            glands = shapely.STRtree(shapely.from_wkb(np.concatenate([t["outline"] for t in found]))) if found else None
+            with _told(work): glands = shapely.STRtree(shapely.from_wkb(np.concatenate([t["outline"] for t in found]))) if found else None
         for table in found:
-            if task == "lumen" and glands is not None: table = inside(table, glands)
-            if work.surveyed: table = table.assign(probability=np.nan)  # no network, no probability
-            yield on_slide(table, task, work.kinds[task].classes if task in work.kinds else (), work.scale, work.mpp, work.slide.path.name, number)
+            with _told(work):
+                if task == "lumen" and glands is not None: table = inside(table, glands)
+                if work.surveyed: table = table.assign(probability=np.nan)  # no network, no probability
+                group = on_slide(table, task, work.kinds[task].classes if task in work.kinds else (), work.scale, work.mpp, work.slide.path.name, number)
+            yield group
             number += len(table)
 
 def _tissue(work, name):

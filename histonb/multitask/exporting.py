@@ -101,7 +101,7 @@ def write_objects(
     folder, counts, first = Path(folder), Counter(), True
     with atomic_path(folder/"objects.geojson") as text, atomic_path(folder/"objects.parquet") as columns, contextlib.ExitStack() as stack:
         lines = stack.enter_context(open(text, "w", encoding="utf-8"))
-        table = stack.enter_context(pq.ParquetWriter(columns, SCHEMA))
+        table = stack.enter_context(pq.ParquetWriter(columns, SCHEMA, write_page_checksum=True))
         lines.write('{"type": "FeatureCollection", "features": [')
         for group in groups:
             for row in group.itertuples():

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, progress, read_json, write_parquet
+from ..core import BadInput, progress, read_record, write_parquet
 from ..data.fields import Fields, at_mpp
 from ..evaluate.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models import cerberus
@@ -109,7 +109,7 @@ def score_run(
     others=None, # further annotators by name
 ) -> pd.DataFrame: # what `write_scores` wrote into the folder
     "Score a run's network, in fp32, on the test fields of its own division."
-    c = read_json(Path(folder)/"config.json")
+    c = read_record(Path(folder)/"config.json", "sets", "tasks", "val_share", "test_share", "split_seed", "mpp")
     sets, tasks = read_sets(c["sets"], c["tasks"], c["val_share"], c["test_share"], c["split_seed"])
     annotators = {name: annotator(cerberus.load(folder)[0]), **(others or {})}
     tests = [fields.take((fields.table["split"] == "test").to_numpy()) for fields in sets]

@@ -9,7 +9,6 @@ __all__ = ['TILE', 'AROUND', 'MAP_MPP', 'SQUARE_MARGIN', 'Resampled', 'margin_of
 # %% ../../nbs/multitask/43a_stitching.ipynb #cell-002
 import copy
 import functools
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import BadInput, atomic_path, digest, nearest, progress
+from ..core import BadInput, atomic_path, digest, foreign_errors, nearest, progress
 from ..models.cerberus import MPP, PATCH, TASKS, Cerberus, PatchHead, Task, load, pyramid, reach
 from ..models.running import find_device, find_precision
 from .baseline import BASELINES, LEAST, glands_on_map, haematoxylin, nuclear_stain, otsu, stain_levels, stain_nuclei
@@ -261,11 +260,8 @@ class StainScorer:
         if not Path(path).exists():
             threshold, glands, start = survey_stain(read, shape, tissue, self.mpp, "gland" in self.tasks)
             with atomic_path(path) as p: np.savez_compressed(p, threshold=threshold, glands=glands, start=start)
-        try:
-            with np.load(path) as f:
-                self.threshold, self.glands, self.start = float(f["threshold"]), f["glands"], f["start"].tolist()
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
-            raise BadInput(path, f"damaged ({e})", "Delete this file and run the same command again.") from e
+        with foreign_errors(path, "Delete this file and run the same command again.", "damaged"), np.load(path) as f:
+            self.threshold, self.glands, self.start = float(f["threshold"]), f["glands"], f["start"].tolist()
         self.tissue = tissue
         self.shown = cv2.dilate(np.uint8(tissue), np.ones((3, 3), np.uint8)) > 0
         places = (start + at for start, at in zip(self.start, np.nonzero(self.glands), strict=True))

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, append_jsonl, atomic_path, check_ranges, content_key, digest, progress, read_json, write_json
+from ..core import BadInput, append_jsonl, atomic_path, check_ranges, content_key, digest, progress, read_record, write_json
 from ..models import cerberus
 from ..models.cerberus import Cerberus
 from ..models.running import (Stopped, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision, kept_rows,
@@ -202,7 +202,7 @@ def train(
 
 def _finished(folder, c):
     return ((folder/"cerberus.json").exists() and (folder/"cerberus.safetensors").exists()
-            and read_json(folder/"cerberus.json").get("step") == c.steps)
+            and read_record(folder/"cerberus.json").get("step") == c.steps)
 
 def _data_key(sets):
     "Name the data by its fields and their splits, wherever their files lie."

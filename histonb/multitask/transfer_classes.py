@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, nearest, read_json
+from ..core import BadInput, foreign_errors, nearest, read_record
 from ..data.ebhi import CLASSES
 from ..evaluate import metrics
 from .encoders import Trunk, trunk
@@ -132,7 +132,8 @@ def _calls(pictures, method, seed, called, p=np.nan):
 
 def _kept(rows, folder):
     "What the log says of the epoch that is kept, and of the speed."
-    row = rows[read_json(Path(folder)/"fit.json")["epoch"] - 1]
+    path = Path(folder)/"fit.json"
+    with foreign_errors(path, "Train it again.", "does not tell the epoch that was kept"): row = rows[read_record(path, "epoch")["epoch"] - 1]
     return {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"], "seconds": float(np.median([r["seconds"] for r in rows])),
             "images_per_s": float(np.median([r["images_per_s"] for r in rows])), "data_wait": float(np.median([r["data_wait"] for r in rows]))}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import BadInput, atomic_path, read_jsonl
+from ..core import BadInput, atomic_path, foreign_errors, read_jsonl
 from ..data.fields import Field, at_mpp, outline
 from ..models.cerberus import Cerberus
 from .losses import task_loss
@@ -99,6 +99,19 @@ def draw_progress(
         for ax in axes: ax.axis("off")
     with atomic_path(path) as p: FigureCanvasAgg(fig).print_figure(p, dpi=75)
 
+_PANELS = {"loss_": "training loss", "val_": "validation loss", "right_": "validation: Dice, or share right", "lr": "learning rate", "images_per_s": "samples/s", "data_wait": "share of time waiting for data"}
+
+def _panels(fig, rows):
+    "A panel for each of `_PANELS`, a curve for each figure that begins so."
+    for ax, (prefix, title) in zip(fig.subplots(2, 3).flat, _PANELS.items(), strict=True):
+        for name in dict.fromkeys(k for row in rows for k in row if k.startswith(prefix)):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            ax.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 30 else None, ms=4, label=f"{name.removeprefix(prefix) or name} {points[-1][1]:.3g}")
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.lines: ax.legend(fontsize=7, frameon=False)
+
 def curves(
     folder, # of a run
     fig=None, # matplotlib figure to draw on; None: a new one, written to `curves.png` in the folder
@@ -109,15 +122,7 @@ def curves(
     if not (Path(folder)/"log.jsonl").exists(): raise BadInput(folder, "holds no log.jsonl", "Give the folder of a training that has begun.")
     rows, write = read_jsonl(Path(folder)/"log.jsonl"), fig is None
     fig = fig or Figure(figsize=(11, 5), layout="constrained")
-    panels = {"loss_": "training loss", "val_": "validation loss", "right_": "validation: Dice, or share right", "lr": "learning rate", "images_per_s": "samples/s", "data_wait": "share of time waiting for data"}
-    for ax, (prefix, title) in zip(fig.subplots(2, 3).flat, panels.items(), strict=True):
-        for name in dict.fromkeys(k for row in rows for k in row if k.startswith(prefix)):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            ax.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 30 else None, ms=4, label=f"{name.removeprefix(prefix) or name} {points[-1][1]:.3g}")
-        ax.set_title(title, fontsize=9, loc="left")
-        ax.tick_params(labelsize=7)
-        ax.spines[["top", "right"]].set_visible(False)
-        if ax.lines: ax.legend(fontsize=7, frameon=False)
+    with foreign_errors(Path(folder)/"log.jsonl", "Copy it again.", "not the log of a training"): _panels(fig, rows)
     if write:
         with atomic_path(Path(folder)/"curves.png") as p: FigureCanvasAgg(fig).print_figure(p, dpi=80)
     return fig

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import BadInput, atomic_path, in_notebook, read_json, read_jsonl
+from ..core import BadInput, atomic_path, foreign_errors, in_notebook, read_jsonl, read_record
 
 # %% ../../nbs/pretrain/22_diagnostics.ipynb #cell-005
 def rankme(
@@ -154,6 +154,15 @@ def _panel(ax, points, title, log_k):
     ax.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 30 else None, ms=4)
     if log_k: ax.axhline(log_k, color="grey", ls=":", lw=1)
 
+def _panels(fig, rows, log_k):
+    "A curve for each of `PANELS`."
+    for ax, (name, title) in zip(fig.subplots(4, 4).flat, PANELS.items(), strict=True):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        wide = [y for _, y in points if 0 < y < math.inf] if name == "grad_norm" else []
+        if wide and max(wide) > 30*min(wide): ax.set_yscale("log")
+        else: ax.ticklabel_format(axis="y", useOffset=False)
+        _panel(ax, points, title, log_k if name in ("loss", "entropy") else None)
+
 def curves(
     folder, # of a run
     fig=None, # matplotlib figure to draw on; None: a new one of pyplot, which a notebook shows
@@ -162,18 +171,15 @@ def curves(
     folder = Path(folder)
     if not (folder/"log.jsonl").exists(): raise BadInput(folder, "holds no log.jsonl", "Give the folder of a pre-training run that has begun.")
     rows = read_jsonl(folder/"log.jsonl")
-    log_k = math.log(read_json(folder/"config.json")["out_dim"]) if (folder/"config.json").exists() else None
+    config = folder/"config.json"
+    with foreign_errors(config, "Copy it again.", "no parameters of a pre-training"):
+        log_k = math.log(read_record(config, "out_dim")["out_dim"]) if config.exists() else None
     if fig is None:
         import matplotlib.pyplot as plt
         fig = plt.figure()
     fig.set_size_inches(10, 6)
     fig.subplots_adjust(left=.055, right=.99, top=.96, bottom=.07, hspace=.42, wspace=.25)  # a layout engine would draw twice
-    for ax, (name, title) in zip(fig.subplots(4, 4).flat, PANELS.items(), strict=True):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        wide = [y for _, y in points if 0 < y < math.inf] if name == "grad_norm" else []
-        if wide and max(wide) > 30*min(wide): ax.set_yscale("log")
-        else: ax.ticklabel_format(axis="y", useOffset=False)
-        _panel(ax, points, title, log_k if name in ("loss", "entropy") else None)
+    with foreign_errors(folder/"log.jsonl", "Copy it again.", "not the log of a training"): _panels(fig, rows, log_k)
     fig.supxlabel("step", fontsize=8)
     return fig
 

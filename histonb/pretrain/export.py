@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import histonb
-from ..core import BadInput, digest, read_json, read_jsonl, read_parquet, refusals_told, write_json
+from ..core import BadInput, digest, foreign_errors, read_json, read_jsonl, read_parquet, read_record, refusals_told, write_json
 from ..models import backbones
 from .config import PRESETS, preset
 
@@ -61,8 +61,11 @@ def last_figures(
     "The last value of each figure."
     log = Path(run)/"log.jsonl"
     rows = read_jsonl(log) if log.exists() else []
-    last = {k: v for row in rows if row["step"] <= step for k, v in row.items()}
-    return {name: last[name] for name in FIGURES if last.get(name) is not None}
+    with foreign_errors(log, _LOG, "not the log of a training"):
+        last = {k: v for row in rows if row["step"] <= step for k, v in row.items()}
+        return {name: float(last[name]) for name in FIGURES if last.get(name) is not None}
+
+_LOG = "Copy it again, or leave it out."
 
 # %% ../../nbs/pretrain/23c_export.ipynb #cell-013
 PRIVATE = { # parameters of one machine or one data set
@@ -83,10 +86,10 @@ def origin(
 ) -> dict: # `commit`, `tiles`, `images`, `mpp` (um/px), where known
     "What a run was trained with."
     run = Path(run)
-    config, provenance, found = read_json(run/"config.json"), run/"provenance.json", {}
-    git = read_json(provenance).get("git", {}) if provenance.exists() else {}
-    if git.get("commit"): found["commit"] = git["commit"] + (" with local changes" if git.get("dirty") else "")
-    table = Path(config["tiles"])/"tiles.parquet"
+    config, provenance, found = read_record(run/"config.json", "tiles"), run/"provenance.json", {}
+    git = read_record(provenance).get("git", {}) if provenance.exists() else {}
+    if isinstance(git, dict) and git.get("commit"): found["commit"] = str(git["commit"]) + (" with local changes" if git.get("dirty") else "")
+    table = Path(str(config["tiles"]))/"tiles.parquet"
     if config["tiles"] and table.exists():
         found["tiles"] = digest(table)
         mpp = read_parquet(table, ["mpp"], only=True)["mpp"].dropna()
@@ -155,7 +158,7 @@ def card(
     licence: str = "", # terms of the weights; empty: the card says that none are stated
 ) -> str: # Markdown
     "The model card of a run."
-    config, known, figures = read_json(Path(run)/"config.json"), origin(run), last_figures(run, info.get("step", float("inf")))
+    config, known, figures = read_record(Path(run)/"config.json"), origin(run), last_figures(run, info.get("step", float("inf")))
     preset_name, changes = nearest_preset(config)
     with torch.device("meta"): model = backbones.backbone(info["name"])
     cfg = settings["pretrained_cfg"]

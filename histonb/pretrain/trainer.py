@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core import BadInput, append_jsonl, digest, progress, read_json, write_json
+from ..core import BadInput, append_jsonl, digest, progress, read_record, write_json
 from ..data.shards import TileShards
 from ..models import backbones
 from ..models.heads import DINOHead
@@ -234,7 +234,7 @@ def _finished(c, identity):
     "Whether the folder holds this very run, at its end."
     folder = Path(c.out)
     return (same_run(folder, *identity) and (folder/"backbone.json").exists() and (folder/"backbone.safetensors").exists()
-            and read_json(folder/"backbone.json").get("step") == c.steps)
+            and read_record(folder/"backbone.json").get("step") == c.steps)
 
 def _resume(trainer, folder, elastic):
     "Continue from the latest whole checkpoint, the same on all processes."
