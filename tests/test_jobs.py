@@ -335,7 +335,7 @@ def test_an_output_that_is_gone_or_changed_is_made_again(root, change):
 
 
 @pytest.mark.parametrize("cell, says", [
-    ("exit()", "without a metrics.json: the last cell must call"), ("quit(2)", "SystemExit: 2"),
+    ("exit()", "ended before its last cell, with `exit..`: leave that out"), ("quit(2)", "SystemExit: 2"),
     ("import os; os._exit(3)", "ended by the notebook itself, with exit code 3: leave out `os._exit"),
     ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL: was there enough memory"), ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
     ("open('/proc/nothing/here', 'w')", "FileNotFoundError"), ("raise PermissionError(13, 'Permission denied', 'x')", "x: you have no permission to write here")])

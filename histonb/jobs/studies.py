@@ -434,7 +434,8 @@ def _execute(study, stage):
             papermill.execute_notebook(str(study.root/stage.notebook), str(target), parameters=stage.parameters, kernel_name="python3",
                 progress_bar=False, stdout_file=output, stderr_file=output, km=kernel.manager, on_cell_start=on_start, on_cell_execute=on_execute,
                 iopub_timeout=600)  # seconds, for cells that print a lot
-            fault = None if (target.parent/"metrics.json").exists() else "it ended without a metrics.json: the last cell must call `run.finish(...)`"
+            early = "it was ended before its last cell, with `exit()`: leave that out" if now["cell"] < total else ""
+            fault = None if (target.parent/"metrics.json").exists() else early or "it ended without a metrics.json: the last cell must call `run.finish(...)`"
             trace = ""
         except papermill.PapermillExecutionError as e:
             fault = e.evalue if e.ename == "BadInput" else f"{e.ename}: {(e.evalue.splitlines() or [''])[-1]}"
