@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import random
 import re
+import subprocess
 import sys
 import tarfile
 import types
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from histonb.core import BadInput, read_json
-from histonb.models.weights import check_tensors, fill, find_network, flat, read_state
+from histonb.models.weights import check_tensors, fill, find_network, flat, read_state, write_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -510,3 +511,16 @@ def test_a_record_that_claims_to_be_a_folder_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(BadInput, match="is a folder"):
         read_state(path)
+
+
+def test_a_full_disk_while_weights_are_written(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(BadInput, match=r"w\.safetensors: the disk is full(.|\n)*Free some disk space"):
+            write_tensors({"a": torch.zeros(10**5)}, tmp_path/"w.safetensors")
+        assert not list(tmp_path.iterdir())  # nothing half-written is left
+        write_tensors(STATE, tmp_path/"w.safetensors")
+        assert read_state(tmp_path/"w.safetensors").keys() == STATE.keys()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -438,9 +438,9 @@ def _execute(study, stage):
             fault = None if (target.parent/"metrics.json").exists() else early or "it ended without a metrics.json: the last cell must call `run.finish(...)`"
             trace = ""
         except papermill.PapermillExecutionError as e:
-            fault = e.evalue if e.ename == "BadInput" else f"{e.ename}: {(e.evalue.splitlines() or [''])[-1]}"
+            fault = e.evalue if e.ename in ("BadInput", "Refused") else f"{e.ename}: {(e.evalue.splitlines() or [''])[-1]}"
             if told := _told(e): fault = told
-            trace = "" if e.ename == "BadInput" else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
+            trace = "" if e.ename in ("BadInput", "Refused") else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
         except OSError as e:
             told = refusal(e, target)
             name = Path(e.filename).name if e.filename else target.name

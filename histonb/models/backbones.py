@@ -10,13 +10,12 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from ..core import BadInput, atomic_path, digest, nearest, read_json, write_json
+from ..core import BadInput, digest, nearest, read_json, write_json
 from .fronts import behind
 from .vit import VIT, vit
-from .weights import build_filled, find_file, find_network, flat, plain, read_state
+from .weights import build_filled, find_file, find_network, flat, plain, read_state, write_tensors
 from .xcit import XCIT, xcit
 
 # %% ../../nbs/models/18_backbones.ipynb #cell-005
@@ -91,8 +90,7 @@ def save(
 ):
     "Write `backbone.safetensors` and `backbone.json`, each atomically."
     folder = Path(folder)
-    with atomic_path(folder/"backbone.safetensors") as p:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, p, {"format": "pt"})
+    write_tensors(model.state_dict(), folder/"backbone.safetensors")
     write_json(folder/"backbone.json", {"name": name, "in_chans": getattr(model, "in_chans", 3), "mean": list(mean),
                                         "std": list(std), "weights": digest(folder/"backbone.safetensors"), **extra})
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, atomic_path, build, digest, nearest, read_json, write_json
-from .weights import build_filled, flat, plain, read_state
+from ..core import BadInput, build, digest, nearest, read_json, write_json
+from .weights import build_filled, flat, plain, read_state, write_tensors
 
 # %% ../../nbs/models/14_cerberus.ipynb #cell-005
 REGIONS = ("background", "inner", "contour") # of every task that finds instances
@@ -218,7 +217,7 @@ def save(
 ):
     "Write the weights and what they are, each atomically."
     folder = Path(folder)
-    with atomic_path(folder/"cerberus.safetensors") as p: save_file({k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}, p, {"format": "pt"})
+    write_tensors(net.state_dict(), folder/"cerberus.safetensors")
     write_json(folder/"cerberus.json", {"tasks": [dataclasses.asdict(t) for t in net.tasks.values()], "arch": net.arch, "width": net.width, "mpp": mpp,
                                         "weights": digest(folder/"cerberus.safetensors"), **about})
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'OTHER_FILES', 'HARMLESS', 'MAPPINGS', 'plain', 'StandIn', 'find_file', 'read_state', 'flat',
-           'find_network', 'check_tensors', 'match', 'fill', 'build_filled']
+           'find_network', 'check_tensors', 'match', 'fill', 'build_filled', 'write_tensors']
 
 # %% ../../nbs/models/10c_weights.ipynb #cell-002
 import _compat_pickle
@@ -18,10 +18,11 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import BadInput, read_json
+from ..core import BadInput, atomic_path, read_json, refusals_told
 
 # %% ../../nbs/models/10c_weights.ipynb #cell-005
 SUFFIXES = ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pth.tar" # of files of weights
@@ -337,3 +338,16 @@ def build_filled(
     model = build()
     model.load_state_dict(fits, strict=False)
     return model.eval(), report
+
+def write_tensors(
+    tensors: dict, # by name
+    path, # file to write, in safetensors' layout
+):
+    "Write tensors, atomically. What the file system refuses is `BadInput`."
+    whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with refusals_told(path), atomic_path(path) as p:
+        try: save_file(whole, p, {"format": "pt"})
+        except SafetensorError as e:  # it has an error of its own for a full disk
+            number = re.search(r"\(os error (\d+)\)", str(e))
+            if number is None: raise
+            raise OSError(int(number[1]), str(e)) from e

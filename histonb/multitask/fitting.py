@@ -15,14 +15,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from ..core import BadInput, append_jsonl, atomic_path, check_ranges, digest, progress, read_json, read_jsonl, write_json
+from ..core import BadInput, append_jsonl, check_ranges, digest, progress, read_json, read_jsonl, write_json
 from ..models.running import (Stopped, checkpoints, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision,
                               kept_rows, latest_checkpoint, loader, memory_layout, memory_used, read_checkpoint, same_run, timed,
                               write_checkpoint)
-from ..models.weights import fill, read_state
+from ..models.weights import fill, read_state, write_tensors
 from .pictures import Pictures, batches
 
 # %% ../../nbs/multitask/46b_fitting.ipynb #cell-005
@@ -181,6 +180,6 @@ def _finish(fitter, select):
     c, folder, found = fitter.c, Path(fitter.c.out), checkpoints(fitter.c.out)
     best = [path for _, path, is_best in found if is_best]
     state = read_checkpoint(best[0]) if best else fitter.state()
-    with atomic_path(folder/"weights.safetensors") as p: save_file({k: v.detach().cpu().contiguous().clone() for k, v in state["net"].items()}, p, {"format": "pt"})
+    write_tensors(state["net"], folder/"weights.safetensors")
     write_json(folder/"fit.json", {"epoch": state["epoch"], "epochs": c.epochs, "steps": c.epochs*fitter.per_epoch, "best": fitter.best})
     for _, path, _ in found: path.unlink()

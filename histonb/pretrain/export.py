@@ -16,11 +16,11 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 import histonb
 from ..core import BadInput, digest, foreign_errors, read_json, read_jsonl, read_parquet, read_record, refusals_told, write_json
 from ..models import backbones
+from ..models.weights import write_tensors
 from .config import PRESETS, preset
 
 # %% ../../nbs/pretrain/23c_export.ipynb #cell-007
@@ -207,7 +207,7 @@ def export(
     with refusals_told(out):
         try:
             partial.mkdir(parents=True)
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial/"model.safetensors", {"format": "pt"})
+            write_tensors(model.state_dict(), partial/"model.safetensors")
             write_json(partial/"config.json", settings)
             (partial/"README.md").write_text(card(run, info, settings, out.name, licence), encoding="utf-8")
             _check_in_timm(model, info, partial, settings["pretrained_cfg"]["input_size"][1])
