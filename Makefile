@@ -49,7 +49,7 @@ notebooks: .venv/dev.installed ## execute the module notebooks and save their ou
 	$(MAKE) readme
 
 readme: .venv/dev.installed ## README.md from nbs/index.ipynb
-	$(BIN)/python -m histonb.jobs.readme
+	$(BIN)/python -m histonb.studies.readme
 
 publish: ## keep the figures of the last demo in runs/published, from which README takes its results
 	@for stage in runs/demo/*/metrics.json; do kept=runs/published/demo/$$(basename $$(dirname $$stage)); mkdir -p $$kept; \

@@ -17,11 +17,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from histonb.core import read_json
-from histonb.data.phantom import draw_field, draw_slide
-from histonb.data.writing import write_slide
+from histonb.synthetic.phantom import draw_field, draw_slide
+from histonb.synthetic.writing import write_slide
 from histonb.models.cerberus import Cerberus
-from histonb.multitask.annotate import annotate_slide
-from histonb.multitask.stitching import TILE, Scorer, as_input, margin_of, tile_scores
+from histonb.annotate.slide import annotate_slide
+from histonb.segment.tiled_inference import TILE, Scorer, as_input, margin_of, tile_scores
 
 READ, KEPT = 448, 144
 CUT = (READ - KEPT)//2

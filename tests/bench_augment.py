@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core import repo_root, write_json
-from histonb.data.augment import MEAN, STD, MultiCrop
-from histonb.data.phantom import draw_field
+from histonb.training.augmentation import MEAN, STD, MultiCrop
+from histonb.synthetic.phantom import draw_field
 
 class Blur:
     "PIL's own blur, as in DINO's code; torchvision's is several times slower."

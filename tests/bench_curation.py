@@ -19,8 +19,8 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.neighbors import NearestNeighbors
 
 from histonb.core import progress, repo_root, write_json
-from histonb.pretrain.clusters import UnitRows, blocks, cluster_levels, hierarchy, kmeans, moments, neighbours
-from histonb.pretrain.curation import balance, cap_slides, curate, near_duplicates
+from histonb.curate.clusters import UnitRows, blocks, cluster_levels, hierarchy, kmeans, moments, neighbours
+from histonb.curate.curation import balance, cap_slides, curate, near_duplicates
 
 
 def write(path, n, dim=512, kinds=2000, seed=0):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import torch
 
-from histonb.models.hiding import token_grid
+from histonb.models.masking import token_grid
 from histonb.pretrain.config import preset, settle
 from histonb.pretrain.trainer import Trainer
 

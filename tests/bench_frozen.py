@@ -20,11 +20,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core import repo_root, write_json
-from histonb.data.example import example_tiles
-from histonb.data.shards import TileShards
-from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.features import extract
-from histonb.evaluate.probes import fit_linear, fit_mlp, sweep
+from histonb.datasets.example import example_tiles
+from histonb.slides.tile_store import TileShards
+from histonb.probe.encoders import load_encoder
+from histonb.probe.features import extract
+from histonb.probe.probes import fit_linear, fit_mlp, sweep
 from histonb.models.decoders import MLPClassifier
 
 NANO = "xcit_nano_12_p16_224"

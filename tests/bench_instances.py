@@ -8,9 +8,9 @@ from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
 from histonb.core import repo_root, write_json
-from histonb.evaluate.objects import figures_of, object_sums, pair_counts
-from histonb.multitask.instances import glands, majority_types, nuclei, object_table
-from histonb.multitask.targets import instance_target
+from histonb.metrics.objects import figures_of, object_sums, pair_counts
+from histonb.segment.instances import glands, majority_types, nuclei, object_table
+from histonb.segment.targets import instance_target
 
 
 def field(n, step, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn import metrics as sk
 
 from histonb.core import repo_root, write_json
-from histonb.evaluate.metrics import METRICS, confusion_by_group, resample, scores
+from histonb.metrics.classification import METRICS, confusion_by_group, resample, scores
 
 N_SLIDES, TILES, N_CLASSES, N_BOOT = 100, 100, 5, 1000
 SHARE = .05 # of the resamples that the plain loop is timed on

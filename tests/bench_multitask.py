@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from histonb.core import read_jsonl
-from histonb.multitask import samples, sets
-from histonb.multitask.training import TrainConfig, Trainer, settle, train
+from histonb.segment import samples
+from histonb.datasets import readers as sets
+from histonb.segment.training import TrainConfig, Trainer, settle, train
 
 SETS = tuple({"reader": "phantom_fields", "n": 8, "seed": s, "size": 256, "truths": t} for s, t in ((1, ["gland"]), (2, ["lumen"]), (3, ["nucleus"])))
 SIZE = dict(arch="resnet18", width=.5, crop=192, batch_size=12, device="cpu")

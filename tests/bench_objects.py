@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from histonb.core import repo_root, write_json
-from histonb.evaluate.objects import figures_of, object_sums, pair_counts
+from histonb.metrics.objects import figures_of, object_sums, pair_counts
 
 
 def field(n, seed, step):

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
 from histonb.core import repo_root, write_json
-from histonb.evaluate.overlap import five_figures, mask_overlap, overlap_figures
+from histonb.metrics.overlap import five_figures, mask_overlap, overlap_figures
 
 N, SIDE, N_CASES = 2228, 224, 353
 SHARE = .05 # of the masks that scikit-learn is timed on

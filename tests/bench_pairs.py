@@ -16,9 +16,9 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from histonb.core import repo_root, write_json
-from histonb.data.ebhi import THRESHOLD, read
-from histonb.data.pair_augment import EBHIAugment
-from histonb.data.phantom import draw_field
+from histonb.datasets.ebhi import THRESHOLD, read
+from histonb.training.pair_augmentation import EBHIAugment
+from histonb.synthetic.phantom import draw_field
 
 NEAREST, BILINEAR = TF.InterpolationMode.NEAREST, TF.InterpolationMode.BILINEAR
 

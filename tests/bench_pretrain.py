@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from histonb.core import read_jsonl, repo_root, write_json
-from histonb.data.example import example_tiles
+from histonb.datasets.example import example_tiles
 
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"
 

@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 
 from histonb.core import progress, read_json, write_json
-from histonb.data.slides import open_slide
+from histonb.slides.slides import open_slide
 
 WIDTH, HEIGHT, SIZE, QUALITY = 20_000, 25_000, 224, 70
 VARIANTS = {
@@ -152,7 +152,7 @@ def with_openslide(pool, path, xy, check=False):
 
 def peak(path):
     """Peak resident memory, MiB, of a fresh process that imports the module and reads every tissue tile; and of the import alone."""
-    code = ("import json, re, sys; from histonb.data.slides import open_slide\n"
+    code = ("import json, re, sys; from histonb.slides.slides import open_slide\n"
             "mib = lambda: int(re.search('VmHWM: *(.*) kB', open('/proc/self/status').read().replace(chr(9), ''))[1])/1024\n"
             "base = mib(); xy = json.load(open(sys.argv[2]))['xy']\n"
             "with open_slide(sys.argv[1]) as s: s.map_tiles(lambda i, tile: None, xy)\n"

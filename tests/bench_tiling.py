@@ -19,11 +19,11 @@ import numpy as np
 import tifffile
 
 from histonb.core import progress, read_json, write_json
-from histonb.data.criteria import metrics
-from histonb.data.phantom import write_cohort
-from histonb.data.shards import SlideTiles, TileShards
-from histonb.data.slides import open_slide
-from histonb.data.tiles import TileRule, grid, tile_slide
+from histonb.slides.tile_quality import metrics
+from histonb.synthetic.phantom import write_cohort
+from histonb.slides.tile_store import SlideTiles, TileShards
+from histonb.slides.slides import open_slide
+from histonb.slides.tiles import TileRule, grid, tile_slide
 
 SIZE = 224
 HISTOPREP = """
@@ -38,8 +38,8 @@ print(len(found), time.perf_counter() - start)
 COHORT = """
 import re, sys, time
 import pandas as pd
-from histonb.data.cohorts import Cohort
-from histonb.data.tiling import tile_cohort
+from histonb.datasets.cohorts import Cohort
+from histonb.slides.tiling import tile_cohort
 rows = pd.read_parquet(sys.argv[1])
 start = time.perf_counter()
 table = tile_cohort(Cohort("bench", rows, pd.DataFrame(columns=["slide", "path", "fault", "remedy"])), sys.argv[2])
@@ -194,7 +194,7 @@ def measure_slide(name, options, folder, args, pool, peer):
 
 def measure_growth(folder, counts=(1, 10, 40)):
     "Seconds a slide and peak memory of jobs over more and more slides."
-    from histonb.data.cohorts import panda
+    from histonb.datasets.cohorts import panda
     root = folder/"growth"
     if not (root/"train.csv").exists(): write_cohort(root, n_slides=4, shape=(6000, 4000))
     slides, grown = panda(root).slides, []

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from histonb.data.ebhi import ebhi_seg
-from histonb.data.pair_augment import EBHIAugment
-from histonb.multitask.encoders import trunk
-from histonb.multitask.fitting import FitConfig
-from histonb.multitask.pictures import Pictures, example, parts
-from histonb.multitask.transfer_classes import fine_tune
-from histonb.multitask.transfer_masks import NETWORKS, Sizes, segment
+from histonb.datasets.ebhi import ebhi_seg
+from histonb.training.pair_augmentation import EBHIAugment
+from histonb.transfer.encoders import trunk
+from histonb.transfer.supervised import FitConfig
+from histonb.transfer.ebhi_dataset import Pictures, example, parts
+from histonb.transfer.classes import fine_tune
+from histonb.transfer.masks import NETWORKS, Sizes, segment
 
 
 def main():

@@ -15,18 +15,18 @@ import torch
 
 from histonb import cli
 from histonb.core import BadInput, read_json
-from histonb.data.phantom import draw_field, draw_slide
-from histonb.data.slides import Slide, open_slide
-from histonb.data.writing import write_slide
-from histonb.evaluate.objects import figures_of, object_sums, pair_counts
+from histonb.synthetic.phantom import draw_field, draw_slide
+from histonb.slides.slides import Slide, open_slide
+from histonb.synthetic.writing import write_slide
+from histonb.metrics.objects import figures_of, object_sums, pair_counts
 from histonb.models.cerberus import TASKS, Cerberus, save
-from histonb.multitask.annotate import Parts, annotate_slide, tiles_with_tissue, tissue_squares
-from histonb.multitask.editing import EDITS, edits, pair_outlines, read_objects
-from histonb.multitask.exporting import on_slide, write_objects
-from histonb.multitask.instances import majority_types, object_table, separate
-from histonb.multitask.seams import find_all, find_in_window, inside, outlines_of
-from histonb.multitask.stitching import Resampled, Scorer, StainScorer, as_input, boxes, find_scorer, margin_of, predict
-from histonb.multitask.targets import instance_target
+from histonb.annotate.slide import Parts, annotate_slide, tiles_with_tissue, tissue_squares
+from histonb.annotate.editing import EDITS, edits, pair_outlines, read_objects
+from histonb.annotate.exporting import on_slide, write_objects
+from histonb.segment.instances import majority_types, object_table, separate
+from histonb.annotate.tile_merging import find_all, find_in_window, inside, outlines_of
+from histonb.segment.tiled_inference import Resampled, Scorer, StainScorer, as_input, boxes, find_scorer, margin_of, predict
+from histonb.segment.targets import instance_target
 
 REAL = Path(__file__).parents[2]/"shared/data/slides/CMU-1-Small-Region.svs"
 HISTONB = str(Path(sys.executable).with_name("histonb"))
@@ -374,7 +374,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(stop, slide, annotated
 
 
 def test_a_run_stopped_among_windows_or_while_writing_goes_on(slide, annotated, tmp_path, monkeypatch):
-    from histonb.multitask import annotate as module
+    from histonb.annotate import slide as module
     real, calls = module.find_in_window, []
     def stopping(read, task, at, *args, **kwargs):
         calls.append((task, tuple(at)))
@@ -446,7 +446,7 @@ def test_an_annotation_is_overwritten_or_left_as_it_is_where_that_is_asked_for(f
 
 
 def test_a_processor_computes_in_fp32_unless_asked_and_a_slide_ends_as_it_was_begun(tmp_path, monkeypatch):
-    from histonb.models import running
+    from histonb.training import running
     monkeypatch.setattr(running, "best_precision", lambda device: "bf16")
     net = network(tasks=("nucleus",))
     assert [Scorer(net, device="cpu", precision=p).precision for p in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
@@ -609,7 +609,7 @@ def test_the_command_annotates_and_names_what_it_cannot(tmp_path, histonb):
 
 
 def test_the_command_looks_for_slides_before_weights(tmp_path, histonb, monkeypatch):
-    from histonb.multitask import stitching
+    from histonb.segment import tiled_inference as stitching
     monkeypatch.setattr(stitching, "find_scorer", lambda *_: 1/0)
     for slides in (["nosuch.svs"], ["nosuch.svs", "nor_this.svs"]):
         code, _, faults = histonb("annotate", *slides, "--weights", "w.tar", "--out", tmp_path)
@@ -689,7 +689,7 @@ def test_damaged_work_that_was_begun_is_named(tmp_path, monkeypatch, what):
     write_slide(tmp_path/"s.tiff", draw_field(3, size=288).image, mpp=.5, tile=144, levels=(1,))
     def annotate(): return annotate_slide(tmp_path/"s.tiff", "stain", tmp_path/"out", tile=144)
     with monkeypatch.context() as patch:
-        patch.setattr("histonb.multitask.annotate.write_objects", lambda *args: 1/0)
+        patch.setattr("histonb.annotate.slide.write_objects", lambda *args: 1/0)
         with pytest.raises(ZeroDivisionError): annotate()
     parts = tmp_path/"out/s/parts"
     (parts/"damaged.json").write_text("[]")

@@ -12,12 +12,12 @@ import timm
 import torch
 
 from histonb.core import BadInput
-from histonb.data.phantom import draw_field
-from histonb.data.shards import SlideTiles, fit
-from histonb.data.slides import open_slide
-from histonb.evaluate.attention import (View, attention_maps, keep, on_grid, on_target, overlay, plot_maps, plot_slide, possible, slide_map,
+from histonb.synthetic.phantom import draw_field
+from histonb.slides.tile_store import SlideTiles, fit
+from histonb.slides.slides import open_slide
+from histonb.probe.attention import (View, attention_maps, keep, on_grid, on_target, overlay, plot_maps, plot_slide, possible, slide_map,
                                         to_tile, views)
-from histonb.evaluate.encoders import Encoder, EncoderSpec, load_encoder
+from histonb.probe.encoders import Encoder, EncoderSpec, load_encoder
 from histonb.models.vit import class_attention, look, vit
 from histonb.models.xcit import xcit
 

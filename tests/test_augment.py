@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core import BadInput
-from histonb.data import augment
-from histonb.data.augment import MultiCrop, channel_stats, eval_transform, hed_from_rgb, rgb_from_hed, to_tensor
+from histonb.training import augmentation as augment
+from histonb.training.augmentation import MultiCrop, channel_stats, eval_transform, hed_from_rgb, rgb_from_hed, to_tensor
 
 SLIDE = Path(__file__).parents[2]/"shared/data/panda/train_images/006f6aa35a78965c92fffd1fbd53a058.tiff"
 

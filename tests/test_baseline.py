@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 from histonb.core import BadInput
-from histonb.data.fields import at_mpp, folders, glas
-from histonb.data.phantom import draw_field
-from histonb.evaluate.objects import FIGURES, object_figures, pair_counts
-from histonb.multitask.baseline import BASELINES, UNTRAINED, set_numbers, stain_glands, stain_nuclei, threshold_glands
+from histonb.datasets.regions import at_mpp, folders, glas
+from histonb.synthetic.phantom import draw_field
+from histonb.metrics.objects import FIGURES, object_figures, pair_counts
+from histonb.segment.baselines import BASELINES, UNTRAINED, set_numbers, stain_glands, stain_nuclei, threshold_glands
 
 REAL = Path(__file__).parents[2]/"shared/data"
 

@@ -39,7 +39,7 @@ def test_debug_shows_the_traceback():
     assert done.returncode != 0 and "Traceback" in done.stderr and "BadInput" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["histonb", "histonb.core", "histonb.cli", "histonb.jobs.runs", "histonb.jobs.studies", "histonb.jobs.site"])
+@pytest.mark.parametrize("module", ["histonb", "histonb.core", "histonb.cli", "histonb.studies.runs", "histonb.studies.studies", "histonb.studies.pages"])
 def test_nothing_heavy_is_imported_early(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'pandas', 'papermill', 'nbformat', 'nbconvert', 'matplotlib', 'timm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
@@ -62,7 +62,7 @@ def test_status_outside_a_repository_and_without_studies(tmp_path):
 
 
 def test_tile_a_cohort_and_single_slides(tmp_path):
-    from histonb.data.phantom import write_cohort
+    from histonb.synthetic.phantom import write_cohort
     write_cohort(tmp_path / "cohort", n_slides=2, shape=(1500, 1200), workers=0)
     done = histonb("tile", tmp_path / "cohort", "--out", tmp_path / "tiles")
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_tile_a_cohort_and_single_slides(tmp_path):
 
 def test_tile_takes_files_of_any_name_and_sets_unusable_ones_aside(tmp_path):
     "Equal stems, long and strange names; and whatever cannot even be looked for."
-    from histonb.data.phantom import write_cohort
+    from histonb.synthetic.phantom import write_cohort
     write_cohort(tmp_path/"cohort", n_slides=1, shape=(1000, 1000), workers=0)
     slide = next((tmp_path/"cohort/train_images").glob("*.tiff"))
     names = ["a/x.tiff", "b/x.tiff", "x.svs", "y.b.tiff", ".z.tiff", "\u8abf"*28 + ".tiff", "100%41 #?'\n.TIFF", "-q.tiff"]
@@ -104,7 +104,8 @@ def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypat
 
     from histonb import cli
     from histonb.core import BadInput, write_json
-    from histonb.multitask import annotate, stitching
+    from histonb.annotate import slide as annotate
+    from histonb.segment import tiled_inference as stitching
     def annotated(slide, scorer, out, **options):
         if slide.stem == "bad": raise IndexError("index 7 is out of bounds")
         if slide.stem == "full": raise OSError(28, "No space left on device")
@@ -128,9 +129,9 @@ def test_tile_says_how_much_of_a_slide_is_damaged(tmp_path):
     from typer.testing import CliRunner
 
     from histonb import cli
-    from histonb.data.phantom import draw_slide
-    from histonb.data.slides import open_slide
-    from histonb.data.writing import write_slide
+    from histonb.synthetic.phantom import draw_slide
+    from histonb.slides.slides import open_slide
+    from histonb.synthetic.writing import write_slide
     slide = tmp_path/"a.tiff"
     write_slide(slide, draw_slide(1, (1000, 1000), cover=(.6, .7)).image, mpp=None, tile=256)
     data = bytearray(slide.read_bytes())

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from histonb.core import BadInput
-from histonb.data import cohorts
-from histonb.data.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, panda, read_xlsx
-from histonb.data.labels import CODES
-from histonb.data.phantom import write_cohort
+from histonb.datasets import cohorts
+from histonb.datasets.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, panda, read_xlsx
+from histonb.slides.labels import CODES
+from histonb.synthetic.phantom import write_cohort
 
 PANDA = Path(__file__).parents[2]/"shared/data/panda"
 HEADER = "image_id,data_provider,isup_grade,gleason_score\n"
@@ -49,8 +49,8 @@ def test_real_table_in_full(tmp_path):
 
 @needs_panda
 def test_real_slide_opens():
-    from histonb.data.labels import to_labels
-    from histonb.data.slides import open_slide
+    from histonb.slides.labels import to_labels
+    from histonb.slides.slides import open_slide
     row = next(panda(PANDA).slides.itertuples())
     with open_slide(row.image) as slide, open_slide(row.mask) as mask:
         assert slide.shapes[0] == mask.shapes[0]
@@ -170,7 +170,7 @@ def test_workbooks(tmp_path):
     assert refused > 100
 
 def test_readers_are_found_in_one_place():
-    from histonb.data import pairs, sicapv2
+    from histonb.datasets import pairs, sicapv2
     assert cohorts.sicapv2 is sicapv2.sicapv2 and cohorts.pairs is pairs.pairs
     with pytest.raises(AttributeError, match="no reader `sicap`.*Did you mean `sicapv2`?"): cohorts.sicap
 

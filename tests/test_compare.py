@@ -8,8 +8,8 @@ import papermill
 import pytest
 
 from histonb.core import write_json
-from histonb.evaluate import metrics
-from histonb.evaluate.crossval import case_folds
+from histonb.metrics import classification as metrics
+from histonb.probe.cross_validation import case_folds
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["a", "b", "c"]
@@ -35,7 +35,7 @@ def probe(folder, name, skill, seed=0, out_dim=None):
 
 def compare(out, **parameters):
     out.mkdir()
-    papermill.execute_notebook(ROOT/"nbs/reports/90_compare.ipynb", out/"notebook.ipynb", kernel_name="python3", progress_bar=False,
+    papermill.execute_notebook(ROOT/"nbs/reports/compare_probes.ipynb", out/"notebook.ipynb", kernel_name="python3", progress_bar=False,
                                parameters={"out": str(out), "n_boot": 100, **parameters})
     return json.loads((out/"metrics.json").read_text())
 

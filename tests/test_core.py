@@ -17,7 +17,7 @@ import pytest
 from histonb import core
 from histonb.core import (RANGES, BadInput, Refused, append_jsonl, atomic_path, check_ranges, content_key, folder_keys, hold, is_held, read_json,
                           read_jsonl, refusal, refusals_told, write_json)
-from histonb.jobs.studies import parameter_types
+from histonb.studies.studies import parameter_types
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -240,9 +240,9 @@ def test_a_folder_is_its_files(tmp_path):
 
 # Parameters
 
-CONFIGS = {"histonb.pretrain.config": "PretrainConfig", "histonb.multitask.training": "TrainConfig", "histonb.multitask.fitting": "FitConfig",
-           "histonb.multitask.transfer_masks": "Sizes", "histonb.data.tiles": "TileRule", "histonb.jobs.studies": "Resources",
-           "histonb.jobs.slurm": "Profile"}
+CONFIGS = {"histonb.pretrain.config": "PretrainConfig", "histonb.segment.training": "TrainConfig", "histonb.transfer.supervised": "FitConfig",
+           "histonb.transfer.masks": "Sizes", "histonb.slides.tiles": "TileRule", "histonb.studies.studies": "Resources",
+           "histonb.studies.slurm": "Profile"}
 
 
 def config_class(module): return getattr(importlib.import_module(module), CONFIGS[module])
@@ -272,10 +272,10 @@ def test_impossible_settings_of_a_pre_training(values, says):
 
 
 @pytest.mark.parametrize(("module", "values"), [
-    ("histonb.multitask.training", {"lr": -1.}), ("histonb.multitask.training", {"mpp": 0.}), ("histonb.multitask.training", {"glass": 2.}),
-    ("histonb.multitask.training", {"log_every": 0}), ("histonb.multitask.training", {"val_share": 1.}), ("histonb.multitask.training", {"width": 0.}),
-    ("histonb.multitask.fitting", {"weight_decay": -.1}), ("histonb.multitask.fitting", {"workers": -1}), ("histonb.multitask.fitting", {"lr": 0.}),
-    ("histonb.multitask.transfer_masks", {"depth": 9}), ("histonb.multitask.transfer_masks", {"medt_heads": 0})])
+    ("histonb.segment.training", {"lr": -1.}), ("histonb.segment.training", {"mpp": 0.}), ("histonb.segment.training", {"glass": 2.}),
+    ("histonb.segment.training", {"log_every": 0}), ("histonb.segment.training", {"val_share": 1.}), ("histonb.segment.training", {"width": 0.}),
+    ("histonb.transfer.supervised", {"weight_decay": -.1}), ("histonb.transfer.supervised", {"workers": -1}), ("histonb.transfer.supervised", {"lr": 0.}),
+    ("histonb.transfer.masks", {"depth": 9}), ("histonb.transfer.masks", {"medt_heads": 0})])
 def test_impossible_settings_of_other_trainings(module, values):
     where = {} if CONFIGS[module] == "Sizes" else {"out": "out"}
     with pytest.raises(BadInput, match=f"`{next(iter(values))}` is"): config_class(module)(**where, **values)
@@ -283,7 +283,7 @@ def test_impossible_settings_of_other_trainings(module, values):
 
 @pytest.mark.parametrize("values", [{"white": 0}, {"mpp": 0.}, {"mpp": -.5}, {"level": -1}, {"max_emptiness": math.nan}, {"min_coverage": 1.5}])
 def test_impossible_rules_of_tiles(values):
-    from histonb.data.tiles import TileRule
+    from histonb.slides.tiles import TileRule
     with pytest.raises(BadInput): TileRule(**values)
 
 

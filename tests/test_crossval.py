@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from histonb.core import BadInput
-from histonb.evaluate import crossval, metrics
-from histonb.evaluate.crossval import case_folds, cross_validate, tuned
+from histonb.probe import cross_validation as crossval
+from histonb.metrics import classification as metrics
+from histonb.probe.cross_validation import case_folds, cross_validate, tuned
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

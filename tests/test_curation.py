@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from histonb.core import BadInput
-from histonb.data.example import example_tiles
-from histonb.data.images import join_stores, store_with
-from histonb.data.shards import TileShards
-from histonb.pretrain.clusters import UnitRows, cluster_levels, hierarchy, kmeans, moments, neighbours
-from histonb.pretrain.curation import balance, cap_slides, components, curate, near_duplicates, turns
+from histonb.datasets.example import example_tiles
+from histonb.datasets.images import join_stores, store_with
+from histonb.slides.tile_store import TileShards
+from histonb.curate.clusters import UnitRows, cluster_levels, hierarchy, kmeans, moments, neighbours
+from histonb.curate.curation import balance, cap_slides, components, curate, near_duplicates, turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,14 +52,14 @@ def test_many_equal_rows_take_blocks(monkeypatch):
     "Blocks of a few rows find what one block finds."
     x = planted(300, 40)
     whole = near_duplicates(x, .95)[0]
-    monkeypatch.setattr("histonb.pretrain.curation.PAIRS", 1000)
+    monkeypatch.setattr("histonb.curate.curation.PAIRS", 1000)
     assert np.array_equal(near_duplicates(x, .95)[0], whole)
 
 
 def test_neighbours_are_exact_across_blocks(monkeypatch):
     x = planted()
     s = UnitRows(x)[:]@UnitRows(x)[:].T
-    monkeypatch.setattr("histonb.pretrain.clusters.ROWS", 100)
+    monkeypatch.setattr("histonb.curate.clusters.ROWS", 100)
     index, cosine = neighbours(x, x, 4)
     assert np.allclose(cosine, -np.sort(-s, 1)[:, :4], atol=1e-5)
     assert np.allclose(np.take_along_axis(s, index, 1), cosine, atol=1e-5)

@@ -8,11 +8,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn import functional as F
 
 from histonb.core import BadInput
-from histonb.data.labels import IGNORE, LABELS
-from histonb.evaluate import decoding, scoring
-from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.features import cache_paths, extract, load_features
-from histonb.evaluate.scoring import MASK_FIGURES, Constant, mask_counts, mask_figures
+from histonb.slides.labels import IGNORE, LABELS
+from histonb.probe import decoder_scores as scoring, dense_probes as decoding
+from histonb.probe.encoders import load_encoder
+from histonb.probe.features import cache_paths, extract, load_features
+from histonb.probe.decoder_scores import MASK_FIGURES, Constant, mask_counts, mask_figures
 from histonb.models.decoders import MaskDecoder, MLPClassifier, PatchSegmenter
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from histonb.core import BadInput, append_jsonl, write_json
-from histonb.data.shards import ShardWriter, record
-from histonb.models import running
+from histonb.slides.tile_store import ShardWriter, record
+from histonb.training import running
 from histonb.models.backbones import backbone
-from histonb.multitask import watching
+from histonb.segment import validation as watching
 from histonb.pretrain.config import PretrainConfig, settle
 from histonb.pretrain.diagnostics import LiveCurves, collapse, curves, suspect
 from histonb.pretrain.loading import crop_loader

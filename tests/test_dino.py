@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from histonb.core import BadInput
-from histonb.data.augment import MultiCrop
+from histonb.training.augmentation import MultiCrop
 from histonb.models.backbones import backbone
 from histonb.models.heads import DINOHead, split_checkpoint
 from histonb.pretrain.config import preset, schedules

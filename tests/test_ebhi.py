@@ -16,11 +16,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core import BadInput
-from histonb.data.cohorts import QUARANTINE_COLUMNS, ebhi_seg
-from histonb.data.ebhi import CLASSES, GLANDS, cases, ebhi_glands, listing, read
-from histonb.data.fields import FIELD_COLUMNS
-from histonb.data.pair_augment import EBHIAugment
-from histonb.data.splits import SPLITS, check_leak
+from histonb.datasets.cohorts import QUARANTINE_COLUMNS, ebhi_seg
+from histonb.datasets.ebhi import CLASSES, GLANDS, cases, ebhi_glands, listing, read
+from histonb.datasets.regions import FIELD_COLUMNS
+from histonb.training.pair_augmentation import EBHIAugment
+from histonb.datasets.splits import SPLITS, check_leak
 
 REAL = Path(__file__).parents[2]/"shared/data/EBHI-SEG"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from histonb.core import BadInput, append_jsonl, digest, read_json, write_json
-from histonb.evaluate.encoders import load_encoder
+from histonb.probe.encoders import load_encoder
 from histonb.models import backbones
 from histonb.pretrain.config import PRESETS, preset
 from histonb.pretrain.export import card, export, last_figures, nearest_preset, origin, timm_config

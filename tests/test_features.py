@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from histonb.core import BadInput, read_json
-from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.features import cache_paths, extract, extract_all, load_features, tiles_key
+from histonb.probe.encoders import load_encoder
+from histonb.probe.features import cache_paths, extract, extract_all, load_features, tiles_key
 from histonb.models import backbones
 
 NANO = "xcit_nano_12_p16_224"

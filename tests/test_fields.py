@@ -17,14 +17,14 @@ from scipy.io import loadmat, savemat
 from scipy.ndimage import label as components
 from scipy.sparse import csr_array
 
-import histonb.data.fields as fields
+import histonb.datasets.regions as fields
 from histonb.core import BadInput
-from histonb.data.annotations import NCT, crag, folders, glas, patch_folders, read_map, read_mat, type_map, types_by_id
-from histonb.data.cohorts import QUARANTINE_COLUMNS
-from histonb.data.fields import CLASSES, FIELD_COLUMNS, TISSUES, TRUTHS, Field, at_mpp, clean_instances, outline, phantom_fields
-from histonb.data.nuclei import consep, lizard, pannuke
-from histonb.data.phantom import draw_field
-from histonb.data.splits import check_leak, grouped_split
+from histonb.datasets.annotations import NCT, crag, folders, glas, patch_folders, read_map, read_mat, type_map, types_by_id
+from histonb.datasets.cohorts import QUARANTINE_COLUMNS
+from histonb.datasets.regions import CLASSES, FIELD_COLUMNS, TISSUES, TRUTHS, Field, at_mpp, clean_instances, outline, phantom_fields
+from histonb.datasets.nuclei import consep, lizard, pannuke
+from histonb.synthetic.phantom import draw_field
+from histonb.datasets.splits import check_leak, grouped_split
 
 GLAS, CONSEP = (Path(__file__).parents[2]/"shared/data"/name for name in ("GlaS", "consep_patches"))
 
@@ -314,7 +314,7 @@ def test_mat_files_of_other_kinds(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="not of version 5 to 7.*save it as MATLAB version 7"): read_mat(path, "id")
     path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + struct.pack("<H", 0x200) + b"IM" + bytes(384) + b"\x89HDF\r\n\x1a\n")
     with pytest.raises(BadInput, match="not of version 5 to 7"): read_mat(path, "id")
-    monkeypatch.setattr("histonb.data.annotations._MOST", 2**20)
+    monkeypatch.setattr("histonb.datasets.annotations._MOST", 2**20)
     bomb = zlib.compress(bytes(2**20 + 1000))
     path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x100) + b"IM" + struct.pack("<II", 15, len(bomb)) + bomb)
     with pytest.raises(BadInput, match="more than 1048576 bytes"): read_mat(path, "id")
@@ -853,7 +853,7 @@ def test_arrays_from_nought_to_one_are_refused(tmp_path):
 def test_whatever_a_field_raises_is_said_of_it(tmp_path, monkeypatch, error):
     fields = crag(make_crag(tmp_path))
     def raising(*args, **options): raise error
-    monkeypatch.setattr("histonb.data.annotations.read_image", raising)
+    monkeypatch.setattr("histonb.datasets.annotations.read_image", raising)
     with pytest.raises(BadInput, match=f"Annotation/train_1.png: unexpected {type(error).__name__} in annotations.py, line"): fields[0]
     with pytest.raises(IndexError): fields[2]  # which ends a loop
 

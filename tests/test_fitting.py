@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from histonb.core import BadInput, hold, read_jsonl
-from histonb.data.ebhi import CLASSES, ebhi_seg
-from histonb.data.pair_augment import EBHIAugment
+from histonb.datasets.ebhi import CLASSES, ebhi_seg
+from histonb.training.pair_augmentation import EBHIAugment
 from histonb.models import backbones, cerberus
-from histonb.models.running import Stopped, checkpoints
-from histonb.multitask.encoders import INPUTS, Trunk, trunk
-from histonb.multitask.fitting import FitConfig, answers, fit
-from histonb.multitask.pictures import Pictures, batches, example, parts
+from histonb.training.running import Stopped, checkpoints
+from histonb.transfer.encoders import INPUTS, Trunk, trunk
+from histonb.transfer.supervised import FitConfig, answers, fit
+from histonb.transfer.ebhi_dataset import Pictures, batches, example, parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = ("seconds", "images_per_s", "data_wait", "memory")

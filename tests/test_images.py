@@ -8,12 +8,12 @@ import tifffile
 from PIL import Image
 
 from histonb.core import BadInput, read_json
-from histonb.data import images as images_module
-from histonb.data.cohorts import read_csv
-from histonb.data.images import KEEP_ALL, class_names, find_pictures, images, join_stores, tile_images
-from histonb.data.shards import TileShards
-from histonb.data.splits import check_leak
-from histonb.data.tiling import TileRule
+from histonb.datasets import images as images_module
+from histonb.datasets.cohorts import read_csv
+from histonb.datasets.images import KEEP_ALL, class_names, find_pictures, images, join_stores, tile_images
+from histonb.slides.tile_store import TileShards
+from histonb.datasets.splits import check_leak
+from histonb.slides.tiling import TileRule
 
 REAL = Path(__file__).parents[2]/"shared/data"
 needs_real = pytest.mark.skipif(not (REAL/"EBHI-SEG").exists(), reason="no ../shared/data/EBHI-SEG")

@@ -6,11 +6,11 @@ from scipy.ndimage import binary_fill_holes
 from skimage.segmentation import watershed
 
 from histonb.core import BadInput
-from histonb.data.phantom import draw_field
-from histonb.evaluate.objects import figures_of, object_sums, pair_counts
+from histonb.synthetic.phantom import draw_field
+from histonb.metrics.objects import figures_of, object_sums, pair_counts
 from histonb.models.cerberus import TASKS
-from histonb.multitask import instances as s
-from histonb.multitask.targets import instance_target
+from histonb.segment import instances as s
+from histonb.segment.targets import instance_target
 
 KINDS = ("gland", "lumen", "nucleus")
 

@@ -13,9 +13,9 @@ from typing import Literal, get_origin, get_type_hints
 import pytest
 
 from histonb.core import BadInput, read_json
-from histonb.jobs import studies
-from histonb.jobs.site import duration_text, write_index, write_report
-from histonb.jobs.studies import StageFailed, is_running, load_study, parameter_types, run_study, status
+from histonb.studies import studies
+from histonb.studies.pages import duration_text, write_index, write_report
+from histonb.studies.studies import StageFailed, is_running, load_study, parameter_types, run_study, status
 from histonb.pretrain.config import PretrainConfig
 
 HISTONB = str(Path(sys.executable).with_name("histonb"))
@@ -31,11 +31,11 @@ stages:
     notebook: 20_second
     parameters: {first: "{first}"}
 """
-FIRST = ["# First\n\nIt has $n^2$ as its result.", "from histonb.jobs.runs import start\nrun = start(out, {'n': n})",
+FIRST = ["# First\n\nIt has $n^2$ as its result.", "from histonb.studies.runs import start\nrun = start(out, {'n': n})",
          "## Work", "print('working'); run.path('n.txt').write_text(str(n))", "run.finish(n=n, headline={'n squared': n**2})"]
-SECOND = ["# Second", "from pathlib import Path\nfrom histonb.jobs.runs import start\nrun = start(out, {}, inputs={'first': first})",
+SECOND = ["# Second", "from pathlib import Path\nfrom histonb.studies.runs import start\nrun = start(out, {}, inputs={'first': first})",
           "total = int(Path(first, 'n.txt').read_text()) + 1", "run.finish(total=total)"]
-SLOW = ["# Slow", "import multiprocessing, time\nfrom histonb.core import atomic_path\nfrom histonb.jobs.runs import start\nrun = start(out, {})",
+SLOW = ["# Slow", "import multiprocessing, time\nfrom histonb.core import atomic_path\nfrom histonb.studies.runs import start\nrun = start(out, {})",
         "worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(300,)); worker.start()\n"
         "with atomic_path(run.path('half.txt')) as f:\n    f.write_text('half'); print('worker', worker.pid, flush=True); time.sleep(300)",
         "run.finish()"]
@@ -264,9 +264,9 @@ def test_mistakes_are_found_before_anything_runs(root, right, wrong, message):
                                          ("batchsize: 8", "Did you mean `batch_size`"), ("lr: 0.1, global_scale: [0.4, 1], steps: 3, arch: resnet18, knn_every: null", "")])
 def test_parameters_without_a_default_have_types_nevertheless(root, given, said):
     """What the preset of a pre-training decides is None in its report; a wrong value is found before anything runs."""
-    (root/"nbs/reports/20_pretrain.ipynb").write_text((ROOT/"nbs/reports/20_pretrain.ipynb").read_text())
+    (root/"nbs/reports/train_dino.ipynb").write_text((ROOT/"nbs/reports/train_dino.ipynb").read_text())
     study = root/"runs/tiny.yaml"
-    study.write_text(STUDY + f"  train:\n    notebook: 20_pretrain\n    parameters: {{{given}}}\n")
+    study.write_text(STUDY + f"  train:\n    notebook: train_dino\n    parameters: {{{given}}}\n")
     if not said:
         assert load_study(study).stages["train"].parameters["lr"] == .1
         return
@@ -275,7 +275,7 @@ def test_parameters_without_a_default_have_types_nevertheless(root, given, said)
 
 
 def test_types_of_the_pretraining_report_are_those_of_its_configuration():
-    hints, types = get_type_hints(PretrainConfig), parameter_types(ROOT/"nbs/reports/20_pretrain.ipynb")
+    hints, types = get_type_hints(PretrainConfig), parameter_types(ROOT/"nbs/reports/train_dino.ipynb")
     assert hints.keys() - types.keys() == {"mean", "std", "device"} and types.keys() - hints.keys() == {"processes", "elastic", "preset"}
     for name, hint in hints.items():
         wanted = str if get_origin(hint) is Literal else list[float] if get_origin(hint) is tuple else hint

@@ -7,10 +7,10 @@ import pytest
 import tifffile
 
 from histonb.core import BadInput
-from histonb.data.layout import padded_factor
-from histonb.data.shards import fit, tile_span
-from histonb.data.slides import open_slide
-from histonb.data.tiles import TileRule, grid, low_resolution_glass, tile_slide
+from histonb.slides.layout import padded_factor
+from histonb.slides.tile_store import fit, tile_span
+from histonb.slides.slides import open_slide
+from histonb.slides.tiles import TileRule, grid, low_resolution_glass, tile_slide
 
 SIZE = (960, 1280)
 

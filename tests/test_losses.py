@@ -7,13 +7,13 @@ import torch
 
 from histonb.core import BadInput
 from histonb.models.backbones import backbone
-from histonb.models.fronts import FRONTS, token_pixels
-from histonb.models.hiding import hide, token_grid
+from histonb.models.frontends import FRONTS, token_pixels
+from histonb.models.masking import hide, token_grid
 from histonb.pretrain.config import PRESETS, preset, settle
 from histonb.pretrain.dino import clip_student
 from histonb.pretrain.loading import crop_loader
 from histonb.pretrain.memory import estimate_memory, measure_memory
-from histonb.pretrain.spread import sinkhorn, spread
+from histonb.pretrain.regularisers import sinkhorn, spread
 from histonb.pretrain.trainer import Stopped, Taught, Trainer, load_backbone, pretrain
 from test_trainer import NO_BN, Tiles, assert_same_run, child, config, finished, last_state, log, losses, stop_after, trained
 

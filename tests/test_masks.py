@@ -11,16 +11,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from histonb.core import BadInput
-from histonb.data import masks as module
-from histonb.data.cohorts import SLIDE_COLUMNS, panda
-from histonb.data.encodings import encoding_table
-from histonb.data.labels import CODES, IGNORE
-from histonb.data.masks import MaskTiles, extent, resize_labels, store_masks
-from histonb.data.phantom import write_cohort
-from histonb.data.shards import TileShards
-from histonb.data.slides import open_slide
-from histonb.data.tiling import TileRule, tile_cohort, tile_slide
-from histonb.data.writing import write_mask, write_slide
+from histonb.slides import masks as module
+from histonb.datasets.cohorts import SLIDE_COLUMNS, panda
+from histonb.slides.encodings import encoding_table
+from histonb.slides.labels import CODES, IGNORE
+from histonb.slides.masks import MaskTiles, extent, resize_labels, store_masks
+from histonb.synthetic.phantom import write_cohort
+from histonb.slides.tile_store import TileShards
+from histonb.slides.slides import open_slide
+from histonb.slides.tiling import TileRule, tile_cohort, tile_slide
+from histonb.synthetic.writing import write_mask, write_slide
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from sklearn import metrics as sk
 
 from histonb.core import BadInput
-from histonb.data.labels import LABELS
-from histonb.evaluate import metrics as m
+from histonb.slides.labels import LABELS
+from histonb.metrics import classification as m
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_table_and_picture(cohort):
 
 
 def test_calibration_against_a_plain_loop():
-    from histonb.evaluate.calibration import calibration
+    from histonb.metrics.calibration import calibration
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(3), 400)
     y, slide = rng.integers(0, 3, 400), rng.integers(0, 9, 400)

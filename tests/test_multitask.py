@@ -17,16 +17,17 @@ from conftest import run_report
 from safetensors.torch import save_file
 
 from histonb.core import BadInput, hold, read_json, read_jsonl, write_json
-from histonb.data import fields as data
+from histonb.datasets import regions as data
 from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
-from histonb.models.running import checkpoints
-from histonb.multitask import losses, samples, sets, targets, training, watching
-from histonb.multitask.encoders import trunk
-from histonb.multitask.scoring import score_run
-from histonb.multitask.stitching import find_scorer
-from histonb.multitask.sets import taught
-from histonb.multitask.training import TrainConfig, Trainer, _loader, settle, train
+from histonb.training.running import checkpoints
+from histonb.segment import losses, samples, targets, training, validation as watching
+from histonb.datasets import readers as sets
+from histonb.transfer.encoders import trunk
+from histonb.segment.scoring import score_run
+from histonb.segment.tiled_inference import find_scorer
+from histonb.datasets.readers import taught
+from histonb.segment.training import TrainConfig, Trainer, _loader, settle, train
 
 REAL = Path(__file__).parents[2]/"shared/data"
 needs_real = pytest.mark.skipif(not (REAL/"GlaS").exists(), reason="no ../shared/data/GlaS")
@@ -344,7 +345,7 @@ def test_a_run_is_made_longer_where_its_schedule_allows_it(tmp_path):
 
 def test_a_run_that_is_killed_goes_on_exactly(tmp_path):
     train(config(tmp_path/"whole", steps=40, checkpoint_every=2))
-    code = ("import torch; torch.set_num_threads(1)\nfrom histonb.multitask.training import TrainConfig, train\n"
+    code = ("import torch; torch.set_num_threads(1)\nfrom histonb.segment.training import TrainConfig, train\n"
             f"train(TrainConfig(**{dataclasses.asdict(config(tmp_path/'killed', steps=40, checkpoint_every=2))!r}))")
     for how in (signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"HISTONB_BATCH": "1"})
@@ -403,12 +404,12 @@ def test_networks_are_compared_by_the_samples_of_their_sets(tmp_path):
         score_run(folder, name)
         write_json(folder/"metrics.json", {"name": name})
     def compared(*names):
-        error, metrics = run_report("45_tasks", tmp_path/"-".join(names), networks=[str(tmp_path/name) for name in names], n_boot=20)
+        error, metrics = run_report("compare_tasks", tmp_path/"-".join(names), networks=[str(tmp_path/name) for name in names], n_boot=20)
         assert metrics, error[-3000:]
         return metrics["equal"], metrics["different"]
     assert compared("both", "glands") == (["samples of each task"], [])  # 12 of glands either way
     assert compared("both", "fewer") == ([], ["steps"])
-    def refused(*names): return run_report("46_cases", tmp_path/"-".join(names), networks=[str(tmp_path/name) for name in names], n_boot=20)[0]
+    def refused(*names): return run_report("compare_cases", tmp_path/"-".join(names), networks=[str(tmp_path/name) for name in names], n_boot=20)[0]
     assert "are tested by two of them" in refused("both", "glands")
     fields = tmp_path/"glands/fields.csv"
     fields.write_text(fields.read_text().replace(",test,", ",train,"))

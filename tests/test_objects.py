@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import directed_hausdorff
 
 from histonb.core import BadInput
-from histonb.evaluate import objects as o
+from histonb.metrics import objects as o
 
 
 def random_map(rng, shape=(40, 50), n=12, gaps=True):

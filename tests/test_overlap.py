@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
 from histonb.core import BadInput
-from histonb.evaluate import overlap as o
-from histonb.evaluate.published_ebhi import ACCURACY, published_masks
+from histonb.metrics import overlap as o
+from histonb.transfer.published import ACCURACY, published_masks
 
 
 def random_masks(rng, n, side=12): return (rng.random((n, side, side)) < rng.uniform(.1, .9, (n, 1, 1))).view(np.uint8)

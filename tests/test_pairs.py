@@ -9,12 +9,12 @@ import tifffile
 from PIL import Image
 
 from histonb.core import BadInput
-from histonb.data.cohorts import QUARANTINE_COLUMNS, pairs
-from histonb.data.images import tile_images
-from histonb.data.labels import IGNORE
-from histonb.data.pairs import mask_name
-from histonb.data.splits import check_leak
-from histonb.data.tiling import TileRule, tile_cohort
+from histonb.datasets.cohorts import QUARANTINE_COLUMNS, pairs
+from histonb.datasets.images import tile_images
+from histonb.slides.labels import IGNORE
+from histonb.datasets.pairs import mask_name
+from histonb.datasets.splits import check_leak
+from histonb.slides.tiling import TileRule, tile_cohort
 
 REAL = Path(__file__).parents[2]/"shared/data/gleason_pairs"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")
@@ -74,7 +74,7 @@ def test_every_format_gives_the_same_fractions(tmp_path, picture, mask):
         assert np.allclose([t.f1, t.f2, t.f3, t.f4], [(cut >= 3).mean(), *[(cut == c).mean() for c in range(3)]])
         assert t.label == max([1, *[c + 2 for c in range(3) if (cut == c).any()]])
     if picture.startswith("ome"): assert set(table["mpp"]) == {.25}
-    from histonb.data.shards import TileShards
+    from histonb.slides.tile_store import TileShards
     stored = TileShards(tmp_path/"tiles")[0][0].astype(int)
     assert np.abs(stored - grain(0)[:64, :64]).mean() < 8 and stored.mean((0, 1))[0] - stored.mean((0, 1))[1] > 50  # in colour
 

@@ -13,8 +13,8 @@ import pytest
 import tifffile
 
 from histonb.core import BadInput
-from histonb.data import phantom
-from histonb.data.writing import write_mask, write_slide
+from histonb.synthetic import phantom
+from histonb.synthetic.writing import write_mask, write_slide
 
 SHAPE = (1100, 900)
 
@@ -174,7 +174,7 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_interrupt_leaves_only_whole_files(tmp_path, workers):
-    code = f"from histonb.data.phantom import write_cohort; write_cohort({str(tmp_path)!r}, 30, shape={SHAPE}, workers={workers})"
+    code = f"from histonb.synthetic.phantom import write_cohort; write_cohort({str(tmp_path)!r}, 30, shape={SHAPE}, workers={workers})"
     job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not list(tmp_path.glob("train_label_masks/*_mask.tiff")):
         assert job.poll() is None

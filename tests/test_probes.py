@@ -6,8 +6,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from histonb.core import BadInput
-from histonb.evaluate import probes
-from histonb.evaluate.prototypes import draw_examples, few_shot, prototypes
+from histonb.probe import probes
+from histonb.probe.prototypes import draw_examples, few_shot, prototypes
 
 SMALL = dict(hidden=(32, 16), batch_size=64, epochs=20, lr=5e-3)
 

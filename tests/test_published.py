@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from histonb.core import BadInput
-from histonb.evaluate.encoders import load_encoder
-from histonb.evaluate.published import BONY_REPORT, ENCODERS, load_published
-from histonb.jobs.studies import load_study
+from histonb.probe.encoders import load_encoder
+from histonb.probe.published import BONY_REPORT, ENCODERS, load_published
+from histonb.studies.studies import load_study
 from histonb.models.heads import DINOHead
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -436,7 +436,7 @@ def test_the_benchmark_is_that_of_the_report():
         "pairs",
     }
     for name, pool in (("bony", "head"), ("hibou", "class"), ("histoencoder", "class")):
-        for kind, notebook in (("classes", "30_probe"), ("deepgleason", "31_masks")):
+        for kind, notebook in (("classes", "probe"), ("deepgleason", "decode_masks")):
             stage = stages[f"{kind}-{name}"]
             assert stage.notebook.endswith(f"{notebook}.ipynb") and stage.parameters["pool"] == pool, stage.name
         assert stages[f"deepgleason-{name}"].parameters["tiles"] == "runs/bench/deepgleason"

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from conftest import run_report
 
-from histonb.data.example import example_tiles
-from histonb.jobs.studies import run_study, stage_states, load_study
+from histonb.datasets.example import example_tiles
+from histonb.studies.studies import run_study, stage_states, load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = sorted((ROOT / "nbs/reports").glob("*.ipynb"))
@@ -17,19 +17,19 @@ study: tiny
 title: The demo in small
 stages:
   tiles:
-    notebook: 10_tiles
+    notebook: tiles
     parameters: {n_slides: 8, height: 1536, width: 1536, min_coverage: 0.05, val_fraction: 0.2, test_fraction: 0.3}
   pretrain:
-    notebook: 20_pretrain
+    notebook: train_dino
     parameters: {tiles: "{tiles}", steps: 3, batch_size: 8}
   probe-colour:
-    notebook: 30_probe
+    notebook: probe
     parameters: {tiles: "{tiles}", encoder: colour, probes: [knn, linear], n_boot: 100}
   probe-dino:
-    notebook: 30_probe
+    notebook: probe
     parameters: {tiles: "{tiles}", encoder: "{pretrain}", name: dino, probes: [knn, linear], n_boot: 100}
   compare:
-    notebook: 90_compare
+    notebook: compare_probes
     parameters: {probes: ["{probe-colour}", "{probe-dino}"], n_boot: 100}
 """
 
@@ -46,7 +46,7 @@ def test_report_runs_by_hand(notebook, tmp_path):
 @pytest.mark.parametrize("arch, drawn", [("resnet18", False), ("vit_tiny_patch16_224.augreg_in21k", True)])
 def test_pretraining_comes_to_its_end_with_any_backbone(arch, drawn, tmp_path, small_tiles):
     """Also where the network has no attention to draw, where its name has a tag, and with fewer tiles than pictures."""
-    error, found = run_report("20_pretrain", tmp_path, tiles=str(small_tiles), arch=arch, steps=2, batch_size=4, workers=0)
+    error, found = run_report("train_dino", tmp_path, tiles=str(small_tiles), arch=arch, steps=2, batch_size=4, workers=0)
     assert found, error[-3000:]
     book = (tmp_path/"out.ipynb").read_text()
     assert found["steps"] == 2 and (f"{arch} has no class token" in book) != drawn
@@ -64,7 +64,7 @@ def small_tiles(tmp_path_factory):
 
 def probe(tmp_path, tiles, **parameters):
     """Run the probe report."""
-    return run_report("30_probe", tmp_path / "probe", **{"tiles": str(tiles), "encoder": "colour", "n_boot": 50, **parameters})
+    return run_report("probe", tmp_path / "probe", **{"tiles": str(tiles), "encoder": "colour", "n_boot": 50, **parameters})
 
 
 def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
@@ -83,11 +83,11 @@ def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
 
 
 def test_types_are_learnt_as_a_second_stage(tmp_path):
-    error, first = run_report("40_cerberus", tmp_path / "objects", steps=4, n_boot=50)
+    error, first = run_report("train_cerberus", tmp_path / "objects", steps=4, n_boot=50)
     assert first and set(first["tasks"]) == {"gland", "nucleus", "lumen"}, error[-2000:]
     of, gain = first["results"]["phantom, nucleus"], first["over_baseline"]["phantom, nucleus, threshold and watershed"]["pq"]
     assert abs(gain["value"] - (of["cerberus"]["pq"]["value"] - of["threshold and watershed"]["pq"]["value"])) < 1e-9 and gain["low"] <= gain["value"] <= gain["high"]
-    error, second = run_report("40_cerberus", tmp_path / "types", steps=2, n_boot=50, start=str(tmp_path / "objects/run"), freeze=True, tasks=["nucleus-type"], baseline=False, name="types",
+    error, second = run_report("train_cerberus", tmp_path / "types", steps=2, n_boot=50, start=str(tmp_path / "objects/run"), freeze=True, tasks=["nucleus-type"], baseline=False, name="types",
                            sets=[{"reader": "phantom_fields", "n": 10, "seed": 1, "size": 128}])
     assert second and second["tasks"] == ["nucleus-type"], error[-2000:]
     assert set(second["results"]["phantom, nucleus-type"]["types"]["n_objects"]) >= {"lymphocyte", "epithelial"}

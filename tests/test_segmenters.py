@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from histonb.core import BadInput
-from histonb.data.phantom import draw_field
+from histonb.synthetic.phantom import draw_field
 from histonb.models import segnet
 from histonb.models.medt import AxialAttention, Branch, MedT, cut, join
 from histonb.models.segnet import SegNet

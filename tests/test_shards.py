@@ -10,12 +10,12 @@ import tifffile
 from torch.utils.data import DataLoader
 
 from histonb.core import BadInput
-from histonb.data.cohorts import panda
-from histonb.data.phantom import draw_slide, write_cohort
-from histonb.data.shards import ShardWriter, SlideTiles, TileShards, encoder, read_tiles, record, shard_path
-from histonb.data.slides import JpegSource, open_slide
-from histonb.data.tiling import TileRule, tile_cohort
-from histonb.data.writing import write_slide
+from histonb.datasets.cohorts import panda
+from histonb.synthetic.phantom import draw_slide, write_cohort
+from histonb.slides.tile_store import ShardWriter, SlideTiles, TileShards, encoder, read_tiles, record, shard_path
+from histonb.slides.slides import JpegSource, open_slide
+from histonb.slides.tiling import TileRule, tile_cohort
+from histonb.synthetic.writing import write_slide
 
 REAL = Path(__file__).parents[2]/"shared/data"
 

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from histonb.core import BadInput
-from histonb.data.cohorts import QUARANTINE_COLUMNS, sicapv2
-from histonb.data.encodings import ENCODINGS, detect_codes, encoding_table, evidence
-from histonb.data.images import KEEP_ALL, tile_images
-from histonb.data.labels import to_labels
-from histonb.data.sicapv2 import GRADES, apart, in_duplicate, places
-from histonb.data.splits import check_leak
-from histonb.data.tiling import TileRule, tile_cohort
+from histonb.datasets.cohorts import QUARANTINE_COLUMNS, sicapv2
+from histonb.slides.encodings import ENCODINGS, detect_codes, encoding_table, evidence
+from histonb.datasets.images import KEEP_ALL, tile_images
+from histonb.slides.labels import to_labels
+from histonb.datasets.sicapv2 import GRADES, apart, in_duplicate, places
+from histonb.datasets.splits import check_leak
+from histonb.slides.tiling import TileRule, tile_cohort
 
 REAL = Path(__file__).parents[2]/"shared/data/SICAPv2"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")

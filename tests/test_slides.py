@@ -12,7 +12,7 @@ import pytest
 import tifffile
 
 from histonb.core import BadInput
-from histonb.data.slides import open_slide
+from histonb.slides.slides import open_slide
 
 REAL = Path(__file__).parents[2]/"shared/data"
 SHAPE = (700, 533)
@@ -479,13 +479,13 @@ def test_whatever_a_codec_raises_is_the_librarys_own_error(tmp_path, monkeypatch
         def decode(*args): raise error
         return decode
     for error in (TypeError("odd"), IndexError("odd"), RecursionError("odd"), AssertionError("odd")):
-        monkeypatch.setattr("histonb.data.slides.decode", failing(error))
+        monkeypatch.setattr("histonb.slides.slides.decode", failing(error))
         fault = f"level 0, row 0, column 0.: {type(error).__name__}: odd"
         with open_slide(path) as slide, pytest.raises(BadInput, match=fault): slide.read(0, 0, 9, 9)
         with open_slide(path, max_damaged=99) as slide: assert (slide.read(0, 0, 9, 9) == 255).all() and slide.damaged
     says_nothing_of_the_file = {OSError(5, "Input/output error"): "cannot be read", MemoryError(): "no memory"}
     for error, fault in says_nothing_of_the_file.items():
-        monkeypatch.setattr("histonb.data.slides.decode", failing(error))
+        monkeypatch.setattr("histonb.slides.slides.decode", failing(error))
         with open_slide(path, max_damaged=99) as slide, pytest.raises(BadInput, match=fault): slide.read(0, 0, 9, 9)
         assert not slide.damaged
 
@@ -497,7 +497,7 @@ def test_whatever_is_raised_while_a_slide_is_opened_is_the_librarys_own_error(tm
     for error in (TypeError, ZeroDivisionError, AttributeError, OverflowError, MemoryError):
         def fail(*args, error=error): raise error("odd")
         with monkeypatch.context() as m:
-            m.setattr(f"histonb.data.slides.{where}", fail)
+            m.setattr(f"histonb.slides.slides.{where}", fail)
             refused(path, f"{error.__name__}.*odd")
 
 
@@ -530,7 +530,7 @@ ALTERED = """
 import re, resource, sys
 from pathlib import Path
 from histonb.core import BadInput
-from histonb.data.slides import open_slide
+from histonb.slides.slides import open_slide
 used = int(re.search(r"VmSize:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])*1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 200*2**20,)*2)
 for path in sorted(Path(sys.argv[1]).iterdir()):

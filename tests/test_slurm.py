@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from histonb.core import BadInput, read_json, read_jsonl
-from histonb.jobs.slurm import load_profile, submit
-from histonb.jobs.studies import load_study, run_study, stage_states
+from histonb.studies.slurm import load_profile, submit
+from histonb.studies.studies import load_study, run_study, stage_states
 
 ROOT = Path(__file__).resolve().parents[1]
 HISTONB = str(Path(sys.executable).with_name("histonb"))
-START = "from histonb.jobs.runs import start\nrun = start(out, {})"
-LAUNCH = "from histonb.jobs.slurm import launch\nlaunch([run.out, steps, pause, failing], processes, module='standin')"
+START = "from histonb.studies.runs import start\nrun = start(out, {})"
+LAUNCH = "from histonb.studies.slurm import launch\nlaunch([run.out, steps, pause, failing], processes, module='standin')"
 STANDIN = '''
 """A training in small: each rank has a state of its own, each step needs all ranks, and it stops and resumes exactly."""
 import datetime, json, os, sys, time
@@ -186,7 +186,7 @@ def test_container_recipe():
 @pytest.mark.parametrize("which, signals", [("notebook", ["KILL"]), ("torchrun", ["KILL"]), ("torchrun", ["TERM", "TERM"])])
 def test_ranks_end_with_their_notebook_and_their_torchrun_however_these_end(root, which, signals):
     (root / "run").mkdir()
-    code = "from histonb.jobs.slurm import launch; launch(['run', 6000, 0.1, -1], 2, module='standin')"
+    code = "from histonb.studies.slurm import launch; launch(['run', 6000, 0.1, -1], 2, module='standin')"
     process = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": str(root), "HISTONB_STAGE": str(root / "run")})
     assert any("step 5" in line for line in process.stdout)
@@ -357,11 +357,11 @@ def test_an_array_and_a_job_that_waits_for_it(root, cluster):
 
 @pytest.mark.filterwarnings("ignore:label")
 def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weights(root, cluster):
-    from histonb.data.example import example_tiles
+    from histonb.datasets.example import example_tiles
     tiles = example_tiles(root / "tiles", n_slides=3, seed=0)
     config = {"preset": "tiny", "tiles": str(tiles), "steps": 20, "batch_size": 8, "log_every": 1, "checkpoint_every": 1000, "workers": 0}
     notebook(root, "21_dino", 'out = ""', START, f"from histonb.core import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
-             "from histonb.jobs.slurm import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)", "run.finish()")
+             "from histonb.studies.slurm import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)", "run.finish()")
     path = study(root, "  train: {notebook: 21_dino, resources: {gpus: 2}}\n")
     number, folder = submit(path)["train"], path.with_suffix("") / "train"
     until(lambda: len(losses(folder)) >= 2, path)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from histonb.core import BadInput
-from histonb.data.splits import SPLITS, account, check_leak, grouped_split, random_tile_split
+from histonb.datasets.splits import SPLITS, account, check_leak, grouped_split, random_tile_split
 
 TRAIN = Path(__file__).parents[2]/"shared/data/panda/train.csv"
 

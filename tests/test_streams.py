@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histonb.data.streams import EXPANSION, JPEG, Damaged, Level, check_proportion, decode, jpeg_frame
+from histonb.slides.streams import EXPANSION, JPEG, Damaged, Level, check_proportion, decode, jpeg_frame
 
 SIDE = 128
 

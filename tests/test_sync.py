@@ -152,7 +152,7 @@ def test_what_is_declared_is_imported():
 
 
 def test_readme_is_the_index_notebook():
-    from histonb.jobs.readme import render
+    from histonb.studies.readme import render
     assert (ROOT / "README.md").read_text() == render(ROOT / "nbs/index.ipynb"), "run `make readme`"
 
 
@@ -177,7 +177,7 @@ def test_nothing_heavy_or_private_is_tracked():
 
 def test_light_imports():
     """`import histonb` and the command line must not pull in what takes seconds to load."""
-    code = ("import sys, histonb, histonb.core, histonb.cli, histonb.jobs.studies; "
+    code = ("import sys, histonb, histonb.core, histonb.cli, histonb.studies.studies; "
             "print(sorted({'torch', 'timm', 'pandas', 'albumentations', 'sklearn', 'papermill'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

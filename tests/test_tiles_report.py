@@ -6,14 +6,14 @@ import test_pairs
 import test_sicapv2
 from conftest import run_report
 
-from histonb.data.phantom import write_cohort
-from histonb.data.shards import SlideTiles, TileShards
-from histonb.data.slides import open_slide
+from histonb.synthetic.phantom import write_cohort
+from histonb.slides.tile_store import SlideTiles, TileShards
+from histonb.slides.slides import open_slide
 
 
 def test_sicapv2_with_its_official_parts(tmp_path):
     root = test_sicapv2.write(tmp_path/"SICAPv2", size=512)
-    error, metrics = run_report("10_tiles", tmp_path, cohort="sicapv2", root=str(root), split="given", val_partition="Val1", mpp=512/224, keep_all=True)
+    error, metrics = run_report("tiles", tmp_path, cohort="sicapv2", root=str(root), split="given", val_partition="Val1", mpp=512/224, keep_all=True)
     assert metrics, error[-3000:]
     table = pd.read_parquet(tmp_path/"run/tiles.parquet")
     assert metrics["slides"] == metrics["tiles"] == 20 and metrics["leak"]["leaking_cases"] == 0
@@ -34,11 +34,11 @@ def test_pairs_from_a_code_table_in_text(tmp_path):
             test_pairs.Image.fromarray(array).save(folder/name)
     (masks/"p5_m.png").unlink()
     given = dict(cohort="pairs", root=str(images), masks=str(masks), mask_rule="*_m", codes="0: gleason3, 1: healthy, 2: healthy, 3: healthy, 4: ignore")
-    error, metrics = run_report("10_tiles", tmp_path, **given, min_coverage=.1, val_fraction=.2, test_fraction=.2, limit=4)
+    error, metrics = run_report("tiles", tmp_path, **given, min_coverage=.1, val_fraction=.2, test_fraction=.2, limit=4)
     assert metrics, error[-3000:]
     table = pd.read_parquet(tmp_path/"run/tiles.parquet")
     assert metrics["slides"] == 4 and metrics["quarantined"] == 1 and metrics["per_class"] == {"gleason3": 24} and {*table.split} == {"train", "val", "test"}
-    error, refused = run_report("10_tiles", tmp_path, **{**given, "codes": "0: gleson3"})
+    error, refused = run_report("tiles", tmp_path, **{**given, "codes": "0: gleson3"})
     assert refused is None and "did you mean" in error.lower()
 
 
@@ -46,7 +46,7 @@ def test_pairs_from_a_code_table_in_text(tmp_path):
 def test_misspelt_parameters(tmp_path, parameters, says):
     from test_cohorts import make
     make(tmp_path/"set")
-    error, refused = run_report("10_tiles", tmp_path, root=str(tmp_path/"set"), **parameters)
+    error, refused = run_report("tiles", tmp_path, root=str(tmp_path/"set"), **parameters)
     assert refused is None and says in error
 
 
@@ -58,5 +58,5 @@ def test_a_slide_that_can_be_tiled_but_not_drawn(tmp_path):
         data = bytearray(path.read_bytes())
         data[at:at + 64] = bytes(64)
         path.write_bytes(data)
-    error, metrics = run_report("10_tiles", tmp_path, cohort="panda", root=str(root), split="random-tiles")
+    error, metrics = run_report("tiles", tmp_path, cohort="panda", root=str(root), split="random-tiles")
     assert metrics and metrics["slides"] == 4 and metrics["quarantined"] == 0, error[-3000:]

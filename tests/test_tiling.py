@@ -17,15 +17,15 @@ import pytest
 import tifffile
 
 from histonb.core import BadInput, read_jsonl
-from histonb.data import tiling
-from histonb.data.cohorts import Cohort, panda
-from histonb.data.criteria import FRACTIONS, METRICS, metrics
-from histonb.data.labels import IGNORE
-from histonb.data.phantom import write_cohort
-from histonb.data.shards import TileShards
-from histonb.data.slides import Slide, open_slide
-from histonb.data.tiling import TileRule, apply_rule, tile_cohort, tile_slide
-from histonb.data.writing import write_mask, write_slide
+from histonb.slides import tiling
+from histonb.datasets.cohorts import Cohort, panda
+from histonb.slides.tile_quality import FRACTIONS, METRICS, metrics
+from histonb.slides.labels import IGNORE
+from histonb.synthetic.phantom import write_cohort
+from histonb.slides.tile_store import TileShards
+from histonb.slides.slides import Slide, open_slide
+from histonb.slides.tiling import TileRule, apply_rule, tile_cohort, tile_slide
+from histonb.synthetic.writing import write_mask, write_slide
 
 REAL = Path(__file__).parents[2]/"shared/data"
 PANDA_ID = "006f6aa35a78965c92fffd1fbd53a058"
@@ -239,7 +239,7 @@ def test_killed_and_run_again(phantoms, tmp_path, name, workers):
     cohort = cohort_of(rows)
     whole = tile_cohort(cohort, tmp_path/"whole")
     cohort.slides.to_parquet(tmp_path/"slides.parquet")
-    code = ("import sys, pandas as pd; from histonb.data.cohorts import Cohort; from histonb.data.tiling import tile_cohort\n"
+    code = ("import sys, pandas as pd; from histonb.datasets.cohorts import Cohort; from histonb.slides.tiling import tile_cohort\n"
             "if __name__ == '__main__':\n"
             "    slides = pd.read_parquet(sys.argv[1] + '/slides.parquet')\n"
             "    tile_cohort(Cohort('test', slides, pd.DataFrame(columns=['slide', 'path', 'fault', 'remedy'])), sys.argv[1] + '/killed', workers=int(sys.argv[2]))\n")
@@ -343,14 +343,14 @@ def test_a_worker_that_dies_costs_its_slide_only(phantoms, tmp_path):
     cohort_of(rows).slides.to_parquet(tmp_path/"slides.parquet")
     (tmp_path/"job.py").write_text("""import os, signal, sys
 import pandas as pd
-from histonb.data import tiling
-from histonb.data.cohorts import Cohort
+from histonb.slides import tiling
+from histonb.datasets.cohorts import Cohort
 whole = tiling._tile
 def dying(job):
     if job.slide == "s2": os.kill(os.getpid(), signal.SIGSEGV)
     if job.slide == "s5": os._exit(7)
     return whole(job)
-dying.__module__, dying.__qualname__, tiling._tile = "histonb.data.tiling", "_tile", dying
+dying.__module__, dying.__qualname__, tiling._tile = "histonb.slides.tiling", "_tile", dying
 if __name__ == "__main__":
     slides = pd.read_parquet("slides.parquet")
     tiling.tile_cohort(Cohort("test", slides, pd.DataFrame(columns=["slide", "path", "fault", "remedy"])), "out", workers=4)
@@ -562,7 +562,7 @@ def test_full_disk(phantoms, tmp_path, monkeypatch, where):
     before = content(tmp_path/"out")
     with monkeypatch.context() as patch:
         if where == "part": patch.setattr(pd.DataFrame, "to_parquet", full)
-        if where == "shard": patch.setattr("histonb.data.shards.shutil.copyfileobj", full)
+        if where == "shard": patch.setattr("histonb.slides.tile_store.shutil.copyfileobj", full)
         if where == "journal": patch.setattr(tiling, "append_jsonl", full)
         if where == "table": patch.setattr(tiling, "_assemble", full)
         with pytest.raises(BadInput, match="the disk is full"): tile_cohort(phantoms, tmp_path/"out")

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from histonb.core import BadInput, read_json, read_jsonl, write_json
-from histonb.data.example import example_tiles
-from histonb.models import running
-from histonb.pretrain import ranks
-from histonb.models.running import checkpoints, read_checkpoint
+from histonb.datasets.example import example_tiles
+from histonb.training import running
+from histonb.training import distributed as ranks
+from histonb.training.running import checkpoints, read_checkpoint
 from histonb.pretrain.config import PretrainConfig, as_config, preset, settle
 from histonb.pretrain.loading import Batches, crop_loader
 from histonb.pretrain.trainer import Diverged, Stopped, Trainer, load_backbone, pretrain

@@ -12,13 +12,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from histonb.core import BadInput
-from histonb.data.ebhi import CLASSES, ebhi_seg
-from histonb.data.splits import check_leak
+from histonb.datasets.ebhi import CLASSES, ebhi_seg
+from histonb.datasets.splits import check_leak
 from histonb.models import cerberus
-from histonb.multitask.encoders import trunk
-from histonb.multitask.fitting import FitConfig
-from histonb.multitask.pictures import Pictures, example, parts
-from histonb.multitask.transfer_classes import Classifier, class_loss, class_weights, figures, fine_tune, fit_svm, frozen_features, gap, probabilities, transfer
+from histonb.transfer.encoders import trunk
+from histonb.transfer.supervised import FitConfig
+from histonb.transfer.ebhi_dataset import Pictures, example, parts
+from histonb.transfer.classes import Classifier, class_loss, class_weights, figures, fine_tune, fit_svm, frozen_features, gap, probabilities, transfer
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent/"shared/data/EBHI-SEG"
@@ -156,7 +156,7 @@ def test_gap_is_the_difference_of_independent_divisions():
 # --- report
 
 def test_report_tells_both_divisions_and_the_published_row(tmp_path):
-    error, found = run_report("41_transfer_classes", tmp_path, seeds=[0, 1], epochs=1, balanced=True, n_boot=50)
+    error, found = run_report("transfer_classes", tmp_path, seeds=[0, 1], epochs=1, balanced=True, n_boot=50)
     assert found, error[-3000:]
     assert set(found["results"]) == {"grouped", "random"} and found["published"]["layer 1"] == .852 and found["published"]["majority"] is None
     assert set(found["gap"]) == {"majority", "layer 1", "layer 4", "svm rbf", "svm linear"}
@@ -168,7 +168,7 @@ def test_report_tells_both_divisions_and_the_published_row(tmp_path):
 
 @pytest.mark.parametrize(("parameters", "message"), [({"splits": ["groupd"]}, "Did you mean `grouped`"), ({"source": "nowhere"}, "no such file or folder"), ({"depths": [0]}, "`depths` is [0]. Choose a number from 1 to 5")])
 def test_report_names_what_is_wrong(tmp_path, parameters, message):
-    error, found = run_report("41_transfer_classes", tmp_path, **parameters)
+    error, found = run_report("transfer_classes", tmp_path, **parameters)
     assert found is None and message in error and not (tmp_path/"run/metrics.json").exists()
 
 

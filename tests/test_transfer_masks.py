@@ -11,15 +11,15 @@ import torch
 from conftest import run_report
 
 from histonb.core import BadInput
-from histonb.data.ebhi import ebhi_seg, read
-from histonb.data.pair_augment import EBHIAugment
-from histonb.evaluate.overlap import FIVE, five_figures, mask_overlap
+from histonb.datasets.ebhi import ebhi_seg, read
+from histonb.training.pair_augmentation import EBHIAugment
+from histonb.metrics.overlap import FIVE, five_figures, mask_overlap
 from histonb.models import backbones, cerberus
 from histonb.models.medt import MedT
-from histonb.multitask import transfer_masks as t
-from histonb.multitask.encoders import trunk
-from histonb.multitask.fitting import FitConfig
-from histonb.multitask.pictures import Pictures, example, parts
+from histonb.transfer import masks as t
+from histonb.transfer.encoders import trunk
+from histonb.transfer.supervised import FitConfig
+from histonb.transfer.ebhi_dataset import Pictures, example, parts
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent/"shared/data/EBHI-SEG"
@@ -239,13 +239,13 @@ def test_sides_and_masks_that_do_not_fit_are_refused(tmp_path, pictures, root):
 # The report ------------------------------------------------------------------------------------------------------------------
 
 def test_the_report_refuses_before_it_trains(tmp_path):
-    error, found = run_report("42_transfer_masks", tmp_path, n_boot=50, leak=["medt"])
+    error, found = run_report("transfer_masks", tmp_path, n_boot=50, leak=["medt"])
     assert found is None and "not among the networks" in error and not (tmp_path/"run/grouped").exists()
 
 
 @pytest.mark.slow
 def test_the_report_tells_what_its_files_say(tmp_path, root, weights):
-    error, found = run_report("42_transfer_masks", tmp_path, n_boot=50, root=str(root), source=str(weights), networks=["transferred", "scratch", "medt"], leak=["scratch"], epochs=1, closing=0)
+    error, found = run_report("transfer_masks", tmp_path, n_boot=50, root=str(root), source=str(weights), networks=["transferred", "scratch", "medt"], leak=["scratch"], epochs=1, closing=0)
     assert found, error[-3000:]
     scores = pd.read_parquet(tmp_path/"run/scores.parquet")
     assert set(scores["network"]) == {"transferred", "from scratch", "MedT", "all foreground", "stain"} and set(scores["division"]) == {"grouped", "random"}
