@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from .core import BadInput, disk_is_full, foreign_errors, read_json, refusal
+from .core.errors import BadInput, disk_is_full, foreign_errors, refusal
+from .core.files import read_json
 
 # %% ../nbs/14_cli.ipynb #cell-005
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

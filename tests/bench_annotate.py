@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from histonb.core import read_json
+from histonb.core.files import read_json
 from histonb.synthetic.phantom import draw_field, draw_slide
 from histonb.synthetic.writing import write_slide
 from histonb.models.cerberus import Cerberus

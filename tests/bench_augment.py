@@ -13,7 +13,7 @@ import torchvision.transforms as T
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.training.augmentation import MEAN, STD, MultiCrop
 from histonb.synthetic.phantom import draw_field
 

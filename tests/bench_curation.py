@@ -18,7 +18,8 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.neighbors import NearestNeighbors
 
-from histonb.core import progress, repo_root, write_json
+from histonb.core.files import repo_root, write_json
+from histonb.core.progress import progress
 from histonb.curate.clusters import UnitRows, blocks, cluster_levels, hierarchy, kmeans, moments, neighbours
 from histonb.curate.curation import balance, cap_slides, curate, near_duplicates
 

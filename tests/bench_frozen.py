@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.datasets.example import example_tiles
 from histonb.slides.tile_store import TileShards
 from histonb.probe.encoders import load_encoder

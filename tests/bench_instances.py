@@ -7,7 +7,7 @@ from scipy import ndimage
 from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.metrics.objects import figures_of, object_sums, pair_counts
 from histonb.segment.instances import glands, majority_types, nuclei, object_table
 from histonb.segment.targets import instance_target

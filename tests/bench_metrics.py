@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from sklearn import metrics as sk
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.metrics.classification import METRICS, confusion_by_group, resample, scores
 
 N_SLIDES, TILES, N_CLASSES, N_BOOT = 100, 100, 5, 1000

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from histonb.core import read_jsonl
+from histonb.core.files import read_jsonl
 from histonb.segment import samples
 from histonb.datasets import readers as sets
 from histonb.segment.training import TrainConfig, Trainer, settle, train

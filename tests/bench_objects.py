@@ -5,7 +5,7 @@ import cellseg_metrics
 import cv2
 import numpy as np
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.metrics.objects import figures_of, object_sums, pair_counts
 
 

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.metrics.overlap import five_figures, mask_overlap, overlap_figures
 
 N, SIDE, N_CASES = 2228, 224, 353

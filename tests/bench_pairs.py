@@ -15,7 +15,7 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.datasets.ebhi import THRESHOLD, read
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.synthetic.phantom import draw_field

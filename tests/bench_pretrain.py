@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from histonb.core import read_jsonl, repo_root, write_json
+from histonb.core.files import read_jsonl, repo_root, write_json
 from histonb.datasets.example import example_tiles
 
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"

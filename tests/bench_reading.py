@@ -19,7 +19,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from histonb.core import progress, read_json, write_json
+from histonb.core.files import read_json, write_json
+from histonb.core.progress import progress
 from histonb.slides.slides import open_slide
 
 WIDTH, HEIGHT, SIZE, QUALITY = 20_000, 25_000, 224, 70

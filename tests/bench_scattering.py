@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.models.scattering import Scattering
 
 BATCH, SIZE = 8, 224

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 
 HISTONB = str(Path(sys.executable).with_name("histonb"))
 CASES = {"python -c pass": [sys.executable, "-c", "pass"], "import histonb": [sys.executable, "-c", "import histonb"],

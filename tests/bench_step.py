@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.pretrain.trainer import PretrainConfig, Trainer, settle
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

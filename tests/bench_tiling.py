@@ -18,7 +18,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from histonb.core import progress, read_json, write_json
+from histonb.core.files import read_json, write_json
+from histonb.core.progress import progress
 from histonb.slides.tile_quality import metrics
 from histonb.synthetic.phantom import write_cohort
 from histonb.slides.tile_store import SlideTiles, TileShards

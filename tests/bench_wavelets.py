@@ -12,7 +12,7 @@ import numpy as np
 import ptwt
 import torch
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.models.wavelets import dwt
 
 warnings.filterwarnings("ignore", message="pkg_resources")

@@ -8,7 +8,7 @@ import time
 import timm
 import torch
 
-from histonb.core import repo_root, write_json
+from histonb.core.files import repo_root, write_json
 from histonb.models.xcit import xcit
 
 

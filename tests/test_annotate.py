@@ -14,7 +14,8 @@ import shapely
 import torch
 
 from histonb import cli
-from histonb.core import BadInput, read_json
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json
 from histonb.synthetic.phantom import draw_field, draw_slide
 from histonb.slides.slides import Slide, open_slide
 from histonb.synthetic.writing import write_slide

@@ -11,7 +11,7 @@ import tifffile
 import timm
 import torch
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.synthetic.phantom import draw_field
 from histonb.slides.tile_store import SlideTiles, fit
 from histonb.slides.slides import open_slide

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.training import augmentation as augment
 from histonb.training.augmentation import MultiCrop, channel_stats, eval_transform, hed_from_rgb, rgb_from_hed, to_tensor
 

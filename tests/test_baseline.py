@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.regions import at_mpp, folders, glas
 from histonb.synthetic.phantom import draw_field
 from histonb.metrics.objects import FIGURES, object_figures, pair_counts

@@ -103,7 +103,8 @@ def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypat
     from typer.testing import CliRunner
 
     from histonb import cli
-    from histonb.core import BadInput, write_json
+    from histonb.core.errors import BadInput
+    from histonb.core.files import write_json
     from histonb.annotate import slide as annotate
     from histonb.segment import tiled_inference as stitching
     def annotated(slide, scorer, out, **options):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets import cohorts
 from histonb.datasets.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, panda, read_xlsx
 from histonb.slides.labels import CODES

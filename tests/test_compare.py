@@ -7,7 +7,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from histonb.core import write_json
+from histonb.core.files import write_json
 from histonb.metrics import classification as metrics
 from histonb.probe.cross_validation import case_folds
 

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from histonb import core
-from histonb.core import (RANGES, BadInput, Refused, append_jsonl, atomic_path, check_ranges, content_key, folder_keys, hold, is_held, read_json,
-                          read_jsonl, refusal, refusals_told, write_json)
+from histonb.core.claims import hold, is_held
+from histonb.core.digests import content_key, folder_keys
+from histonb.core.errors import BadInput, Refused, refusal, refusals_told
+from histonb.core.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
+from histonb.core.parameters import RANGES, check_ranges
 from histonb.studies.studies import parameter_types
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # One writer
 
-HOLDER = "import sys, time; from histonb.core import hold\nwith hold(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+HOLDER = "import sys, time; from histonb.core.claims import hold\nwith hold(sys.argv[1]): print('held', flush=True); time.sleep(300)"
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_a_killed_process_holds_nothing(tmp_path, holder, reaped):
 
 def test_a_fork_of_the_holder_holds_nothing(tmp_path):
     """A loader's workers outlive a killed training by seconds."""
-    code = ("import os, sys, time; from histonb.core import hold\n"
+    code = ("import os, sys, time; from histonb.core.claims import hold\n"
             "with hold(sys.argv[1]):\n    if not os.fork(): time.sleep(300)\n    print('held', flush=True); time.sleep(300)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout.readline() == "held\n"
@@ -109,7 +112,7 @@ def test_no_lock_of_the_system_is_needed(tmp_path, monkeypatch):
 
 
 def test_who_waits_gets_it_afterwards(tmp_path, holder):
-    code = "import sys; from histonb.core import hold\nwith hold(sys.argv[1], wait=True): print('mine')"
+    code = "import sys; from histonb.core.claims import hold\nwith hold(sys.argv[1], wait=True): print('mine')"
     waiting = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"run")], stdout=subprocess.PIPE, text=True)
     assert "waiting for it" in waiting.stdout.readline()
     holder.kill()

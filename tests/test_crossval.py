@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.probe import cross_validation as crossval
 from histonb.metrics import classification as metrics
 from histonb.probe.cross_validation import case_folds, cross_validate, tuned

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.example import example_tiles
 from histonb.datasets.images import join_stores, store_with
 from histonb.slides.tile_store import TileShards

@@ -7,7 +7,7 @@ from sklearn.metrics import f1_score, jaccard_score
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn import functional as F
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.slides.labels import IGNORE, LABELS
 from histonb.probe import decoder_scores as scoring, dense_probes as decoding
 from histonb.probe.encoders import load_encoder

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from histonb.core import BadInput, append_jsonl, write_json
+from histonb.core.errors import BadInput
+from histonb.core.files import append_jsonl, write_json
 from histonb.slides.tile_store import ShardWriter, record
 from histonb.training import running
 from histonb.models.backbones import backbone

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.training.augmentation import MultiCrop
 from histonb.models.backbones import backbone
 from histonb.models.heads import DINOHead, split_checkpoint

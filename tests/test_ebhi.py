@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.cohorts import QUARANTINE_COLUMNS, ebhi_seg
 from histonb.datasets.ebhi import CLASSES, GLANDS, cases, ebhi_glands, listing, read
 from histonb.datasets.regions import FIELD_COLUMNS

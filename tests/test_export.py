@@ -8,7 +8,9 @@ import pytest
 import timm
 import torch
 
-from histonb.core import BadInput, append_jsonl, digest, read_json, write_json
+from histonb.core.digests import digest
+from histonb.core.errors import BadInput
+from histonb.core.files import append_jsonl, read_json, write_json
 from histonb.probe.encoders import load_encoder
 from histonb.models import backbones
 from histonb.pretrain.config import PRESETS, preset

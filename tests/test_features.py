@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from histonb.core import BadInput, read_json
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json
 from histonb.probe.encoders import load_encoder
 from histonb.probe.features import cache_paths, extract, extract_all, load_features, tiles_key
 from histonb.models import backbones

@@ -18,7 +18,7 @@ from scipy.ndimage import label as components
 from scipy.sparse import csr_array
 
 import histonb.datasets.regions as fields
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.annotations import NCT, crag, folders, glas, patch_folders, read_map, read_mat, type_map, types_by_id
 from histonb.datasets.cohorts import QUARANTINE_COLUMNS
 from histonb.datasets.regions import CLASSES, FIELD_COLUMNS, TISSUES, TRUTHS, Field, at_mpp, clean_instances, outline, phantom_fields

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from histonb.core import BadInput, hold, read_jsonl
+from histonb.core.claims import hold
+from histonb.core.errors import BadInput
+from histonb.core.files import read_jsonl
 from histonb.datasets.ebhi import CLASSES, ebhi_seg
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.models import backbones, cerberus

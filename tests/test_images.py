@@ -7,7 +7,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from histonb.core import BadInput, read_json
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json
 from histonb.datasets import images as images_module
 from histonb.datasets.cohorts import read_csv
 from histonb.datasets.images import KEEP_ALL, class_names, find_pictures, images, join_stores, tile_images

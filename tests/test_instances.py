@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import binary_fill_holes
 from skimage.segmentation import watershed
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.synthetic.phantom import draw_field
 from histonb.metrics.objects import figures_of, object_sums, pair_counts
 from histonb.models.cerberus import TASKS

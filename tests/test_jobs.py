@@ -12,7 +12,8 @@ from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
-from histonb.core import BadInput, read_json
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json
 from histonb.studies import studies
 from histonb.studies.pages import duration_text, write_index, write_report
 from histonb.studies.studies import StageFailed, is_running, load_study, parameter_types, run_study, status
@@ -145,7 +146,7 @@ def test_a_notebook_that_forgets_to_finish_has_failed(root):
 
 
 def test_a_fault_in_the_input_is_told_in_one_line(root):
-    notebook(root, "10_first", 'out = ""\nn = 1', ["from histonb.core import BadInput\nraise BadInput('a.tiff', 'it is empty', 'Download it again.')"])
+    notebook(root, "10_first", 'out = ""\nn = 1', ["from histonb.core.errors import BadInput\nraise BadInput('a.tiff', 'it is empty', 'Download it again.')"])
     with pytest.raises(StageFailed) as e:
         run_study(root / "runs/tiny.yaml")
     assert str(e.value).startswith("stage `first` failed in cell 3 of 3: a.tiff: it is empty. Download it again.\n")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.slides.layout import padded_factor
 from histonb.slides.tile_store import fit, tile_span
 from histonb.slides.slides import open_slide

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.models.backbones import backbone
 from histonb.models.frontends import FRONTS, token_pixels
 from histonb.models.masking import hide, token_grid

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.slides import masks as module
 from histonb.datasets.cohorts import SLIDE_COLUMNS, panda
 from histonb.slides.encodings import encoding_table

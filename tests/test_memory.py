@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.pretrain import memory
 from histonb.pretrain.config import preset
 from histonb.pretrain.memory import PARTS, Ledger, estimate_memory, free_memory, largest_micro_batch, measure_memory, memory_text

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.slides.labels import LABELS
 from histonb.metrics import classification as m
 

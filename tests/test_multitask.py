@@ -16,7 +16,9 @@ import torch
 from conftest import run_report
 from safetensors.torch import save_file
 
-from histonb.core import BadInput, hold, read_json, read_jsonl, write_json
+from histonb.core.claims import hold
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets import regions as data
 from histonb.models import cerberus
 from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks

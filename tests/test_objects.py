@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import directed_hausdorff
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.metrics import objects as o
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.metrics import overlap as o
 from histonb.transfer.published import ACCURACY, published_masks
 

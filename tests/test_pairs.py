@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.cohorts import QUARANTINE_COLUMNS, pairs
 from histonb.datasets.images import tile_images
 from histonb.slides.labels import IGNORE

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.synthetic import phantom
 from histonb.synthetic.writing import write_mask, write_slide
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.probe import probes
 from histonb.probe.prototypes import draw_examples, few_shot, prototypes
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.probe.encoders import load_encoder
 from histonb.probe.published import BONY_REPORT, ENCODERS, load_published
 from histonb.studies.studies import load_study

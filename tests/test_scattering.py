@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.models.scattering import Scattering
 from histonb.models.scattering3d import Scattering3d
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.synthetic.phantom import draw_field
 from histonb.models import segnet
 from histonb.models.medt import AxialAttention, Branch, MedT, cut, join

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from torch.utils.data import DataLoader
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.cohorts import panda
 from histonb.synthetic.phantom import draw_slide, write_cohort
 from histonb.slides.tile_store import ShardWriter, SlideTiles, TileShards, encoder, read_tiles, record, shard_path

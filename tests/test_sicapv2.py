@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.cohorts import QUARANTINE_COLUMNS, sicapv2
 from histonb.slides.encodings import ENCODINGS, detect_codes, encoding_table, evidence
 from histonb.datasets.images import KEEP_ALL, tile_images

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.slides.slides import open_slide
 
 REAL = Path(__file__).parents[2]/"shared/data"
@@ -529,7 +529,7 @@ MINI = REAL.parent/"cases/faults/mini"
 ALTERED = """
 import re, resource, sys
 from pathlib import Path
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.slides.slides import open_slide
 used = int(re.search(r"VmSize:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])*1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 200*2**20,)*2)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from histonb.core import BadInput, read_json, read_jsonl
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json, read_jsonl
 from histonb.studies.slurm import load_profile, submit
 from histonb.studies.studies import load_study, run_study, stage_states
 
@@ -360,7 +361,7 @@ def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weigh
     from histonb.datasets.example import example_tiles
     tiles = example_tiles(root / "tiles", n_slides=3, seed=0)
     config = {"preset": "tiny", "tiles": str(tiles), "steps": 20, "batch_size": 8, "log_every": 1, "checkpoint_every": 1000, "workers": 0}
-    notebook(root, "21_dino", 'out = ""', START, f"from histonb.core import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
+    notebook(root, "21_dino", 'out = ""', START, f"from histonb.core.files import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
              "from histonb.studies.slurm import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)", "run.finish()")
     path = study(root, "  train: {notebook: 21_dino, resources: {gpus: 2}}\n")
     number, folder = submit(path)["train"], path.with_suffix("") / "train"

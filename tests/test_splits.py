@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.splits import SPLITS, account, check_leak, grouped_split, random_tile_split
 
 TRAIN = Path(__file__).parents[2]/"shared/data/panda/train.csv"

@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 import tifffile
 
-from histonb.core import BadInput, read_jsonl
+from histonb.core.errors import BadInput
+from histonb.core.files import read_jsonl
 from histonb.slides import tiling
 from histonb.datasets.cohorts import Cohort, panda
 from histonb.slides.tile_quality import FRACTIONS, METRICS, metrics

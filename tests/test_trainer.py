@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 import torch
 
-from histonb.core import BadInput, read_json, read_jsonl, write_json
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets.example import example_tiles
 from histonb.training import running
 from histonb.training import distributed as ranks

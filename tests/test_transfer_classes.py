@@ -11,7 +11,7 @@ from conftest import run_report
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.ebhi import CLASSES, ebhi_seg
 from histonb.datasets.splits import check_leak
 from histonb.models import cerberus

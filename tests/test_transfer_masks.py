@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import run_report
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.datasets.ebhi import ebhi_seg, read
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.metrics.overlap import FIVE, five_figures, mask_overlap

@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 
-from histonb.core import BadInput, read_jsonl
+from histonb.core.errors import BadInput
+from histonb.core.files import read_jsonl
 from histonb.models.backbones import backbone
 from histonb.models.vit import VIT, class_attention, set_positions, vit
 from histonb.models.xcit import xcit

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.models.wavelets import InverseWavelet, WaveletTransform, dwt, idwt
 
 

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from histonb.core import BadInput, read_json
+from histonb.core.errors import BadInput
+from histonb.core.files import read_json
 from histonb.models.weights import check_tensors, fill, find_network, flat, read_state, write_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 
-from histonb.core import BadInput
+from histonb.core.errors import BadInput
 from histonb.models.xcit import SIZES, XCIT, from_official, xcit
 
 NAMES = ["xcit_nano_12_p16_224", "xcit_nano_12_p8_224", "xcit_tiny_12_p16_224", "xcit_tiny_12_p8_224",

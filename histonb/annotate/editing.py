@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from ..core import BadInput, foreign_errors, read_json
+from ..core.errors import BadInput, foreign_errors
+from ..core.files import read_json
 from ..metrics.objects import Pairs
 
 # %% ../../nbs/11_annotate/04_editing.ipynb #cell-005

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
-from ..core import atomic_path, write_json
+from ..core.files import atomic_path, write_json
 from ..models.cerberus import PATCH, TISSUE
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-005

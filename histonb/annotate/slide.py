@@ -19,7 +19,11 @@ import pandas as pd
 import shapely
 
 import histonb
-from ..core import BadInput, atomic_path, content_key, digest, foreign_errors, hold, progress, read_json, read_parquet, write_json, write_parquet
+from ..core.claims import hold
+from ..core.digests import content_key, digest
+from ..core.errors import BadInput, foreign_errors
+from ..core.files import atomic_path, read_json, read_parquet, write_json, write_parquet
+from ..core.progress import progress
 from ..slides.slides import open_slide
 from ..slides.streams import Damaged
 from ..slides.tiles import Grid, low_resolution_glass

@@ -11,7 +11,8 @@ import math
 import numpy as np
 import torch
 
-from ..core import BadInput, progress
+from ..core.errors import BadInput
+from ..core.progress import progress
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-005
 ROWS = 8192 # rows read at a time

@@ -15,7 +15,8 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from ..core import BadInput, nearest, progress
+from ..core.errors import BadInput, nearest
+from ..core.progress import progress
 from .clusters import UnitRows, blocks, hierarchy, kmeans, moments, neighbours, unit
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-005

@@ -19,7 +19,8 @@ import pandas as pd
 import tifffile
 from PIL import Image
 
-from ..core import BadInput, digest, foreign_errors, nearest
+from ..core.digests import digest
+from ..core.errors import BadInput, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_csv
 from .regions import CLASSES, TRUTHS, Field, Fields, clean_instances
 from .images import by_stem, find_pictures, picture_size, visible_files

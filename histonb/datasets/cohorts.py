@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, foreign_errors, nearest
+from ..core.errors import BadInput, foreign_errors, nearest
 from ..slides.labels import CODES
 
 # %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-006

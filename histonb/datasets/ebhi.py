@@ -18,7 +18,8 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from skimage.measure import label
 
-from ..core import BadInput, digest, foreign_errors, nearest
+from ..core.digests import digest
+from ..core.errors import BadInput, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS, composed, read_csv
 from ..slides.tile_quality import check_bright
 from .regions import FIELD_COLUMNS, Field, Fields

@@ -8,7 +8,7 @@ __all__ = ['example_tiles']
 # %% ../../nbs/03_datasets/04_example.ipynb #cell-002
 from pathlib import Path
 
-from ..core import write_parquet
+from ..core.files import write_parquet
 from .cohorts import panda
 from ..synthetic.phantom import write_cohort
 from ..slides.tile_store import TileShards

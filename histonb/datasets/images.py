@@ -15,7 +15,9 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ..core import BadInput, atomic_path, foreign_errors, hold, nearest, printable, read_json, read_parquet, write_json, write_parquet
+from ..core.claims import hold
+from ..core.errors import BadInput, foreign_errors, nearest, printable
+from ..core.files import atomic_path, read_json, read_parquet, write_json, write_parquet
 from .cohorts import QUARANTINE_COLUMNS, Cohort, composed, identifiers, is_text, read_csv
 from ..slides.labels import LABELS
 from ..slides.tile_store import read_tiles, shard_path

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, foreign_errors
+from ..core.errors import BadInput, foreign_errors
 from .annotations import find_mats, listed, pair_up, read_image, read_mat, type_map, types_by_id
 from .cohorts import identifiers, is_text, lost_files, read_csv
 from .regions import Field, Fields, clean_instances

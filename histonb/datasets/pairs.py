@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .cohorts import QUARANTINE_COLUMNS, composed
 from .images import Images, by_stem, find_pictures, images, stem
 from ..slides.labels import code_table

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, foreign_errors, nearest
+from ..core.errors import BadInput, foreign_errors, nearest
 from .ebhi import ebhi_glands
 from .regions import Fields, crag, folders, glas, patch_folders, phantom_fields
 from .nuclei import consep, lizard, pannuke

@@ -18,7 +18,7 @@ import pandas as pd
 from skimage.measure import label
 from skimage.segmentation import find_boundaries, relabel_sequential
 
-from ..core import BadInput, foreign_errors, nearest
+from ..core.errors import BadInput, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS
 from ..slides.tile_quality import check_bright
 from ..synthetic.phantom import draw_field

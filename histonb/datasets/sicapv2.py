@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, foreign_errors, nearest
+from ..core.errors import BadInput, foreign_errors, nearest
 from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_xlsx
 from ..slides.encodings import ENCODINGS, check_colors, decide, encoding_table, evidence
 from .images import Images, by_stem, find_pictures, stem

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from ..slides.labels import IGNORE
 
 # %% ../../nbs/03_datasets/02_splits.ipynb #cell-007

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .classification import with_intervals
 
 # %% ../../nbs/06_metrics/02_calibration.ipynb #cell-005

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput
+from ..core.errors import BadInput
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-005
 def _labels(y, n_classes, name):

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from scipy.ndimage import find_objects
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from ..slides.labels import IGNORE
 from .classification import caution, with_intervals
 

@@ -10,7 +10,7 @@ __all__ = ['FIVE', 'VERDICTS', 'mask_overlap', 'five_figures', 'overlap_figures'
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .classification import _cell, caution, unpaired, with_intervals
 
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-005

@@ -12,7 +12,9 @@ import timm
 import torch
 from torch import nn
 
-from ..core import BadInput, digest, nearest, read_json, write_json
+from ..core.digests import digest
+from ..core.errors import BadInput, nearest
+from ..core.files import read_json, write_json
 from .frontends import behind
 from .vit import VIT, vit
 from .weights import build_filled, find_file, find_network, flat, plain, read_state, write_tensors

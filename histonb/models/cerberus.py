@@ -17,7 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, build, digest, nearest, read_json, write_json
+from ..core.digests import digest
+from ..core.errors import BadInput, nearest
+from ..core.files import read_json, write_json
+from ..core.parameters import build
 from .weights import build_filled, flat, plain, read_state, write_tensors
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-005

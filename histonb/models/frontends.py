@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from .scattering import Scattering
 from .wavelets import dwt
 

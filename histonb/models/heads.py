@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .weights import check_tensors, fill, flat
 
 # %% ../../nbs/04_models/05_heads.ipynb #cell-005

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .frontends import token_pixels
 
 # %% ../../nbs/04_models/11_masking.ipynb #cell-005

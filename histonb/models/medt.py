@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .unet import check_images
 
 # %% ../../nbs/04_models/14_medt.ipynb #cell-005

@@ -14,7 +14,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import nn
 
-from ..core import BadInput
+from ..core.errors import BadInput
 
 # %% ../../nbs/04_models/02_scattering.ipynb #cell-005
 def morlet(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .scattering import _average, _filtered, _spectrum, morlet
 
 # %% ../../nbs/04_models/03_scattering3d.ipynb #cell-005

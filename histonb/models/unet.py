@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput
+from ..core.errors import BadInput
 
 # %% ../../nbs/04_models/12_unet.ipynb #cell-005
 def check_images(

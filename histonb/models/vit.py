@@ -15,7 +15,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 
 # %% ../../nbs/04_models/08_vit.ipynb #cell-006
 VIT = timm.list_models(module="vision_transformer") # names of the plain ViTs

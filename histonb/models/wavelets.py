@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-005
 WAVELETS = {"haar": 1, "db2": 2, "db3": 3, "db4": 4} # name -> order N

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import BadInput, atomic_path, read_json, refusals_told
+from ..core.errors import BadInput, refusals_told
+from ..core.files import atomic_path, read_json
 
 # %% ../../nbs/04_models/04_weights.ipynb #cell-005
 SUFFIXES = ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pth.tar" # of files of weights

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from .weights import find_network, flat
 
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-006

@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 
-from ..core import BadInput, build, check_ranges, nearest
+from ..core.errors import BadInput, nearest
+from ..core.parameters import build, check_ranges
 from ..training.augmentation import MEAN, STD
 from ..training.running import find_device, find_precision
 from .dino import cosine_schedule, linear_schedule

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import BadInput, atomic_path, foreign_errors, in_notebook, read_jsonl, read_record
+from ..core.errors import BadInput, foreign_errors
+from ..core.files import atomic_path, read_jsonl, read_record
+from ..core.progress import in_notebook
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-005
 def rankme(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from ..models.backbones import features, pooled
 from ..models.heads import DINOHead
 from ..models.masking import hide

@@ -18,7 +18,9 @@ import timm
 import torch
 
 import histonb
-from ..core import BadInput, digest, foreign_errors, read_json, read_jsonl, read_parquet, read_record, refusals_told, write_json
+from ..core.digests import digest
+from ..core.errors import BadInput, foreign_errors, refusals_told
+from ..core.files import read_json, read_jsonl, read_parquet, read_record, write_json
 from ..models import backbones
 from ..models.weights import write_tensors
 from .config import PRESETS, preset

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from ..training.augmentation import MultiCrop
 from ..models.backbones import backbone
 from ..models.masking import token_grid

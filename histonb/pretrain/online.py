@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from ..training.augmentation import MEAN, STD, eval_transform
 from ..slides.labels import IGNORE
 from ..slides.tile_store import TileShards

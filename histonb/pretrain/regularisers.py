@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from ..training import distributed as ranks
 
 # %% ../../nbs/08_pretrain/03_regularisers.ipynb #cell-005

@@ -20,7 +20,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core import BadInput, append_jsonl, digest, progress, read_record, write_json
+from ..core.digests import digest
+from ..core.errors import BadInput
+from ..core.files import append_jsonl, read_record, write_json
+from ..core.progress import progress
 from ..slides.tile_store import TileShards
 from ..models import backbones
 from ..models.heads import DINOHead

@@ -19,7 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..core import BadInput, nearest, progress
+from ..core.errors import BadInput, nearest
+from ..core.progress import progress
 from ..slides.tile_store import tile_span
 from ..slides.slides import open_slide
 from .encoders import Pooled

@@ -8,7 +8,8 @@ __all__ = ['read_probes']
 # %% ../../nbs/07_probe/07_comparison.ipynb #cell-002
 from pathlib import Path
 
-from ..core import BadInput, nearest, read_json, read_parquet
+from ..core.errors import BadInput, nearest
+from ..core.files import read_json, read_parquet
 
 # %% ../../nbs/07_probe/07_comparison.ipynb #cell-005
 def read_probes(

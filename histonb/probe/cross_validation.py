@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from ..core import BadInput, nearest, progress
+from ..core.errors import BadInput, nearest
+from ..core.progress import progress
 from .probes import knn, linear, mlp, selection_loss, sweep
 from .prototypes import prototypes
 

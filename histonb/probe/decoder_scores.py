@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from ..slides.labels import IGNORE, LABELS
 from .dense_probes import batches, check_rows, read_target
 from ..metrics.classification import caution, with_intervals

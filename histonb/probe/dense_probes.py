@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import BadInput, progress
+from ..core.errors import BadInput
+from ..core.progress import progress
 from ..slides.labels import IGNORE, LABEL_COLORS, LABELS
 from ..models.decoders import MaskDecoder, PatchSegmenter
 

@@ -17,7 +17,8 @@ from skimage.color import hed_from_rgb
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from ..core import BadInput, digest, nearest
+from ..core.digests import digest
+from ..core.errors import BadInput, nearest
 from .published import ENCODERS, entry, load_published
 from ..models import backbones
 from ..models.frontends import token_pixels

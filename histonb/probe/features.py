@@ -19,7 +19,11 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from ..core import BadInput, atomic_path, digest, hold, progress, read_json, write_json
+from ..core.claims import hold
+from ..core.digests import digest
+from ..core.errors import BadInput
+from ..core.files import atomic_path, read_json, write_json
+from ..core.progress import progress
 
 # %% ../../nbs/07_probe/03_features.ipynb #cell-007
 PIXEL_COLUMNS = ("slide", "x", "y", "level", "mpp", "shard", "offset", "nbytes") # which pixels a row stands for

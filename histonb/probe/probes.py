@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from ..models.decoders import MLPClassifier
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-005

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .probes import _classes, _features
 
 # %% ../../nbs/07_probe/05_prototypes.ipynb #cell-005

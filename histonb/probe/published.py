@@ -20,7 +20,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from ..models.backbones import backbone
 from ..models.heads import DINOHead, find_head
 from ..models.vit import VIT, set_positions

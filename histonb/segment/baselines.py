@@ -17,7 +17,7 @@ from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from ..training.augmentation import hed_from_rgb
 from .instances import _disc, _drop, _fill, _label
 

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.ndimage import find_objects
 from skimage.segmentation import watershed
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from ..metrics.objects import check_ids
 
 # %% ../../nbs/10_segment/06_instances.ipynb #cell-007

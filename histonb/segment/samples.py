@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from ..datasets.regions import TRUTHS, Field, at_mpp
 from ..models.cerberus import PATCH
 from .targets import targets_of

@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, progress, read_record, write_parquet
+from ..core.errors import BadInput
+from ..core.files import read_record, write_parquet
+from ..core.progress import progress
 from ..datasets.regions import Fields, at_mpp
 from ..metrics.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models import cerberus

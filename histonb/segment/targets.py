@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects
 
-from ..core import BadInput
+from ..core.errors import BadInput
 
 # %% ../../nbs/10_segment/01_targets.ipynb #cell-005
 INNER, CONTOUR = 1, 2 # 0 is background

@@ -16,7 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import BadInput, append_jsonl, atomic_path, check_ranges, content_key, digest, progress, read_record, write_json
+from ..core.digests import content_key, digest
+from ..core.errors import BadInput
+from ..core.files import append_jsonl, atomic_path, read_record, write_json
+from ..core.parameters import check_ranges
+from ..core.progress import progress
 from ..models import cerberus
 from ..models.cerberus import Cerberus
 from ..training.running import (Stopped, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision, kept_rows,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import BadInput, atomic_path, foreign_errors, read_jsonl
+from ..core.errors import BadInput, foreign_errors
+from ..core.files import atomic_path, read_jsonl
 from ..datasets.regions import Field, at_mpp, outline
 from ..models.cerberus import Cerberus
 from .losses import task_loss

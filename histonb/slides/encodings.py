@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 from .labels import LABELS, code_table
 
 # %% ../../nbs/02_slides/02_encodings.ipynb #cell-005

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 
 # %% ../../nbs/02_slides/01_labels.ipynb #cell-005
 LABELS = {0: "background", 1: "healthy", 2: "gleason3", 3: "gleason4", 4: "gleason5"}

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .streams import COLOR_SPACES, EXPANSION, JPEG, Damaged, Level, check_proportion
 
 # %% ../../nbs/02_slides/04_layout.ipynb #cell-006

@@ -13,7 +13,10 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, atomic_path, content_key, digest, foreign_errors, progress
+from ..core.digests import content_key, digest
+from ..core.errors import BadInput, foreign_errors
+from ..core.files import atomic_path
+from ..core.progress import progress
 from .tile_quality import FRACTIONS
 from .encodings import check_colors, check_lossless
 from .labels import IGNORE, LABELS, code_table, to_labels

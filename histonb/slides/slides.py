@@ -25,7 +25,7 @@ import tifffile
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core import BadInput, foreign_errors
+from ..core.errors import BadInput, foreign_errors
 from .layout import AGAIN, GIVE_MPP, described_images, find_mpp, fit_levels, pyramid_pages, read_level
 from .streams import JPEG, JPEG2000, Damaged, Level, check_proportion, decode, jpeg_frame, jpeg_segments
 

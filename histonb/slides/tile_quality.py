@@ -10,7 +10,7 @@ __all__ = ['BLACK', 'METRICS', 'FRACTIONS', 'grey', 'check_bright', 'emptiness',
 import cv2
 import numpy as np
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .labels import IGNORE, LABELS, code_table
 
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-005

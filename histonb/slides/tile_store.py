@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import BadInput, foreign_errors, nearest, read_parquet
+from ..core.errors import BadInput, foreign_errors, nearest
+from ..core.files import read_parquet
 from .slides import open_slide
 
 # %% ../../nbs/02_slides/07_tile_store.ipynb #cell-005

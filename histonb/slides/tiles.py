@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, check_ranges
+from ..core.errors import BadInput
+from ..core.parameters import check_ranges
 from .tile_quality import FRACTIONS, METRICS, check_bright, code_matrix, fractions, highest, metrics
 from .encodings import check_colors, check_lossless
 from .labels import IGNORE, LABEL_COLORS, LABELS

@@ -19,8 +19,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadInput, append_jsonl, atomic_path, content_key, digest, foreign_errors, hold, progress
-from ..core import read_json, read_jsonl, read_parquet, write_json, write_parquet
+from ..core.claims import hold
+from ..core.digests import content_key, digest
+from ..core.errors import BadInput, foreign_errors
+from ..core.files import append_jsonl, atomic_path
+from ..core.progress import progress
+from ..core.files import read_json, read_jsonl, read_parquet, write_json, write_parquet
 from .tile_quality import metrics  # noqa: F401, the stage under one name
 from .labels import LABELS
 from .tile_store import ShardWriter, read_tiles

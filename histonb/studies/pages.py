@@ -12,7 +12,8 @@ import re
 import warnings
 from pathlib import Path
 
-from ..core import BadInput, atomic_path, foreign_errors, read_record
+from ..core.errors import BadInput, foreign_errors
+from ..core.files import atomic_path, read_record
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-005
 def figure_text(

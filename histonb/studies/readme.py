@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..core import atomic_path, repo_root
+from ..core.files import atomic_path, repo_root
 
 # %% ../../nbs/13_studies/05_readme.ipynb #cell-005
 def _outputs(cell) -> str:

@@ -21,7 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core import BadInput, append_jsonl, as_json, build, content_key, digest, folder_keys, hold, read_json, read_record, repo_root, sweep, write_json
+from ..core.claims import hold, sweep
+from ..core.digests import content_key, digest, folder_keys
+from ..core.errors import BadInput
+from ..core.files import append_jsonl, as_json, read_json, read_record, repo_root, write_json
+from ..core.parameters import build
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-005
 def input_digest(

@@ -23,7 +23,10 @@ import threading
 import time
 from pathlib import Path
 
-from ..core import BadInput, build, hold, nearest, read_json, read_record, write_json
+from ..core.claims import hold
+from ..core.errors import BadInput, nearest
+from ..core.files import read_json, read_record, write_json
+from ..core.parameters import build
 from .studies import Stage, StageFailed, Stopped, Study, load_study, read_yaml, run_study, stage_record, stage_states
 
 # %% ../../nbs/13_studies/04_slurm.ipynb #cell-005

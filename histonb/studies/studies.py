@@ -26,7 +26,11 @@ from pathlib import Path
 
 import yaml
 
-from ..core import BadInput, build, digest, hold, is_held, nearest, read_json, read_record, refusal, repo_root, sweep, write_json
+from ..core.claims import hold, is_held, sweep
+from ..core.digests import digest
+from ..core.errors import BadInput, nearest, refusal
+from ..core.files import read_json, read_record, repo_root, write_json
+from ..core.parameters import build
 from .runs import check_parameters, input_digest, lost_outputs, read_parameters
 
 # %% ../../nbs/13_studies/03_studies.ipynb #cell-005

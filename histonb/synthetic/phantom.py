@@ -16,7 +16,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..core import BadInput, atomic_path, hold, progress
+from ..core.claims import hold
+from ..core.errors import BadInput
+from ..core.files import atomic_path
+from ..core.progress import progress
 from .staining import draw_stain, enlarge, paint
 from .tissue import PATTERNS, grow, noise
 from .writing import write_mask, write_slide

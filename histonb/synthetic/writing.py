@@ -13,7 +13,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from ..core import BadInput, atomic_path, nearest
+from ..core.errors import BadInput, nearest
+from ..core.files import atomic_path
 
 # %% ../../nbs/01_synthetic/03_writing.ipynb #cell-005
 LEVELS = (1, 4, 16)  # downsampling factors of PANDA's pyramids

@@ -19,7 +19,7 @@ import torch
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look-up of newer versions over the network
 import albumentations as A
 
-from ..core import BadInput, nearest
+from ..core.errors import BadInput, nearest
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-006
 cv2.setNumThreads(0)

@@ -14,7 +14,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from ..core import BadInput
+from ..core.errors import BadInput
 
 # %% ../../nbs/05_training/03_distributed.ipynb #cell-005
 TIMEOUT = datetime.timedelta(minutes=30) # of a collective operation

@@ -11,7 +11,7 @@ import random
 import cv2
 import numpy as np
 
-from ..core import BadInput
+from ..core.errors import BadInput
 from .augmentation import A, _checked
 
 # %% ../../nbs/05_training/02_pair_augmentation.ipynb #cell-007

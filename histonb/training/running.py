@@ -27,7 +27,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core import BadInput, as_json, atomic_path, digest, hold, read_jsonl, read_record, refusal, write_json
+from ..core.claims import hold
+from ..core.digests import digest
+from ..core.errors import BadInput, refusal
+from ..core.files import as_json, atomic_path, read_jsonl, read_record, write_json
 
 # %% ../../nbs/05_training/04_running.ipynb #cell-005
 _NAME = re.compile(r"(best-)?(\d{7,})-([0-9a-f]{16})\.pt")

@@ -21,7 +21,8 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, foreign_errors, nearest, read_record
+from ..core.errors import BadInput, foreign_errors, nearest
+from ..core.files import read_record
 from ..datasets.ebhi import CLASSES
 from ..metrics import classification as metrics
 from .encoders import Trunk, trunk

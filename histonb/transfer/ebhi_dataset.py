@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..core import BadInput, atomic_path, progress
+from ..core.errors import BadInput
+from ..core.files import atomic_path
+from ..core.progress import progress
 from ..datasets import ebhi
 from ..datasets.ebhi import CLASSES, SIDE
 from ..synthetic.phantom import draw_field

@@ -13,7 +13,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from ..core import BadInput, nearest, read_json
+from ..core.errors import BadInput, nearest
+from ..core.files import read_json
 from ..models import backbones, cerberus
 from ..models.weights import fill, find_network, flat, read_state
 from ..datasets.readers import taught

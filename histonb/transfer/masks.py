@@ -20,7 +20,8 @@ from scipy.ndimage import binary_fill_holes
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import BadInput, check_ranges, nearest
+from ..core.errors import BadInput, nearest
+from ..core.parameters import check_ranges
 from ..training.augmentation import hed_from_rgb
 from ..datasets.ebhi import SIDE
 from ..datasets.images import Images

@@ -17,7 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import BadInput, append_jsonl, check_ranges, digest, progress, read_json, read_jsonl, write_json
+from ..core.digests import digest
+from ..core.errors import BadInput
+from ..core.files import append_jsonl, read_json, read_jsonl, write_json
+from ..core.parameters import check_ranges
+from ..core.progress import progress
 from ..training.running import (Stopped, checkpoints, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision,
                               kept_rows, latest_checkpoint, loader, memory_layout, memory_used, read_checkpoint, same_run, timed,
                               write_checkpoint)
