@@ -72,7 +72,8 @@ def run(
       histonb run runs/demo.yaml --only probe --force
       histonb run runs/bony.yaml --on slurm --profile slurm/marenostrum5.yaml --dry-run
     """
-    from histonb.studies.studies import StageFailed, Stopped, load_study, run_study
+    from histonb.studies.execution import StageFailed, Stopped, run_study
+    from histonb.studies.study import load_study
     if on == "local" and (profile or dry_run): raise BadInput("--profile" if profile else "--dry-run", "it is for a cluster", "Add `--on slurm`.")
     try:
         if on == "slurm":
@@ -104,7 +105,7 @@ def status():
     Each stage is finished, stale, failed, interrupted, stopped, running or not run, with its time and headline figures; on a cluster also pending or requeued, with the number of its job. A stage is stale when its notebook's code, its parameters, its input files or a stage it needs has changed.
     """
     from histonb.studies.pages import duration_text, figure_text
-    from histonb.studies.studies import status as states
+    from histonb.studies.execution import status as states
     rows = [["study", "stage", "state", "time", "headline, or what happened"]]
     for r in states():
         figures = ", ".join(f"{k} {figure_text(v)}" for k, v in r["headline"].items())
@@ -276,7 +277,7 @@ def pretrain(
       histonb pretrain runs/mine/config.json                          continue
       torchrun --nproc-per-node 4 -m histonb.cli pretrain mine.yaml   on four GPUs
     """
-    from histonb.studies.studies import read_yaml
+    from histonb.studies.study import read_yaml
     from histonb.training import distributed as ranks
     from histonb.pretrain import trainer
     from histonb.pretrain.config import as_config

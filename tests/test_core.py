@@ -20,7 +20,7 @@ from histonb.core.digests import content_key, folder_keys
 from histonb.core.errors import BadInput, Refused, refusal, refusals_told
 from histonb.core.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
 from histonb.core.parameters import RANGES, check_ranges
-from histonb.studies.studies import parameter_types
+from histonb.studies.study import parameter_types
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,9 @@ from histonb.core.errors import BadInput
 from histonb.core.files import read_json
 from histonb.studies import studies
 from histonb.studies.pages import duration_text, write_index, write_report
-from histonb.studies.studies import StageFailed, is_running, load_study, parameter_types, run_study, status
+from histonb.studies.execution import StageFailed, run_study, status
+from histonb.studies.states import is_running
+from histonb.studies.study import load_study, parameter_types
 from histonb.pretrain.config import PretrainConfig
 
 HISTONB = str(Path(sys.executable).with_name("histonb"))

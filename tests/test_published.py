@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from histonb.core.errors import BadInput
 from histonb.probe.encoders import load_encoder
 from histonb.probe.published import BONY_REPORT, ENCODERS, load_published
-from histonb.studies.studies import load_study
+from histonb.studies.study import load_study
 from histonb.models.heads import DINOHead
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)

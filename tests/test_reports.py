@@ -7,7 +7,9 @@ import pytest
 from conftest import run_report
 
 from histonb.datasets.example import example_tiles
-from histonb.studies.studies import run_study, stage_states, load_study
+from histonb.studies.execution import run_study
+from histonb.studies.states import stage_states
+from histonb.studies.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = sorted((ROOT / "nbs/reports").glob("*.ipynb"))

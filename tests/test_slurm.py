@@ -18,7 +18,9 @@ import pytest
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl
 from histonb.studies.slurm import load_profile, submit
-from histonb.studies.studies import load_study, run_study, stage_states
+from histonb.studies.execution import run_study
+from histonb.studies.states import stage_states
+from histonb.studies.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 HISTONB = str(Path(sys.executable).with_name("histonb"))

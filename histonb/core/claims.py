@@ -18,7 +18,6 @@ from pathlib import Path
 from filelock import SoftFileLease, Timeout
 
 from .errors import BadInput, refusals_told
-from .files import atomic_path
 
 # %% ../../nbs/00_core/05_claims.ipynb #cell-hold
 GRACE = 1. # seconds that a process which was just killed may take to end

@@ -13,7 +13,6 @@ import traceback
 import typing
 from pathlib import Path
 
-from .claims import hold
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-005
 def printable(

@@ -14,7 +14,6 @@ import os
 import secrets
 from pathlib import Path
 
-from .claims import hold
 from .errors import BadInput, foreign_errors
 
 # %% ../../nbs/00_core/04_files.ipynb #cell-011
