@@ -211,7 +211,8 @@ def single_slides(
 ): # a `Cohort` of slides without masks, each its own case
     "List slides given by name as a cohort."
     import pandas as pd
-    from histonb.datasets.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort, is_text
+    from histonb.datasets.cohorts import is_text
+    from histonb.slides.cohort import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort
     paths = [Path(p) for p in paths]
     usable = [p for p in paths if is_text(p)]
     slides = pd.DataFrame([{**dict.fromkeys(SLIDE_COLUMNS, ""), "slide": name, "image": str(p), "cohort": "slides", "case": name, "isup": -1}
@@ -305,7 +306,6 @@ def export(
     """
     from histonb.pretrain.export import export as write
     print(write(run, out, unfinished=unfinished))
-
 
 # %% ../nbs/14_cli.ipynb #cell-annotate
 @app.command()

@@ -43,14 +43,16 @@ def read_notebook(app, docname, source):
 SKIPPED = {"FrontmatterProc", "add_links", "add_fold", "mv_exports", "rm_export", "insert_warning", "exec_show_docs"}
 
 
-ROOMS = {"Data": "data", "Models": "models", "Pre-training": "pretrain", "Evaluation": "evaluate",
-         "Multi-task": "multitask", "Jobs": "jobs", "Reports": "reports"}
+ROOMS = {
+    "Core": "00_core", "Synthetic slides": "01_synthetic", "Slides": "02_slides", "Data sets": "03_datasets",
+    "Models": "04_models", "Training": "05_training", "Metrics": "06_metrics", "Probes": "07_probe",
+    "Pre-training": "08_pretrain", "Curation": "09_curate", "Segmentation": "10_segment", "Annotation": "11_annotate",
+    "Transfer": "12_transfer", "Studies": "13_studies", "Command": "[0-9]*", "Reports": "reports"}
 
 
 def contents():
     """The site's table of contents: a list for every room that has notebooks, in reading order."""
-    rooms = {title: f"{room}/*" for title, room in ROOMS.items() if any((here / room).glob("*.ipynb"))}
-    rooms = {"Foundation": "[0-9]*", **rooms}
+    rooms = {title: room if "*" in room else f"{room}/*" for title, room in ROOMS.items()}
     return "\n\n".join(f"```{{toctree}}\n:hidden:\n:glob:\n:caption: {t}\n\n{g}\n```" for t, g in rooms.items())
 
 

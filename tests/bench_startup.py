@@ -12,7 +12,7 @@ from histonb.core.files import repo_root, write_json
 
 HISTONB = str(Path(sys.executable).with_name("histonb"))
 CASES = {"python -c pass": [sys.executable, "-c", "pass"], "import histonb": [sys.executable, "-c", "import histonb"],
-         "import histonb.studies.studies": [sys.executable, "-c", "import histonb.studies.studies"], "histonb --help": [HISTONB, "--help"]}
+         "import histonb.studies.execution": [sys.executable, "-c", "import histonb.studies.execution"], "histonb --help": [HISTONB, "--help"]}
 TARGETS = {"import histonb": .3, "histonb --help": .5}
 
 

@@ -39,7 +39,7 @@ print(len(found), time.perf_counter() - start)
 COHORT = """
 import re, sys, time
 import pandas as pd
-from histonb.datasets.cohorts import Cohort
+from histonb.slides.cohort import Cohort
 from histonb.slides.tiling import tile_cohort
 rows = pd.read_parquet(sys.argv[1])
 start = time.perf_counter()

@@ -20,7 +20,8 @@ from histonb.synthetic.phantom import draw_field, draw_slide
 from histonb.slides.slides import Slide, open_slide
 from histonb.synthetic.writing import write_slide
 from histonb.metrics.objects import figures_of, object_sums, pair_counts
-from histonb.models.cerberus import TASKS, Cerberus, save
+from histonb.core.tasks import TASKS
+from histonb.models.cerberus import Cerberus, save
 from histonb.annotate.slide import Parts, annotate_slide, tiles_with_tissue, tissue_squares
 from histonb.annotate.editing import EDITS, edits, pair_outlines, read_objects
 from histonb.annotate.exporting import on_slide, write_objects

@@ -39,7 +39,7 @@ def test_debug_shows_the_traceback():
     assert done.returncode != 0 and "Traceback" in done.stderr and "BadInput" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["histonb", "histonb.core", "histonb.cli", "histonb.studies.runs", "histonb.studies.studies", "histonb.studies.pages"])
+@pytest.mark.parametrize("module", ["histonb", "histonb.core.files", "histonb.cli", "histonb.studies.runs", "histonb.studies.execution", "histonb.studies.pages"])
 def test_nothing_heavy_is_imported_early(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'pandas', 'papermill', 'nbformat', 'nbconvert', 'matplotlib', 'timm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

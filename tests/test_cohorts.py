@@ -8,7 +8,9 @@ import pytest
 
 from histonb.core.errors import BadInput
 from histonb.datasets import cohorts
-from histonb.datasets.cohorts import QUARANTINE_COLUMNS, SLIDE_COLUMNS, panda, read_xlsx
+from histonb.datasets.readers import READERS, read_set
+from histonb.datasets.cohorts import panda, read_xlsx
+from histonb.slides.cohort import QUARANTINE_COLUMNS, SLIDE_COLUMNS
 from histonb.slides.labels import CODES
 from histonb.synthetic.phantom import write_cohort
 
@@ -170,9 +172,8 @@ def test_workbooks(tmp_path):
     assert refused > 100
 
 def test_readers_are_found_in_one_place():
-    from histonb.datasets import pairs, sicapv2
-    assert cohorts.sicapv2 is sicapv2.sicapv2 and cohorts.pairs is pairs.pairs
-    with pytest.raises(AttributeError, match="no reader `sicap`.*Did you mean `sicapv2`?"): cohorts.sicap
+    assert READERS["panda"] is panda and {"sicapv2", "pairs", "images", "ebhi_seg", "glas", "consep"} <= {*READERS}
+    with pytest.raises(BadInput, match="no reader `glass` of annotated regions.*Did you mean `glas`?"): read_set({"reader": "glass"})
 
 def test_a_table_saved_by_a_spreadsheet(tmp_path):
     make(tmp_path, n=1, table="\ufeff" + HEADER.replace("\n", "\r\n") + "s00,radboud,0,negative\r\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from histonb import core
+from histonb.core import claims, digests, files
 from histonb.core.claims import hold, is_held
 from histonb.core.digests import content_key, folder_keys
 from histonb.core.errors import BadInput, Refused, refusal, refusals_told
@@ -80,14 +80,14 @@ def elsewhere(path):
 
 def test_another_machine_without_a_sign_of_life_is_succeeded(tmp_path, monkeypatch, capsys):
     """As after a node has died: the requeued job goes on by itself."""
-    monkeypatch.setattr(core, "LEASE", 1.)
+    monkeypatch.setattr(claims, "LEASE", 1.)
     elsewhere(tmp_path)
     with hold(tmp_path): pass
     assert "waiting 1 s for a sign of life" in capsys.readouterr().out
 
 
 def test_another_machine_with_signs_of_life_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "LEASE", 3.)
+    monkeypatch.setattr(claims, "LEASE", 3.)
     elsewhere(tmp_path)
     touch = subprocess.Popen([sys.executable, "-c", "import os, sys, time\nwhile True: time.sleep(.2); os.utime(sys.argv[1])", str(tmp_path/".lock")])
     try:
@@ -97,7 +97,7 @@ def test_another_machine_with_signs_of_life_is_not(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"filelock/2\npid=", b"\xff\x00garbage", b"x"*3000])
 def test_a_claim_that_cannot_be_read_is_succeeded(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(core, "LEASE", 1.)
+    monkeypatch.setattr(claims, "LEASE", 1.)
     (tmp_path/".lock").write_bytes(content)
     with hold(tmp_path): assert is_held(tmp_path/".lock")
 
@@ -206,7 +206,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
 def test_content_decides_and_not_the_date(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
     small, large = tmp_path/"train.csv", tmp_path/"slide.tiff"
-    for path, size in ((small, 100), (large, core.SMALL + 1)):
+    for path, size in ((small, 100), (large, digests.SMALL + 1)):
         path.write_bytes(b"1"*size)
         key = content_key(path)
         os.utime(path, (1, 1))
@@ -221,10 +221,10 @@ def test_content_decides_and_not_the_date(tmp_path, monkeypatch):
 
 def test_a_large_file_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
-    (tmp_path/"slide.tiff").write_bytes(bytes(core.SMALL + 1))
+    (tmp_path/"slide.tiff").write_bytes(bytes(digests.SMALL + 1))
     read = []
-    hashed = core.hashlib.file_digest
-    monkeypatch.setattr(core.hashlib, "file_digest", lambda f, name: read.append(f.name) or hashed(f, name))
+    hashed = digests.hashlib.file_digest
+    monkeypatch.setattr(digests.hashlib, "file_digest", lambda f, name: read.append(f.name) or hashed(f, name))
     assert len({content_key(tmp_path/"slide.tiff") for _ in range(3)}) == 1 and len(read) == 1
     (next((tmp_path/"cache").rglob("*.json"))).write_text("[")  # a memory that is spoilt is done without
     content_key(tmp_path/"slide.tiff")
@@ -244,7 +244,7 @@ def test_a_folder_is_its_files(tmp_path):
 # Parameters
 
 CONFIGS = {"histonb.pretrain.config": "PretrainConfig", "histonb.segment.training": "TrainConfig", "histonb.transfer.supervised": "FitConfig",
-           "histonb.transfer.masks": "Sizes", "histonb.slides.tiles": "TileRule", "histonb.studies.studies": "Resources",
+           "histonb.transfer.masks": "Sizes", "histonb.slides.tiles": "TileRule", "histonb.studies.study": "Resources",
            "histonb.studies.slurm": "Profile"}
 
 
@@ -256,10 +256,10 @@ def test_every_number_of_every_configuration_and_report_has_a_range():
     for module in CONFIGS:
         fields = {f.name: f.type for f in __import__("dataclasses").fields(config_class(module))}
         numbers = {name for name, kind in fields.items() if any(word in str(kind) for word in ("int", "float"))}
-        assert numbers <= known, f"{module}: enter {numbers - known} in core.RANGES"
+        assert numbers <= known, f"{module}: enter {numbers - known} in core.parameters.RANGES"
     for path in (ROOT/"nbs/reports").glob("*.ipynb"):
         numbers = {name for name, kind in parameter_types(path).items() if any(word in str(kind) for word in ("int", "float"))}
-        assert numbers <= known, f"{path.name}: enter {numbers - known} in core.RANGES"
+        assert numbers <= known, f"{path.name}: enter {numbers - known} in core.parameters.RANGES"
 
 
 @pytest.mark.parametrize(("values", "says"), [
@@ -295,7 +295,7 @@ def test_whole_numbers_of_any_library_are_checked():
     with pytest.raises(BadInput): check_ranges({"lr": float(np.float64(-1))})
     with pytest.raises(BadInput, match="`lr` is 1000"): check_ranges({"lr": 10**400})  # larger than any float
     check_ranges({"steps": 0, "name": "x", "recipe": ["a"], "norm_last_layer": True, "unknown": -5})
-    assert json.dumps(core.as_json({1: (np.float32(1), np.arange(2))})) == '{"1": [1.0, [0, 1]]}'
+    assert json.dumps(files.as_json({1: (np.float32(1), np.arange(2))})) == '{"1": [1.0, [0, 1]]}'
 
 
 def test_an_error_can_be_printed_whatever_it_is_about():
@@ -307,4 +307,4 @@ def test_an_error_can_be_printed_whatever_it_is_about():
 @pytest.mark.parametrize("text, says", [("[]", "holds no names and values"), ("3", "holds no names"), ("null", "holds no names"), ("{}", "no `a` in it"), ("{", "not valid JSON")])
 def test_a_record_that_is_none(tmp_path, text, says):
     (tmp_path/"x.json").write_text(text)
-    with pytest.raises(BadInput, match=says): core.read_record(tmp_path/"x.json", "a")
+    with pytest.raises(BadInput, match=says): files.read_record(tmp_path/"x.json", "a")

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core.errors import BadInput
-from histonb.datasets.cohorts import QUARANTINE_COLUMNS, ebhi_seg
+from histonb.datasets.cohorts import ebhi_seg
+from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.datasets.ebhi import CLASSES, GLANDS, cases, ebhi_glands, listing, read
 from histonb.datasets.regions import FIELD_COLUMNS
 from histonb.training.pair_augmentation import EBHIAugment

@@ -20,8 +20,10 @@ from scipy.sparse import csr_array
 import histonb.datasets.regions as fields
 from histonb.core.errors import BadInput
 from histonb.datasets.annotations import NCT, crag, folders, glas, patch_folders, read_map, read_mat, type_map, types_by_id
-from histonb.datasets.cohorts import QUARANTINE_COLUMNS
-from histonb.datasets.regions import CLASSES, FIELD_COLUMNS, TISSUES, TRUTHS, Field, at_mpp, clean_instances, outline, phantom_fields
+from histonb.slides.cohort import QUARANTINE_COLUMNS
+from histonb.core.tasks import REGIONS, TASKS, TISSUES
+from histonb.datasets.readers import READERS, read_set
+from histonb.datasets.regions import FIELD_COLUMNS, Field, at_mpp, clean_instances, outline, phantom_fields
 from histonb.datasets.nuclei import consep, lizard, pannuke
 from histonb.synthetic.phantom import draw_field
 from histonb.datasets.splits import check_leak, grouped_split
@@ -61,16 +63,16 @@ def cut(path, share=.5):
 # one table of truths
 
 def test_every_truth_with_classes_names_them():
-    assert {t for t, kind in TRUTHS.items() if kind in ("types", "class")} == set(CLASSES)
-    assert {*TRUTHS.values()} == {"instances", "types", "class"}
-    assert CLASSES["nucleus-type"][1:] == ("neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
+    assert {task.kind for task in TASKS.values()} == {"instances", "types", "patch"}
+    assert all(task.classes == REGIONS for task in TASKS.values() if task.kind == "instances")
+    assert TASKS["nucleus-type"].classes[1:] == ("neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
     assert sorted(NCT.values()) == list(range(9)) and len(TISSUES) == 9
     assert {folder: TISSUES[i] for folder, i in NCT.items()}["TUM"] == "abnormal epithelium"
 
 
 def test_readers_are_found_by_name_and_wrong_names_get_the_right_one():
-    assert fields.glas is glas and fields.pannuke is pannuke and fields.folders is folders
-    with pytest.raises(AttributeError, match="Did you mean `lizard`"): _ = fields.lizzard
+    assert READERS["glas"] is glas and READERS["pannuke"] is pannuke and READERS["folders"] is folders
+    with pytest.raises(BadInput, match="Did you mean `lizard`"): read_set({"reader": "lizzard"})
 
 
 # instances

@@ -8,7 +8,7 @@ from skimage.segmentation import watershed
 from histonb.core.errors import BadInput
 from histonb.synthetic.phantom import draw_field
 from histonb.metrics.objects import figures_of, object_sums, pair_counts
-from histonb.models.cerberus import TASKS
+from histonb.core.tasks import TASKS
 from histonb.segment import instances as s
 from histonb.segment.targets import instance_target
 

@@ -14,7 +14,7 @@ import pytest
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
-from histonb.studies import studies
+from histonb.studies import states as states_module
 from histonb.studies.pages import duration_text, write_index, write_report
 from histonb.studies.execution import StageFailed, run_study, status
 from histonb.studies.states import is_running
@@ -38,7 +38,7 @@ FIRST = ["# First\n\nIt has $n^2$ as its result.", "from histonb.studies.runs im
          "## Work", "print('working'); run.path('n.txt').write_text(str(n))", "run.finish(n=n, headline={'n squared': n**2})"]
 SECOND = ["# Second", "from pathlib import Path\nfrom histonb.studies.runs import start\nrun = start(out, {}, inputs={'first': first})",
           "total = int(Path(first, 'n.txt').read_text()) + 1", "run.finish(total=total)"]
-SLOW = ["# Slow", "import multiprocessing, time\nfrom histonb.core import atomic_path\nfrom histonb.studies.runs import start\nrun = start(out, {})",
+SLOW = ["# Slow", "import multiprocessing, time\nfrom histonb.core.files import atomic_path\nfrom histonb.studies.runs import start\nrun = start(out, {})",
         "worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(300,)); worker.start()\n"
         "with atomic_path(run.path('half.txt')) as f:\n    f.write_text('half'); print('worker', worker.pid, flush=True); time.sleep(300)",
         "run.finish()"]
@@ -423,7 +423,7 @@ def test_lengths_of_time(seconds, text): assert duration_text(seconds) == text
 def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
     """By hand, where no study checks."""
     import papermill
-    notebook(root, "10_first", 'out = ""\nn = 1\nworkers = 0', ["# First", "from histonb.jobs import runs\nrun = runs.start(out, runs.scalars(globals()))", "run.finish(n=n)"])
+    notebook(root, "10_first", 'out = ""\nn = 1\nworkers = 0', ["# First", "from histonb.studies import runs\nrun = runs.start(out, runs.scalars(globals()))", "run.finish(n=n)"])
     def run_it(**more): papermill.execute_notebook(str(root / "nbs/reports/10_first.ipynb"), str(root / "o.ipynb"),
                                                    parameters={"out": str(root / "o"), **more}, kernel_name="python3", progress_bar=False)
     with pytest.raises(papermill.PapermillExecutionError) as error: run_it(**given)
@@ -434,7 +434,7 @@ def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
 
 def test_a_changed_library_is_told_but_runs_nothing(root, monkeypatch):
     run_study(root / "runs/tiny.yaml")
-    monkeypatch.setattr(studies, "library_digest", lambda: "another")
+    monkeypatch.setattr(states_module, "library_digest", lambda: "another")
     assert [(r["state"], r["why"]) for r in status(root)] == [("finished", "the library has changed since")]*2
 
 

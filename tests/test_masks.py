@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from histonb.core.errors import BadInput
 from histonb.slides import masks as module
-from histonb.datasets.cohorts import SLIDE_COLUMNS, panda
+from histonb.datasets.cohorts import panda
+from histonb.slides.cohort import SLIDE_COLUMNS
 from histonb.slides.encodings import encoding_table
 from histonb.slides.labels import CODES, IGNORE
 from histonb.slides.masks import MaskTiles, extent, resize_labels, store_masks

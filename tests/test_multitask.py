@@ -21,7 +21,8 @@ from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets import regions as data
 from histonb.models import cerberus
-from histonb.models.cerberus import TASKS, Cerberus, Task, find_tasks
+from histonb.core.tasks import TASKS, Task, find_tasks
+from histonb.models.cerberus import Cerberus
 from histonb.training.running import checkpoints
 from histonb.segment import losses, samples, targets, training, validation as watching
 from histonb.datasets import readers as sets
@@ -39,11 +40,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- tasks and network
-
-def test_data_and_network_call_classes_alike():
-    for name, classes in data.CLASSES.items(): assert TASKS[name].classes == classes
-    assert {name: {"instances": "instances", "types": "types", "class": "patch"}[kind] for name, kind in data.TRUTHS.items()} == {t.name: t.kind for t in TASKS.values()}
-
 
 def test_a_task_of_ones_own_is_one_line(tmp_path):
     vessel = Task("vessel", "instances", kernel=5)

@@ -9,7 +9,8 @@ import tifffile
 from PIL import Image
 
 from histonb.core.errors import BadInput
-from histonb.datasets.cohorts import QUARANTINE_COLUMNS, pairs
+from histonb.datasets.cohorts import pairs
+from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.datasets.images import tile_images
 from histonb.slides.labels import IGNORE
 from histonb.datasets.pairs import mask_name

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from histonb.core.errors import BadInput
-from histonb.datasets.cohorts import QUARANTINE_COLUMNS, sicapv2
+from histonb.datasets.cohorts import sicapv2
+from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.slides.encodings import ENCODINGS, detect_codes, encoding_table, evidence
 from histonb.datasets.images import KEEP_ALL, tile_images
 from histonb.slides.labels import to_labels

@@ -16,8 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = [p for p in NOTEBOOKS if p.parent.name != "reports" and p.name != "index.ipynb"]
 REPORTS = [p for p in NOTEBOOKS if p.parent.name == "reports"]
-ROOMS = {"data": set(), "models": set(), "pretrain": {"data", "models", "evaluate"}, "evaluate": {"data", "models"},
-         "multitask": {"data", "models", "evaluate"}, "jobs": set()}
+ROOMS = { # room -> the rooms it may import, besides core; in the order of the pipeline
+    "core": "", "synthetic": "", "slides": "", "datasets": "slides synthetic", "models": "", "training": "models",
+    "metrics": "slides", "probe": "metrics models slides training",
+    "pretrain": "training probe metrics models slides datasets", "curate": "probe slides",
+    "segment": "datasets metrics models training", "annotate": "segment slides models metrics datasets",
+    "transfer": "segment datasets metrics models training synthetic", "studies": "",
+}
 
 
 def names(paths):
@@ -88,18 +93,71 @@ def imports(path):
             yield from (a.name for a in node.names)
 
 
+def exports(notebook):
+    """The module that a notebook makes, such as `slides.tiles`; None where it makes none."""
+    found = re.search(r"#\| *default_exp ([\w.]+)", notebook.read_text())
+    return found and found[1]
+
+
+PLACE = {module: place for place, module in enumerate(filter(None, map(exports, MODULES)))}
+
+
+def library_imports(path):
+    """The modules of the library that a file imports, as `room.module`."""
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "histonb":
+            yield from (m for m in (".".join(parts[1:n]) for n in (2, 3)) if m in PLACE)
+
+
 @pytest.mark.parametrize("room", ROOMS)
-def test_who_may_call_whom(room):
-    allowed = {room, "core", *ROOMS[room]}
+def test_who_may_import_whom(room):
+    allowed = {room, "core", *ROOMS[room].split()}
     for path in (ROOT / "histonb" / room).glob("*.py"):
-        called = {name.split(".")[1] for name in imports(path) if name.startswith("histonb.")}
-        assert called <= allowed, f"{path.name} in `{room}` calls {called - allowed}"
+        called = {module.split(".")[0] for module in library_imports(path)}
+        assert called <= allowed, f"{path.name} in `{room}` imports {called - allowed}"
 
 
-def test_imports_are_seen(tmp_path):
-    """The rule above would be empty if `imports` saw nothing."""
-    seen = {name.split(".")[1] for p in (ROOT / "histonb").rglob("*.py") for name in imports(p) if name.startswith("histonb.")}
-    assert {"core", "data", "models"} <= seen
+def test_rooms_are_the_pipeline():
+    """Notebooks and library have the same rooms, numbered in the order of their imports."""
+    folders = sorted(p.name for p in (ROOT / "nbs").iterdir() if re.match(r"\d\d_", p.name) and p.is_dir())
+    assert folders == [f"{i:02d}_{room}" for i, room in enumerate(ROOMS)]
+    assert {p.parent.name for p in (ROOT / "histonb").glob("*/*.py")} == {*ROOMS}
+    for room in folders:
+        books = sorted(p.stem for p in (ROOT / "nbs" / room).glob("*.ipynb"))
+        assert [b[:3] for b in books] == [f"{i:02d}_" for i in range(1, len(books) + 1)], room
+
+
+@pytest.mark.parametrize("notebook", [p for p in MODULES if exports(p)], ids=exports)
+def test_no_notebook_imports_a_later_one(notebook, tmp_path):
+    """Neither the module nor the cells that show it; so there is no circle between modules either."""
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    code = "\n".join("".join(c["source"]) for c in cells)
+    code = re.sub(r"^\s*[%!].*$", "", code, flags=re.M)
+    own = exports(notebook)
+    later = {m for m in library_imports_of(code) if PLACE[m] > PLACE[own]}
+    assert not later, f"{own} imports {later}, which come after it"
+
+
+def library_imports_of(code):
+    """The modules of the library that a notebook's code imports, inside functions too."""
+    for node in ast.walk(ast.parse(code)):
+        names = []
+        if isinstance(node, ast.ImportFrom): names = [f"{node.module}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import): names = [a.name for a in node.names]
+        for parts in (n.split(".") for n in names if n.startswith("histonb.")):
+            yield from (m for m in (".".join(parts[1:n]) for n in (2, 3)) if m in PLACE)
+
+
+def test_imports_are_seen():
+    """The rules above would be empty if nothing were seen."""
+    seen = {m.split(".")[0] for p in (ROOT / "histonb").rglob("*.py") for m in library_imports(p)}
+    assert {*ROOMS} - {"annotate", "curate", "studies", "transfer"} <= seen
+
+
+def test_no_module_hides_what_it_holds():
+    for path in (ROOT / "histonb").rglob("*.py"):
+        assert "def __getattr__(name)" not in path.read_text(), f"{path.name}: import what is needed by its name"
 
 
 UNSEEN = { # required, though nothing here imports it: why
@@ -177,7 +235,7 @@ def test_nothing_heavy_or_private_is_tracked():
 
 def test_light_imports():
     """`import histonb` and the command line must not pull in what takes seconds to load."""
-    code = ("import sys, histonb, histonb.core, histonb.cli, histonb.studies.studies; "
+    code = ("import sys, histonb, histonb.core.files, histonb.cli, histonb.studies.execution; "
             "print(sorted({'torch', 'timm', 'pandas', 'albumentations', 'sklearn', 'papermill'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

@@ -19,7 +19,8 @@ import tifffile
 from histonb.core.errors import BadInput
 from histonb.core.files import read_jsonl
 from histonb.slides import tiling
-from histonb.datasets.cohorts import Cohort, panda
+from histonb.datasets.cohorts import panda
+from histonb.slides.cohort import Cohort
 from histonb.slides.tile_quality import FRACTIONS, METRICS, metrics
 from histonb.slides.labels import IGNORE
 from histonb.synthetic.phantom import write_cohort
@@ -345,7 +346,7 @@ def test_a_worker_that_dies_costs_its_slide_only(phantoms, tmp_path):
     (tmp_path/"job.py").write_text("""import os, signal, sys
 import pandas as pd
 from histonb.slides import tiling
-from histonb.datasets.cohorts import Cohort
+from histonb.slides.cohort import Cohort
 whole = tiling._tile
 def dying(job):
     if job.slide == "s2": os.kill(os.getpid(), signal.SIGSEGV)

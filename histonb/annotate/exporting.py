@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import shapely
 
 from ..core.files import atomic_path, write_json
-from ..models.cerberus import PATCH, TISSUE
+from ..core.tasks import TISSUES
+from ..models.cerberus import PATCH
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-005
 COLORS = {"gland": (0, 150, 60), "lumen": (0, 110, 255), "nucleus": (255, 220, 0), "benign": (0, 150, 60), "malignant": (210, 30, 30),
@@ -121,7 +122,7 @@ SCHEMA = pa.schema([("task", pa.string()), ("id", pa.int64()), ("type", pa.strin
 def write_tissue(
     folder, # gets tissue.png, tissue_colour.png and tissue.json
     ids: np.ndarray, # (rows, columns) uint8, class of each square
-    classes=TISSUE, # names of the classes
+    classes=TISSUES, # names of the classes
     scale: float = 1., # pixels of level 0 for each pixel of the scores
     mpp: float = .5, # um per pixel of the scores
     zoom: int = 8, # pixels of a side of a square in the coloured map

@@ -21,8 +21,10 @@ from PIL import Image
 
 from ..core.digests import digest
 from ..core.errors import BadInput, foreign_errors, nearest
-from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_csv
-from .regions import CLASSES, TRUTHS, Field, Fields, clean_instances
+from .cohorts import identifiers, lost_files, read_csv
+from ..slides.cohort import QUARANTINE_COLUMNS
+from ..core.tasks import TASKS
+from .regions import Field, Fields, clean_instances
 from .images import by_stem, find_pictures, picture_size, visible_files
 from ..slides.labels import IGNORE
 from ..slides.slides import open_slide
@@ -184,7 +186,7 @@ def glas(
     table, quarantine = pair_up(by_stem(find_pictures(root), root), maps, root, .62)
     names = table["field"]
     table = table.assign(case=names.map(grades["patient ID"]).map("patient {}".format, na_action="ignore"), split=names.str.extract(r"^(train|testA|testB)_\d+$", expand=False),
-                         grade=names.map(grades["grade (GlaS)"].str.lower()).map({g: i for i, g in enumerate(CLASSES["gland-type"]) if i}))
+                         grade=names.map(grades["grade (GlaS)"].str.lower()).map({g: i for i, g in enumerate(TASKS["gland-type"].classes) if i}))
     lost = table[["case", "split", "grade"]].isna().any(axis=1)
     quarantine += [(r.field, r.image, "Grade.csv does not give its patient and grade, or its name no split", "Correct its name, or its row.") for r in table[lost].itertuples()]
     known = grades.index.to_series()
@@ -210,13 +212,13 @@ def crag(
 def type_map(
     types: np.ndarray, # (h, w) class of each pixel
     ids: np.ndarray, # (h, w) instances, clean
-    truth: str, # a key of `CLASSES`
+    truth: str, # one of `TASKS`
     path, # of the annotation, for the error
 ) -> np.ndarray: # (h, w) uint8: 0 outside of instances, 255 in those without class
     "Classes of pixels as a truth. Raises `BadInput` for ones that the truth does not have, and for maps of unequal size."
     if types.shape != ids.shape: raise BadInput(path, f"types of shape {types.shape}, instances of {ids.shape}", "Download it again.")
-    wrong = np.setdiff1d(types, [*range(len(CLASSES[truth])), IGNORE])
-    if len(wrong): raise BadInput(path, f"type {wrong[0]:g} is none of {truth}", f"Give {', '.join(f'{i} {name}' for i, name in enumerate(CLASSES[truth]))}.")
+    wrong = np.setdiff1d(types, [*range(len(TASKS[truth].classes)), IGNORE])
+    if len(wrong): raise BadInput(path, f"type {wrong[0]:g} is none of {truth}", f"Give {', '.join(f'{i} {name}' for i, name in enumerate(TASKS[truth].classes))}.")
     return np.where(ids > 0, np.where(types == 0, IGNORE, types), 0).astype(np.uint8)
 
 def types_by_id(
@@ -250,7 +252,7 @@ def find_mats(
     return by_stem((path for path in visible_files(root) if path.suffix.lower() == ".mat"), root)
 
 def _known(parameter, name, kind):
-    names = [truth for truth, k in TRUTHS.items() if k == kind]
+    names = [task.name for task in TASKS.values() if task.kind == kind]
     if name not in names: raise BadInput(parameter, f"`{name}` is no truth of the kind {kind}", nearest(name, names))
 
 def folders(
@@ -258,7 +260,7 @@ def folders(
     truth: str, # what the maps number: gland, lumen or nucleus
     maps: str = "instances", # folder of the maps
     types: str = "", # folder of MATLAB files with `inst_type`; empty: there are no types
-    type_truth: str = "nucleus-type-consep", # what these types are: a key of `CLASSES`
+    type_truth: str = "nucleus-type-consep", # what these types are: one of `TASKS`
     mpp: float = .25, # um per pixel of all pictures
     case: str = "(.+)_", # expression whose group is the case in the name of a field, from its first letter
 ) -> Fields:

@@ -20,7 +20,8 @@ from skimage.measure import label
 
 from ..core.digests import digest
 from ..core.errors import BadInput, foreign_errors, nearest
-from .cohorts import QUARANTINE_COLUMNS, composed, read_csv
+from .cohorts import composed, read_csv
+from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.tile_quality import check_bright
 from .regions import FIELD_COLUMNS, Field, Fields
 from .images import Images, by_stem, find_pictures

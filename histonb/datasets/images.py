@@ -18,7 +18,8 @@ from PIL import Image
 from ..core.claims import hold
 from ..core.errors import BadInput, foreign_errors, nearest, printable
 from ..core.files import atomic_path, read_json, read_parquet, write_json, write_parquet
-from .cohorts import QUARANTINE_COLUMNS, Cohort, composed, identifiers, is_text, read_csv
+from .cohorts import composed, identifiers, is_text, read_csv
+from ..slides.cohort import QUARANTINE_COLUMNS, Cohort
 from ..slides.labels import LABELS
 from ..slides.tile_store import read_tiles, shard_path
 from ..slides.tiling import TileRule, tile_cohort

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from ..core.errors import BadInput
-from .cohorts import QUARANTINE_COLUMNS, composed
+from .cohorts import composed
+from ..slides.cohort import QUARANTINE_COLUMNS
 from .images import Images, by_stem, find_pictures, images, stem
 from ..slides.labels import code_table
 

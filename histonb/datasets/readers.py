@@ -14,14 +14,22 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput, foreign_errors, nearest
-from .ebhi import ebhi_glands
-from .regions import Fields, crag, folders, glas, patch_folders, phantom_fields
+from .ebhi import ebhi_glands, ebhi_seg
+from .annotations import crag, folders, glas, patch_folders
+from .cohorts import panda
+from .images import images
+from .pairs import pairs
+from .regions import Fields, phantom_fields
+from .sicapv2 import sicapv2
 from .nuclei import consep, lizard, pannuke
 from .splits import check_leak, grouped_split
-from ..models.cerberus import find_tasks
+from ..core.tasks import find_tasks
 
 # %% ../../nbs/03_datasets/11_readers.ipynb #cell-005
-READERS = {f.__name__: f for f in (glas, crag, consep, lizard, pannuke, patch_folders, folders, ebhi_glands, phantom_fields)}
+READERS = {reader.__name__: reader for reader in (
+    panda, sicapv2, images, pairs, ebhi_seg, # cohorts: slides or pictures to tile, and their labels
+    glas, crag, consep, lizard, pannuke, patch_folders, folders, ebhi_glands, phantom_fields)} # annotated fields
+_ANNOTATED = {name: reader for name, reader in READERS.items() if inspect.signature(reader).return_annotation is Fields}
 
 def read_set(
     said: dict, # reader: a key of `READERS`; truths: names, all by default; test: cases held out, by the reader's or `divide`'s choice by default (`read_sets` holds none out where it is empty); what else the reader takes
@@ -29,7 +37,7 @@ def read_set(
     "The fields of one set. Unknown readers, arguments, truths and cases are `BadInput` that names the nearest."
     said = dict(said)
     name, truths, held = said.pop("reader", ""), said.pop("truths", None), said.pop("test", ())
-    if name not in READERS: raise BadInput("sets", f"no reader `{name}`", nearest(name, READERS))
+    if name not in _ANNOTATED: raise BadInput("sets", f"no reader `{name}` of annotated regions", nearest(name, _ANNOTATED))
     takes = inspect.signature(READERS[name]).parameters
     for key in said:
         if key not in takes: raise BadInput(f"sets, {name}", f"its reader takes no `{key}`", nearest(key, takes))
@@ -83,7 +91,7 @@ def read_sets(
 ) -> tuple[list[Fields], tuple]: # the divided sets that any task needs; the tasks
     "Read and divide the sets of a run. A task without data is `BadInput`."
     found = [divide(read_set(said), val, test if said.get("test", True) else 0., seed) for said in sets]
-    if not found: raise BadInput("sets", "there is none", f"Name at least one, such as {{reader: {next(iter(READERS))}, root: ...}}.")
+    if not found: raise BadInput("sets", "there is none", f"Name at least one, such as {{reader: {next(iter(_ANNOTATED))}, root: ...}}.")
     there = list(dict.fromkeys(name for fields in found for name in fields.truths))
     tasks = find_tasks(tasks or there)
     for task in tasks:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput, foreign_errors, nearest
-from .cohorts import QUARANTINE_COLUMNS, identifiers, lost_files, read_xlsx
+from .cohorts import identifiers, lost_files, read_xlsx
+from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.encodings import ENCODINGS, check_colors, decide, encoding_table, evidence
 from .images import Images, by_stem, find_pictures, stem
 from ..slides.labels import LABELS, code_table

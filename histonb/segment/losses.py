@@ -9,7 +9,7 @@ __all__ = ['TYPE_LOSSES', 'instance_loss', 'type_loss', 'type_loss_over_pixels',
 import torch
 from torch.nn import functional as F
 
-from ..models.cerberus import Task
+from ..core.tasks import Task
 from .targets import UNKNOWN
 
 # %% ../../nbs/10_segment/02_losses.ipynb #cell-005

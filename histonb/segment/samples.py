@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core.errors import BadInput, nearest
-from ..datasets.regions import TRUTHS, Field, at_mpp
+from ..core.tasks import TASKS
+from ..datasets.regions import Field, at_mpp
 from ..models.cerberus import PATCH
 from .targets import targets_of
 
@@ -93,7 +94,7 @@ def mosaic(
     truth = {}
     for name, first in fields[0].truth.items():
         maps = [f.truth[name] for f in fields]
-        if TRUTHS[name] == "instances":
+        if TASKS[name].kind == "instances":
             before = np.cumsum([0] + [a.max() for a in maps[:-1]])
             maps = [np.where(a, a + a.dtype.type(b), a) for a, b in zip(maps, before)]
         truth[name] = laid(maps) if np.ndim(first) == 2 else first

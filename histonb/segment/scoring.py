@@ -19,7 +19,8 @@ from ..core.progress import progress
 from ..datasets.regions import Fields, at_mpp
 from ..metrics.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models import cerberus
-from ..models.cerberus import MPP, TASKS, Cerberus
+from ..core.tasks import TASKS
+from ..models.cerberus import MPP, Cerberus
 from .instances import majority_types, separate
 from ..datasets.readers import read_sets
 from .tiled_inference import predict

@@ -20,7 +20,8 @@ from ..core.digests import digest
 from ..core.errors import BadInput, foreign_errors, nearest
 from ..core.files import atomic_path
 from ..core.progress import progress
-from ..models.cerberus import MPP, PATCH, TASKS, Cerberus, PatchHead, Task, load, pyramid, reach
+from ..core.tasks import TASKS, Task
+from ..models.cerberus import MPP, PATCH, Cerberus, PatchHead, load, pyramid, reach
 from ..training.running import find_device, find_precision
 from .baselines import BASELINES, LEAST, glands_on_map, haematoxylin, nuclear_stain, otsu, stain_levels, stain_nuclei
 from .targets import instance_target

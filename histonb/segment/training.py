@@ -36,7 +36,7 @@ class TrainConfig:
     "Parameters of a training. Each has a default but the folder."
     out: str # folder of the run
     sets: tuple[dict, ...] = () # for `sets.read_sets`: {reader: glas, root: ...}, ...
-    tasks: tuple[str, ...] = () # of `cerberus.TASKS`; empty: all that the sets have truth of
+    tasks: tuple[str, ...] = () # of `TASKS`; empty: all that the sets have truth of
     # network
     arch: str = "resnet34" # or resnet18
     width: float = 1. # share of its channels

@@ -609,4 +609,3 @@ def jpeg_source(
         try: return _read_source(at, data)
         except (ValueError, IndexError, KeyError): continue  # damaged: another one will say
     return None
-

@@ -150,7 +150,6 @@ def jpeg_frame(
     check_proportion(frame.height*frame.width*frame.samples, len(data), JPEG, frame.width, frame.height)
     return frame
 
-
 # %% ../../nbs/02_slides/03_streams.ipynb #cell-013
 def _jpeg2000_frame(data):
     "What a JPEG 2000 stream says of its picture."
