@@ -1,4 +1,5 @@
 """Packaging: everything is read from settings.ini, the one place that names versions and requirements."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

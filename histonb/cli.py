@@ -19,19 +19,29 @@ from .core.errors import BadInput, disk_is_full, foreign_errors, refusal
 from .core.files import read_json
 
 # %% ../nbs/14_cli.ipynb #cell-005
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
 
 def _version(asked: bool):
     if asked:
         import histonb
+
         print(f"histonb {histonb.__version__}")
         raise typer.Exit()
+
 
 @app.callback()
 def histonb(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
 ):
     """Slides to tiles to self-supervised encoders to benchmark tables, reproducibly.
 
@@ -53,10 +63,15 @@ def histonb(
 @app.command()
 def run(
     study: Annotated[Path, typer.Argument(help="YAML file of the study, such as runs/demo.yaml.")],
-    only: Annotated[str | None, typer.Option(help="Run just this stage; what it needs must be finished.", metavar="STAGE")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Run just this stage; what it needs must be finished.", metavar="STAGE")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run finished stages too, from nothing.")] = False,
     on: Annotated[Literal["local", "slurm"], typer.Option(help="Run here, or submit to a cluster.")] = "local",
-    profile: Annotated[Path | None, typer.Option(help="What the cluster's site wants to be told, such as slurm/marenostrum5.yaml.", metavar="FILE")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="What the cluster's site wants to be told, such as slurm/marenostrum5.yaml.", metavar="FILE"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show how the jobs would be submitted.")] = False,
 ):
     """Run a study's stages in order.
@@ -74,16 +89,20 @@ def run(
     """
     from histonb.studies.execution import StageFailed, Stopped, run_study
     from histonb.studies.study import load_study
-    if on == "local" and (profile or dry_run): raise BadInput("--profile" if profile else "--dry-run", "it is for a cluster", "Add `--on slurm`.")
+
+    if on == "local" and (profile or dry_run):
+        raise BadInput("--profile" if profile else "--dry-run", "it is for a cluster", "Add `--on slurm`.")
     try:
         if on == "slurm":
             from histonb.studies.slurm import submit
+
             submit(study, only, force, profile, dry_run)
             return
         run_study(study, only, force)
-        print(f"overview: {load_study(study).folder/'index.html'}")
+        print(f"overview: {load_study(study).folder / 'index.html'}")
     except (StageFailed, Stopped) as e:
-        if "--debug" in sys.argv: raise
+        if "--debug" in sys.argv:
+            raise
         typer.echo(f"\n{e}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as e:
@@ -92,11 +111,12 @@ def run(
 
 # %% ../nbs/14_cli.ipynb #cell-009
 def table(
-    rows: list, # lists of texts, the first one the headings
-) -> str: # aligned columns
+    rows: list,  # lists of texts, the first one the headings
+) -> str:  # aligned columns
     "Lay texts out in columns."
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
 
 @app.command()
 def status():
@@ -104,93 +124,187 @@ def status():
 
     Each stage is finished, stale, failed, interrupted, stopped, running or not run, with its time and headline figures; on a cluster also pending or requeued, with the number of its job. A stage is stale when its notebook's code, its parameters, its input files or a stage it needs has changed.
     """
-    from histonb.studies.pages import duration_text, figure_text
     from histonb.studies.execution import status as states
+    from histonb.studies.pages import duration_text, figure_text
+
     rows = [["study", "stage", "state", "time", "headline, or what happened"]]
     for r in states():
         figures = ", ".join(f"{k} {figure_text(v)}" for k, v in r["headline"].items())
-        rows.append([r["study"], r["stage"], r["state"], duration_text(r["seconds"]), "; ".join(filter(None, [figures, r["why"]]))])
+        rows.append(
+            [
+                r["study"],
+                r["stage"],
+                r["state"],
+                duration_text(r["seconds"]),
+                "; ".join(filter(None, [figures, r["why"]])),
+            ]
+        )
     print(table(rows) if len(rows) > 1 else "no studies: runs/ has no .yaml file")
 
 # %% ../nbs/14_cli.ipynb #cell-012
-_EXTRAS = {"dev": "JupyterLab, tests, and exporting the notebooks", "docs": "`make docs`",
-           "bench": "`make bench`: comparison with openslide"}
+_EXTRAS = {
+    "dev": "JupyterLab, tests, and exporting the notebooks",
+    "docs": "`make docs`",
+    "bench": "`make bench`: comparison with openslide",
+}
+
 
 def _packages():
     "Required and optional packages."
     import importlib.metadata
     import re
+
     missing = {}
     for line in importlib.metadata.requires("histonb") or []:
-        name, extra = re.match(r"[\w.-]+", line)[0], re.search(r"extra == ['\"](\w+)", line)
-        try: importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: missing.setdefault(extra[1] if extra else "", []).append(name)
+        name = re.match(r"[\w.-]+", line)[0]
+        extra = re.search(r"extra == ['\"](\w+)", line)
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.setdefault(extra[1] if extra else "", []).append(name)
     lost = missing.get("", [])
     yield ("MISSING", f"packages: {', '.join(lost)}", "pip install -e .") if lost else ("ok", "required packages", "")
     for extra, use in _EXTRAS.items():
         lost = missing.get(extra, [])
-        yield ("note", f"extra `{extra}`: no {', '.join(lost)}", f'for {use}: pip install -e ".[{extra}]"') if lost else ("ok", f"extra `{extra}`", "")
+        yield (
+            ("note", f"extra `{extra}`: no {', '.join(lost)}", f'for {use}: pip install -e ".[{extra}]"')
+            if lost
+            else ("ok", f"extra `{extra}`", "")
+        )
 
+# %% ../nbs/14_cli.ipynb #cell-012-2
 def _hardware():
     "Cores, memory, disk, device."
     import os
     import shutil
+
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/2**30
-    yield ("ok" if memory >= 7 else "note", f"{cores} cores, {memory:.0f} GiB of memory", "" if memory >= 7 else "real cohorts want 8 GiB or more")
-    free = shutil.disk_usage(".").free/2**30
-    yield ("ok" if free >= 5 else "note", f"{free:.0f} GiB of disk free here", "" if free >= 5 else "the demo writes about 1 GiB, PANDA's tiles about 100 GiB")
-    try: import torch
-    except (ImportError, OSError) as e: yield "MISSING", f"torch cannot be imported ({e})", 'pip install "torch>=2.6" torchvision'; return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield (
+        "ok" if memory >= 7 else "note",
+        f"{cores} cores, {memory:.0f} GiB of memory",
+        "" if memory >= 7 else "real cohorts want 8 GiB or more",
+    )
+    free = shutil.disk_usage(".").free / 2**30
+    yield (
+        "ok" if free >= 5 else "note",
+        f"{free:.0f} GiB of disk free here",
+        "" if free >= 5 else "the demo writes about 1 GiB, PANDA's tiles about 100 GiB",
+    )
+    try:
+        import torch
+    except (ImportError, OSError) as e:
+        yield "MISSING", f"torch cannot be imported ({e})", 'pip install "torch>=2.6" torchvision'
+        return
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         yield "ok", f"torch {torch.__version__} on {torch.cuda.device_count()} x {torch.cuda.get_device_name()}", ""
     else:
         bf16 = any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16"))
-        yield "note", f"torch {torch.__version__} on the CPU", "enough for the demo; training on real cohorts wants a GPU and a CUDA build of torch"
-    yield ("ok", "bfloat16 in hardware: mixed precision is used", "") if bf16 else ("note", "no bfloat16 in hardware", "training runs in float32")
+        yield (
+            "note",
+            f"torch {torch.__version__} on the CPU",
+            "enough for the demo; training on real cohorts wants a GPU and a CUDA build of torch",
+        )
+    yield (
+        ("ok", "bfloat16 in hardware: mixed precision is used", "")
+        if bf16
+        else ("note", "no bfloat16 in hardware", "training runs in float32")
+    )
 
+# %% ../nbs/14_cli.ipynb #cell-012-3
 def _slurm():
     "The cluster's partitions, where there is one."
     import shutil
     import subprocess
-    if not shutil.which("sbatch"): return "note", "no SLURM here", "studies run on this machine"
-    try: asked = subprocess.run(["sinfo", "--noheader", "--format=%P: %D nodes, %G"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired): asked = None
-    if asked is None or asked.returncode: return "note", "SLURM's commands, but no cluster answers", "studies run on this machine; a trial cluster: slurm/cluster.sh start FOLDER"
+
+    if not shutil.which("sbatch"):
+        return "note", "no SLURM here", "studies run on this machine"
+    try:
+        asked = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P: %D nodes, %G"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        asked = None
+    if asked is None or asked.returncode:
+        return (
+            "note",
+            "SLURM's commands, but no cluster answers",
+            "studies run on this machine; a trial cluster: slurm/cluster.sh start FOLDER",
+        )
     return "ok", f"SLURM: {'; '.join(asked.stdout.split(chr(10))[:-1])}", ""
 
+# %% ../nbs/14_cli.ipynb #cell-012-4
 def _programs():
     "Codecs, git, the notebook kernel, SLURM."
     import shutil
     import subprocess
+
     try:
         import imagecodecs
+
         lost = [n for n in ("JPEG8", "LZW", "ZLIB", "JPEG2K", "LERC", "ZSTD") if not getattr(imagecodecs, n).available]
-        yield ("note", f"imagecodecs without {', '.join(lost)}", "slides compressed so cannot be read: pip install -U imagecodecs") if lost else ("ok", "codecs for JPEG, JPEG 2000, LZW, deflate, Zstandard", "")
-    except ImportError as e: yield "MISSING", f"imagecodecs cannot be imported ({e})", "pip install imagecodecs"
-    yield ("ok", "git", "") if shutil.which("git") else ("note", "no git", "runs cannot record the commit they come from")
+        yield (
+            (
+                "note",
+                f"imagecodecs without {', '.join(lost)}",
+                "slides compressed so cannot be read: pip install -U imagecodecs",
+            )
+            if lost
+            else ("ok", "codecs for JPEG, JPEG 2000, LZW, deflate, Zstandard", "")
+        )
+    except ImportError as e:
+        yield "MISSING", f"imagecodecs cannot be imported ({e})", "pip install imagecodecs"
+    yield (
+        ("ok", "git", "") if shutil.which("git") else ("note", "no git", "runs cannot record the commit they come from")
+    )
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
     try:
         python = KernelSpecManager().get_kernel_spec("python3").argv[0]
-        if python in ("python", "python3"): python = sys.executable  # as Jupyter does when it starts the kernel
-        found = subprocess.run([python, "-c", "import ipykernel, sys; print(sys.prefix)"], capture_output=True, text=True)
+        if python in ("python", "python3"):
+            python = sys.executable  # as Jupyter does when it starts the kernel
+        found = subprocess.run(
+            [python, "-c", "import ipykernel, sys; print(sys.prefix)"], capture_output=True, text=True
+        )
         same = found.stdout.strip() == sys.prefix
-        yield ("ok", "notebook kernel python3", "") if same else (
-            ("note", "the notebook kernel python3 is another environment's", "JupyterLab opened elsewhere will not find histonb: python -m ipykernel install --sys-prefix")
-            if found.returncode == 0 else ("MISSING", "the notebook kernel python3 does not start", "python -m ipykernel install --sys-prefix"))
-    except (NoSuchKernel, OSError): yield "MISSING", "no notebook kernel python3", "pip install ipykernel && python -m ipykernel install --sys-prefix"
+        yield (
+            ("ok", "notebook kernel python3", "")
+            if same
+            else (
+                (
+                    "note",
+                    "the notebook kernel python3 is another environment's",
+                    "JupyterLab opened elsewhere will not find histonb: python -m ipykernel install --sys-prefix",
+                )
+                if found.returncode == 0
+                else (
+                    "MISSING",
+                    "the notebook kernel python3 does not start",
+                    "python -m ipykernel install --sys-prefix",
+                )
+            )
+        )
+    except (NoSuchKernel, OSError):
+        yield (
+            "MISSING",
+            "no notebook kernel python3",
+            "pip install ipykernel && python -m ipykernel install --sys-prefix",
+        )
     yield _slurm()
 
+# %% ../nbs/14_cli.ipynb #cell-012-5
 @app.command()
 def doctor():
     """Say what this machine has and lacks.
 
     Packages, device, codecs, notebook kernel, memory, disk. It fails only where something must be mended.
     """
-    import histonb
     import platform
+
+    import histonb
+
     print(f"histonb {histonb.__version__}, Python {platform.python_version()} in {sys.prefix}")
     lost = 0
     for state, what, remedy in (*_packages(), *_hardware(), *_programs()):
@@ -206,22 +320,37 @@ def _ids(paths):
         ids = [long if ids.count(short) > 1 else short for short, long in zip(ids, longer, strict=True)]
     return ids
 
+
 def single_slides(
-    paths: list, # slide files
-): # a `Cohort` of slides without masks, each its own case
+    paths: list,  # slide files
+):  # a `Cohort` of slides without masks, each its own case
     "List slides given by name as a cohort."
     import pandas as pd
+
     from histonb.datasets.cohorts import is_text
     from histonb.slides.cohort import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort
+
     paths = [Path(p) for p in paths]
     usable = [p for p in paths if is_text(p)]
-    slides = pd.DataFrame([{**dict.fromkeys(SLIDE_COLUMNS, ""), "slide": name, "image": str(p), "cohort": "slides", "case": name, "isup": -1}
-                           for p, name in zip(usable, _ids(usable), strict=True)],
-                          columns=SLIDE_COLUMNS)
+    slides = pd.DataFrame(
+        [
+            {
+                **dict.fromkeys(SLIDE_COLUMNS, ""),
+                "slide": name,
+                "image": str(p),
+                "cohort": "slides",
+                "case": name,
+                "isup": -1,
+            }
+            for p, name in zip(usable, _ids(usable), strict=True)
+        ],
+        columns=SLIDE_COLUMNS,
+    )
     odd = [str(p).encode(errors="backslashreplace").decode() for p in paths if not is_text(p)]
     aside = [(Path(p).stem, p, "its name is not UTF-8 text", "Rename it.") for p in odd]
     return Cohort("slides", slides, pd.DataFrame(aside, columns=QUARANTINE_COLUMNS, dtype=str))
 
+# %% ../nbs/14_cli.ipynb #cell-014-2
 @app.command()
 def tile(
     source: Annotated[list[Path], typer.Argument(help="A cohort's folder in PANDA's layout, or slide files.")],
@@ -229,11 +358,19 @@ def tile(
     size: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 224,
     level: Annotated[int, typer.Option(help="Level of the pyramid.")] = 0,
     mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the tiles, instead of a level.")] = None,
-    slide_mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel at level 0, for slides that do not say.")] = None,
-    min_coverage: Annotated[float, typer.Option(help="Least fraction of a tile that a class must cover to label it.")] = 0.,
-    max_damaged: Annotated[int, typer.Option(help="Internal tiles of a slide that may be damaged before it is set aside.")] = 16,
+    slide_mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per pixel at level 0, for slides that do not say.")
+    ] = None,
+    min_coverage: Annotated[
+        float, typer.Option(help="Least fraction of a tile that a class must cover to label it.")
+    ] = 0.0,
+    max_damaged: Annotated[
+        int, typer.Option(help="Internal tiles of a slide that may be damaged before it is set aside.")
+    ] = 16,
     workers: Annotated[int, typer.Option(help="Threads.")] = 2,
-    store: Annotated[bool, typer.Option("--store/--coordinates-only", help="Store the tiles, or only where they lie.")] = True,
+    store: Annotated[
+        bool, typer.Option("--store/--coordinates-only", help="Store the tiles, or only where they lie.")
+    ] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first slide that cannot be used.")] = False,
 ):
     """Cut slides into labelled tiles.
@@ -247,25 +384,40 @@ def tile(
     """
     from histonb.datasets.cohorts import panda
     from histonb.slides.tiling import TileRule, tile_cohort
+
     cohort = panda(source[0]) if len(source) == 1 and os.path.isdir(source[0]) else single_slides(source)
-    if slide_mpp is not None: cohort.slides["mpp"] = slide_mpp
+    if slide_mpp is not None:
+        cohort.slides["mpp"] = slide_mpp
     rule = TileRule(size=size, level=level, mpp=mpp, min_coverage=min_coverage, max_damaged=max_damaged)
-    try: tiles = tile_cohort(cohort, out, rule=rule, workers=workers, store=store, strict=strict)
+    try:
+        tiles = tile_cohort(cohort, out, rule=rule, workers=workers, store=store, strict=strict)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
-    with open(out/"quarantine.csv", encoding="utf-8") as f: lost = sum(1 for _ in csv.reader(f)) - 1
+    with open(out / "quarantine.csv", encoding="utf-8") as f:
+        lost = sum(1 for _ in csv.reader(f)) - 1
     damaged = (tiles["why"] == "damaged").sum()
-    print(f"{tiles['kept'].sum():,} of {len(tiles):,} tiles kept in {tiles['slide'].nunique():,} slides"
-          + (f"; {damaged:,} tiles lie on damaged pixels" if damaged else "")
-          + (f"; {lost} slides in {out/'quarantine.csv'}" if lost else "") + f": {out/'tiles.parquet'}")
+    print(
+        f"{tiles['kept'].sum():,} of {len(tiles):,} tiles kept in {tiles['slide'].nunique():,} slides"
+        + (f"; {damaged:,} tiles lie on damaged pixels" if damaged else "")
+        + (f"; {lost} slides in {out / 'quarantine.csv'}" if lost else "")
+        + f": {out / 'tiles.parquet'}"
+    )
 
 # %% ../nbs/14_cli.ipynb #cell-pretrain
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(help="YAML or JSON file of parameters: `out`, `tiles`, perhaps `preset`, and what differs from it.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML or JSON file of parameters: `out`, `tiles`, perhaps `preset`, and what differs from it."
+        ),
+    ],
     restart: Annotated[bool, typer.Option("--restart", help="Discard the run in the folder.")] = False,
-    elastic: Annotated[bool, typer.Option("--elastic", help="Continue a run on another number of processes; it is then no longer exact.")] = False,
+    elastic: Annotated[
+        bool,
+        typer.Option("--elastic", help="Continue a run on another number of processes; it is then no longer exact."),
+    ] = False,
 ):
     """Pre-train a backbone with DINO, or continue a run.
 
@@ -278,24 +430,32 @@ def pretrain(
       histonb pretrain runs/mine/config.json                          continue
       torchrun --nproc-per-node 4 -m histonb.cli pretrain mine.yaml   on four GPUs
     """
-    from histonb.studies.study import read_yaml
-    from histonb.training import distributed as ranks
     from histonb.pretrain import trainer
     from histonb.pretrain.config import as_config
     from histonb.pretrain.memory import memory_text
-    values = read_yaml(config)
-    if not isinstance(values, dict) or "out" not in values: raise BadInput(config, "no `out`", "Name the folder of the run, and parameters of `PretrainConfig`.")
-    c = as_config(values, config)
-    if int(os.environ.get("RANK", 0)) == 0: print(memory_text(c, ranks.announced()), flush=True)
-    try: trainer.pretrain(c, restart=restart, elastic=elastic)
-    except trainer.Stopped as e:
-        if int(os.environ.get("RANK", 0)) == 0: print(f"{e}. The same command goes on from there.", flush=True)
+    from histonb.studies.study import read_yaml
+    from histonb.training import distributed as ranks
 
+    values = read_yaml(config)
+    if not isinstance(values, dict) or "out" not in values:
+        raise BadInput(config, "no `out`", "Name the folder of the run, and parameters of `PretrainConfig`.")
+    c = as_config(values, config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(memory_text(c, ranks.announced()), flush=True)
+    try:
+        trainer.pretrain(c, restart=restart, elastic=elastic)
+    except trainer.Stopped as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{e}. The same command goes on from there.", flush=True)
+
+# %% ../nbs/14_cli.ipynb #cell-pretrain-2
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a pre-training run.")],
     out: Annotated[Path, typer.Argument(help="Folder to make, for weights, config and model card.")],
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Also where the run has not come to its end.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also where the run has not come to its end.")
+    ] = False,
 ):
     """Write a trained backbone as timm loads it, with a model card.
 
@@ -305,26 +465,52 @@ def export(
       python -c "import timm; timm.create_model('local-dir:models/demo')"
     """
     from histonb.pretrain.export import export as write
+
     print(write(run, out, unfinished=unfinished))
 
 # %% ../nbs/14_cli.ipynb #cell-annotate
 @app.command()
 def annotate(
     slides: Annotated[list[Path], typer.Argument(help="Slide files.")],
-    weights: Annotated[str, typer.Option(help="Folder of a training run, or a file of weights; or `stain`: glands and nuclei by stain alone, without a network.")],
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a training run, or a file of weights; or `stain`: glands and nuclei by stain alone, without a network."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder that gets a folder for each slide.")],
-    tasks: Annotated[str, typer.Option(help="What to look for, such as gland,lumen,nucleus; empty: all that the network knows.")] = "",
-    mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel that the network reads, instead of what its weights say.")] = None,
-    slide_mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel at level 0, for slides that do not say.")] = None,
-    tile: Annotated[int, typer.Option(help="Pixels of a side of a tile, a multiple of 144: less needs less memory and more time.")] = 1008,
+    tasks: Annotated[
+        str, typer.Option(help="What to look for, such as gland,lumen,nucleus; empty: all that the network knows.")
+    ] = "",
+    mpp: Annotated[
+        float | None,
+        typer.Option(help="Micrometres per pixel that the network reads, instead of what its weights say."),
+    ] = None,
+    slide_mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per pixel at level 0, for slides that do not say.")
+    ] = None,
+    tile: Annotated[
+        int, typer.Option(help="Pixels of a side of a tile, a multiple of 144: less needs less memory and more time.")
+    ] = 1008,
     device: Annotated[str, typer.Option(help="cpu, cuda ...; auto is a GPU where there is one.")] = "auto",
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(
-        help="auto is fp32 on a CPU, so that counts do not depend on its kind, and bf16 on a GPU that computes in it.")] = "auto",
-    overwrite: Annotated[bool, typer.Option(
-        "--overwrite", help="Discard what there is of these slides in OUT, and annotate them anew.")] = False,
-    skip_existing: Annotated[bool, typer.Option(
-        "--skip-existing", help="Leave slides that have an annotation in OUT as they are, whatever its settings.")] = False,
-    max_damaged: Annotated[int, typer.Option(help="Internal tiles of a slide that may be damaged before it is refused.")] = 16,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        typer.Option(
+            help="auto is fp32 on a CPU, so that counts do not depend on its kind, and bf16 on a GPU that computes in it."
+        ),
+    ] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard what there is of these slides in OUT, and annotate them anew.")
+    ] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing", help="Leave slides that have an annotation in OUT as they are, whatever its settings."
+        ),
+    ] = False,
+    max_damaged: Annotated[
+        int, typer.Option(help="Internal tiles of a slide that may be damaged before it is refused.")
+    ] = 16,
 ):
     """Find glands, lumina and nuclei in whole slides.
 
@@ -338,41 +524,65 @@ def annotate(
     """
     from histonb.annotate.slide import annotate_slide
     from histonb.segment.tiled_inference import find_scorer
+
     names = [p.stem for p in slides]
-    if twice := {n for n in names if names.count(n) > 1}: raise BadInput(", ".join(sorted(twice)), "several slides of this name", "Annotate them into different folders.")
-    if overwrite and skip_existing: raise BadInput("--overwrite", "given beside --skip-existing", "Choose one.")
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise BadInput(", ".join(sorted(twice)), "several slides of this name", "Annotate them into different folders.")
+    if overwrite and skip_existing:
+        raise BadInput("--overwrite", "given beside --skip-existing", "Choose one.")
     if not any(slide.exists() for slide in slides):  # told before weights are read
         raise BadInput(slides[0], "there is no such file", "Correct the path.")
-    scorer, lost = find_scorer(weights, [t.strip() for t in tasks.split(",")] if tasks else None, mpp, device, precision), []
+    scorer = find_scorer(weights, [t.strip() for t in tasks.split(",")] if tasks else None, mpp, device, precision)
+    lost = []
     try:
         for slide in slides:
             try:
                 with foreign_errors(slide):
-                    folder = annotate_slide(slide, scorer, out, slide_mpp=slide_mpp, tile=tile, overwrite=overwrite,
-                                            skip_existing=skip_existing, max_damaged=max_damaged)
-                    about = read_json(folder/"annotation.json")
+                    folder = annotate_slide(
+                        slide,
+                        scorer,
+                        out,
+                        slide_mpp=slide_mpp,
+                        tile=tile,
+                        overwrite=overwrite,
+                        skip_existing=skip_existing,
+                        max_damaged=max_damaged,
+                    )
+                    about = read_json(folder / "annotation.json")
                     counts = ", ".join(f"{n:,} {c}" for c, n in about["counts"].items())
-                    print(f"{folder}: {counts} in {about['tissue_mm2']:.2f} mm2 of tissue" + (f"; {about['note']}" if about["note"] else ""), flush=True)
+                    print(
+                        f"{folder}: {counts} in {about['tissue_mm2']:.2f} mm2 of tissue"
+                        + (f"; {about['note']}" if about["note"] else ""),
+                        flush=True,
+                    )
             except BadInput as e:
-                if len(slides) == 1 or disk_is_full(e): raise
+                if len(slides) == 1 or disk_is_full(e):
+                    raise
                 lost.append(e)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
-    for e in lost: typer.echo(f"histonb: {e}", err=True)
-    if lost: raise typer.Exit(2)
+    for e in lost:
+        typer.echo(f"histonb: {e}", err=True)
+    if lost:
+        raise typer.Exit(2)
 
 # %% ../nbs/14_cli.ipynb #cell-016
 def main():
     "Entry point of the `histonb` command."
-    try: app()
+    try:
+        app()
     except (BadInput, OSError) as e:
         told = e if type(e) is BadInput else refusal(e)
-        if "--debug" in sys.argv or told is None: raise
+        if "--debug" in sys.argv or told is None:
+            raise
         sys.exit(_say(told, 1 if isinstance(told, OSError) else 2))
+
 
 def _say(fault, code):
     typer.echo(f"histonb: {fault}", err=True)
     return code
 
-if __name__ == "__main__" and "__file__" in globals(): main()  # python -m histonb.cli; not in a notebook
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # python -m histonb.cli; not in a notebook

@@ -1,6 +1,7 @@
 """Training images/s behind each front end, beside the same network without one: `python tests/bench_fronts.py`.
 
 DINO's step at the paper's crop sizes (2 x 224 and 6 x 96 px) through this library's trainer, rounds of one step each in turn."""
+
 import argparse
 import itertools
 import time
@@ -22,14 +23,27 @@ args = parser.parse_args()
 
 for arch in args.arch:
     crops = [torch.randn(2, args.batch, 3, 224, 224), torch.randn(6, args.batch, 3, 96, 96)]
-    trainers = {front: Trainer(settle(preset("histology", out="", arch=front + arch, n_local=6, batch_size=args.batch, micro_batch=0), 10**4), 10**4) for front in FRONTS}
+    trainers = {
+        front: Trainer(
+            settle(
+                preset("histology", out="", arch=front + arch, n_local=6, batch_size=args.batch, micro_batch=0), 10**4
+            ),
+            10**4,
+        )
+        for front in FRONTS
+    }
     seconds = {front: [] for front in FRONTS}
     for i, (front, trainer) in itertools.product(range(args.rounds + 1), trainers.items()):
         began = time.perf_counter()
         trainer.train_step(itertools.repeat(crops))
-        if i: seconds[front].append(time.perf_counter() - began)
+        if i:
+            seconds[front].append(time.perf_counter() - began)
     print(f"{arch}, {trainers[''].config.precision}, batch {args.batch}, {torch.get_num_threads()} threads")
     for front in FRONTS:
-        ratio = np.median(np.array(seconds[""])/np.array(seconds[front]))
-        grids = " and ".join("x".join(map(str, token_grid(trainers[front].student.backbone, (size, size)))) for size in (224, 96))
-        print(f"  {front.rstrip('+') or 'none':16} {args.batch/np.median(seconds[front]):7.1f} images/s, {ratio:.2f} times those without; tokens {grids}")
+        ratio = np.median(np.array(seconds[""]) / np.array(seconds[front]))
+        grids = " and ".join(
+            "x".join(map(str, token_grid(trainers[front].student.backbone, (size, size)))) for size in (224, 96)
+        )
+        print(
+            f"  {front.rstrip('+') or 'none':16} {args.batch / np.median(seconds[front]):7.1f} images/s, {ratio:.2f} times those without; tokens {grids}"
+        )

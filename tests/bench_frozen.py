@@ -7,6 +7,7 @@ epochs on the same tiles; the first epoch of the study's way is timed and multip
 weights and tiles (JPEG), ours from the tile store, theirs from files through PIL; rounds in turn, medians. Prints Markdown tables
 and writes runs/bench/frozen.json.
 """
+
 import argparse
 import tempfile
 import time
@@ -21,36 +22,42 @@ from torch.utils.data import DataLoader, Dataset
 
 from histonb.core.files import repo_root, write_json
 from histonb.datasets.example import example_tiles
-from histonb.slides.tile_store import TileShards
+from histonb.models.decoders import MLPClassifier
 from histonb.probe.encoders import load_encoder
 from histonb.probe.features import extract
 from histonb.probe.probes import fit_linear, fit_mlp, sweep
-from histonb.models.decoders import MLPClassifier
+from histonb.slides.tile_store import TileShards
 
 NANO = "xcit_nano_12_p16_224"
 
 
 class Files(Dataset):
     "Tiles as files, opened with PIL and normalised by hand, as most scripts do."
+
     def __init__(self, folder, spec):
         self.paths = sorted(Path(folder).glob("*.jpg"))
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
 
-    def __len__(self): return len(self.paths)
+    def __len__(self):
+        return len(self.paths)
 
     def __getitem__(self, i):
-        image = torch.from_numpy(np.array(Image.open(self.paths[i]).convert("RGB"))).permute(2, 0, 1).float()/255
-        return (image - self.mean)/self.std
+        image = torch.from_numpy(np.array(Image.open(self.paths[i]).convert("RGB"))).permute(2, 0, 1).float() / 255
+        return (image - self.mean) / self.std
 
 
 class Repeated:
     "A store's tiles again and again, up to a number."
+
     def __init__(self, tiles, n):
         self.tiles, self.n = tiles, n
         self.table = tiles.table.iloc[np.arange(n) % len(tiles)].reset_index(drop=True)
 
-    def __len__(self): return self.n
-    def __getitem__(self, i): return self.tiles[i % len(self.tiles)]
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.tiles[i % len(self.tiles)]
 
 
 def timed(function):
@@ -75,45 +82,71 @@ def study_epochs(tiles, encoder, y, epochs, hidden, batch=256):
 def probes(tiles, args):
     encoder = load_encoder(f"random:{NANO}")
     labels = np.arange(len(tiles)) % 5
-    y, rows = torch.from_numpy(labels), []
+    y = torch.from_numpy(labels)
+    rows = []
     began = time.perf_counter()
     x = extract(tiles, encoder)
     once = time.perf_counter() - began
     measured = 1 if args.quick else args.epochs
-    for name, hidden in (("MLP (2048, 512, 128)", (2048, 512, 128)), ("study's MLP (7192, 2048, 512, 128)", (7192, 2048, 512, 128))):
-        theirs = timed(lambda hidden=hidden: study_epochs(tiles, encoder, y, measured, hidden))*args.epochs/measured
+    for name, hidden in (
+        ("MLP (2048, 512, 128)", (2048, 512, 128)),
+        ("study's MLP (7192, 2048, 512, 128)", (7192, 2048, 512, 128)),
+    ):
+        theirs = timed(lambda hidden=hidden: study_epochs(tiles, encoder, y, measured, hidden)) * args.epochs / measured
         ours = timed(lambda hidden=hidden: fit_mlp(x, labels, n_classes=5, hidden=hidden, epochs=args.epochs))
         rows.append((name, theirs, ours))
-    rows.append(("linear (study's way: MLP)", rows[0][1], timed(lambda: fit_linear(x, labels, l2=.01, n_classes=5))))
-    print(f"\n| {len(tiles)} tiles, {args.epochs} epochs, {NANO} | encoder in every epoch, s | from cached features, s | times | times, features counted in |\n|---|---|---|---|---|")
-    for name, theirs, ours in rows: print(f"| {name} | {theirs:.0f} | {ours:.1f} | {theirs/ours:.0f} | {theirs/(ours + once):.1f} |", flush=True)
+    rows.append(("linear (study's way: MLP)", rows[0][1], timed(lambda: fit_linear(x, labels, l2=0.01, n_classes=5))))
+    print(
+        f"\n| {len(tiles)} tiles, {args.epochs} epochs, {NANO} | encoder in every epoch, s | from cached features, s | times | times, features counted in |\n|---|---|---|---|---|"
+    )
+    for name, theirs, ours in rows:
+        print(
+            f"| {name} | {theirs:.0f} | {ours:.1f} | {theirs / ours:.0f} | {theirs / (ours + once):.1f} |", flush=True
+        )
     return {"features_s": once, "rows": rows, "epochs_measured": measured}
 
 
 def extraction(tiles, args):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(len(tiles)): (Path(folder)/f"{i:05d}.jpg").write_bytes(tiles.jpeg(i))
+        for i in range(len(tiles)):
+            (Path(folder) / f"{i:05d}.jpg").write_bytes(tiles.jpeg(i))
         for name in (NANO, "vit_tiny_patch16_224"):
             encoder = load_encoder(f"random:{name}")
             model = timm.create_model(name, num_classes=0).eval()
             model.load_state_dict(encoder.model.state_dict())
-            files, out = Files(folder, encoder.spec), {}
+            files = Files(folder, encoder.spec)
+            out = {}
+
             @torch.inference_mode()
-            def theirs(model=model, files=files, out=out): out["timm"] = torch.cat([model(x) for x in DataLoader(files, batch_size=64)]).numpy()
-            def ours(encoder=encoder, out=out): out["ours"] = extract(tiles, encoder)
+            def theirs(model=model, files=files, out=out):
+                out["timm"] = torch.cat([model(x) for x in DataLoader(files, batch_size=64)]).numpy()
+
+            def ours(encoder=encoder, out=out):
+                out["ours"] = extract(tiles, encoder)
+
             times = np.array([[timed(f) for f in (theirs, ours)] for _ in range(args.rounds + 1)][1:])
-            rows.append((name, *(len(tiles)/np.median(times, 0)), float(np.median(times[:, 0]/times[:, 1])), float(np.abs(out["timm"] - out["ours"]).max())))
-    print(f"\n| extraction, {len(tiles)} tiles | timm and PIL, tiles/s | ours, tiles/s | times | largest difference |\n|---|---|---|---|---|")
-    for name, a, b, ratio, gap in rows: print(f"| {name} | {a:.0f} | {b:.0f} | {ratio:.2f} | {gap:.1e} |", flush=True)
+            rows.append(
+                (
+                    name,
+                    *(len(tiles) / np.median(times, 0)),
+                    float(np.median(times[:, 0] / times[:, 1])),
+                    float(np.abs(out["timm"] - out["ours"]).max()),
+                )
+            )
+    print(
+        f"\n| extraction, {len(tiles)} tiles | timm and PIL, tiles/s | ours, tiles/s | times | largest difference |\n|---|---|---|---|---|"
+    )
+    for name, a, b, ratio, gap in rows:
+        print(f"| {name} | {a:.0f} | {b:.0f} | {ratio:.2f} | {gap:.1e} |", flush=True)
     return rows
 
 
 def logistic(n=100_000, dim=512):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 5, n)
-    x = (.15*rng.normal(size=(5, dim)).astype(np.float32))[y] + rng.normal(size=(n, dim)).astype(np.float32)
-    one, path = timed(lambda: fit_linear(x, y, l2=.01)), timed(lambda: list(sweep(x, y)))
+    x = (0.15 * rng.normal(size=(5, dim)).astype(np.float32))[y] + rng.normal(size=(n, dim)).astype(np.float32)
+    one, path = timed(lambda: fit_linear(x, y, l2=0.01)), timed(lambda: list(sweep(x, y)))
     print(f"\nLogistic probe on {n:,} x {dim}: {one:.1f} s with one strength, {path:.1f} s along six")
     return {"one": one, "six": path}
 
@@ -127,9 +160,14 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        tiles = TileShards(example_tiles(Path(folder)/"tiles", n_slides=8))
-        results = {"extraction": extraction(tiles, args), "logistic": logistic(), "probes": probes(Repeated(tiles, args.tiles), args)}
-    write_json(repo_root()/"runs"/"bench"/"frozen.json", vars(args) | results)
+        tiles = TileShards(example_tiles(Path(folder) / "tiles", n_slides=8))
+        results = {
+            "extraction": extraction(tiles, args),
+            "logistic": logistic(),
+            "probes": probes(Repeated(tiles, args.tiles), args),
+        }
+    write_json(repo_root() / "runs" / "bench" / "frozen.json", vars(args) | results)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 "The bootstrap through per-slide confusion matrices against the plain loop over scikit-learn, in one run: python tests/bench_metrics.py"
+
 import time
 import warnings
 
@@ -9,7 +10,7 @@ from histonb.core.files import repo_root, write_json
 from histonb.metrics.classification import METRICS, confusion_by_group, resample, scores
 
 N_SLIDES, TILES, N_CLASSES, N_BOOT = 100, 100, 5, 1000
-SHARE = .05 # of the resamples that the plain loop is timed on
+SHARE = 0.05  # of the resamples that the plain loop is timed on
 
 
 def plain(y, p, slides, times):
@@ -18,36 +19,55 @@ def plain(y, p, slides, times):
     out = []
     for t in times:
         drawn = np.concatenate([rows[s] for s in np.repeat(np.arange(N_SLIDES), t)])
-        a, b = y[drawn], p[drawn]
-        out.append([sk.accuracy_score(a, b), sk.balanced_accuracy_score(a, b), sk.f1_score(a, b, average="macro"),
-                    sk.cohen_kappa_score(a, b, weights="quadratic")])
+        a = y[drawn]
+        b = p[drawn]
+        out.append(
+            [
+                sk.accuracy_score(a, b),
+                sk.balanced_accuracy_score(a, b),
+                sk.f1_score(a, b, average="macro"),
+                sk.cohen_kappa_score(a, b, weights="quadratic"),
+            ]
+        )
     return np.array(out)
 
 
 def main():
     rng = np.random.default_rng(0)
     slides = np.repeat(np.arange(N_SLIDES), TILES)
-    y = rng.choice(N_CLASSES, len(slides), p=[.4, .3, .15, .1, .05])
-    p = np.where(rng.random(len(y)) < .7, y, rng.integers(0, N_CLASSES, len(y)))
+    y = rng.choice(N_CLASSES, len(slides), p=[0.4, 0.3, 0.15, 0.1, 0.05])
+    p = np.where(rng.random(len(y)) < 0.7, y, rng.integers(0, N_CLASSES, len(y)))
 
     start = time.perf_counter()
     ours = scores(resample(confusion_by_group(y, p, slides, N_CLASSES), N_BOOT, seed=0))
     ours_seconds = time.perf_counter() - start
 
-    times = np.random.default_rng(0).multinomial(N_SLIDES, np.full(N_SLIDES, 1/N_SLIDES), size=N_BOOT)[:int(SHARE*N_BOOT)]
+    times = np.random.default_rng(0).multinomial(N_SLIDES, np.full(N_SLIDES, 1 / N_SLIDES), size=N_BOOT)[
+        : int(SHARE * N_BOOT)
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = time.perf_counter()
         theirs = plain(y, p, slides, times)
-        plain_seconds = (time.perf_counter() - start)/SHARE
+        plain_seconds = (time.perf_counter() - start) / SHARE
 
-    worst = np.abs(np.stack([ours[k][:len(times)] for k in METRICS], 1) - theirs).max()
+    worst = np.abs(np.stack([ours[k][: len(times)] for k in METRICS], 1) - theirs).max()
     assert worst < 1e-12, worst
-    result = {"tiles": len(y), "slides": N_SLIDES, "resamples": N_BOOT, "seconds": round(ours_seconds, 4),
-              "plain_seconds": round(plain_seconds, 2), "ratio": round(plain_seconds/ours_seconds), "largest_difference": worst}
-    write_json(repo_root(__file__)/"runs/bench/metrics.json", result)
-    print(f"{N_BOOT} resamples of {N_SLIDES} slides, {len(y):,} tiles: {1e3*ours_seconds:.1f} ms, "
-          f"scikit-learn in a loop {plain_seconds:.1f} s: {result['ratio']}x")
+    result = {
+        "tiles": len(y),
+        "slides": N_SLIDES,
+        "resamples": N_BOOT,
+        "seconds": round(ours_seconds, 4),
+        "plain_seconds": round(plain_seconds, 2),
+        "ratio": round(plain_seconds / ours_seconds),
+        "largest_difference": worst,
+    }
+    write_json(repo_root(__file__) / "runs/bench/metrics.json", result)
+    print(
+        f"{N_BOOT} resamples of {N_SLIDES} slides, {len(y):,} tiles: {1e3 * ours_seconds:.1f} ms, "
+        f"scikit-learn in a loop {plain_seconds:.1f} s: {result['ratio']}x"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

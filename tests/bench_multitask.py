@@ -1,4 +1,5 @@
 """Multi-task training: a step that runs each decoder only where there is truth, against one that runs all of them on all samples as the reference does; samples a second; time waited for data."""
+
 import tempfile
 import time
 from pathlib import Path
@@ -7,12 +8,15 @@ import numpy as np
 import torch
 
 from histonb.core.files import read_jsonl
-from histonb.segment import samples
 from histonb.datasets import readers as sets
+from histonb.segment import samples
 from histonb.segment.training import TrainConfig, Trainer, settle, train
 
-SETS = tuple({"reader": "phantom_fields", "n": 8, "seed": s, "size": 256, "truths": t} for s, t in ((1, ["gland"]), (2, ["lumen"]), (3, ["nucleus"])))
-SIZE = dict(arch="resnet18", width=.5, crop=192, batch_size=12, device="cpu")
+SETS = tuple(
+    {"reader": "phantom_fields", "n": 8, "seed": s, "size": 256, "truths": t}
+    for s, t in ((1, ["gland"]), (2, ["lumen"]), (3, ["nucleus"]))
+)
+SIZE = dict(arch="resnet18", width=0.5, crop=192, batch_size=12, device="cpu")
 
 
 def everywhere(trainer):
@@ -22,6 +26,7 @@ def everywhere(trainer):
     def asked(images, rows):
         scores = type(net).forward(net, images, dict.fromkeys(net.tasks, slice(None)))
         return {name: scores[name][r] for name, r in rows.items()}
+
     net.forward = asked
     return trainer
 
@@ -31,12 +36,14 @@ def main():
     found, tasks = sets.read_sets(SETS)
     config = settle(TrainConfig("run", **SIZE), [5, 5, 5])
     seen = samples.Samples(found, tasks)
-    keys = [samples.Batches((False,)*3, "mixed", 12, 192, 0, 8).batch(step) for step in range(8)]
-    for key in keys[0] + keys[1]: seen.field(key[0], 0)
+    keys = [samples.Batches((False,) * 3, "mixed", 12, 192, 0, 8).batch(step) for step in range(8)]
+    for key in keys[0] + keys[1]:
+        seen.field(key[0], 0)
     batches = [samples.collate([seen[k] for k in batch]) for batch in keys[:4]]
     began = time.process_time()
-    for batch in keys[4:]: samples.collate([seen[k] for k in batch])
-    making = (time.process_time() - began)/48
+    for batch in keys[4:]:
+        samples.collate([seen[k] for k in batch])
+    making = (time.process_time() - began) / 48
     seconds = {"where there is truth": [], "everywhere": []}
     trainers = {"where there is truth": Trainer(config, tasks), "everywhere": everywhere(Trainer(config, tasks))}
     for batch in batches:  # in turn, so that both have the same machine
@@ -45,12 +52,30 @@ def main():
             trainer.train_step(batch)
             seconds[name].append(time.process_time() - began)
     step = {name: float(np.median(s[1:])) for name, s in seconds.items()}
-    print(f"a step of 12 samples of 192 px, three tasks, {config.precision}, one core: {step['where there is truth']:.2f} s, {step['everywhere']/step['where there is truth']:.2f}x faster than with every decoder everywhere")
-    print(f"making a sample with its targets: {1000*making:.0f} ms, {12*making/step['where there is truth']:.0%} of what learning from it takes")
+    print(
+        f"a step of 12 samples of 192 px, three tasks, {config.precision}, one core: {step['where there is truth']:.2f} s, {step['everywhere'] / step['where there is truth']:.2f}x faster than with every decoder everywhere"
+    )
+    print(
+        f"making a sample with its targets: {1000 * making:.0f} ms, {12 * making / step['where there is truth']:.0%} of what learning from it takes"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        train(TrainConfig(str(Path(folder)/"run"), SETS, **SIZE, steps=12, workers=1, log_every=4, watch_every=1000, val_fields=1))
-        rows = [row for row in read_jsonl(Path(folder)/"run/log.jsonl") if "data_wait" in row]
-    print(f"a run with one worker: {rows[-1]['images_per_s']:.1f} samples/s, {rows[-1]['data_wait']:.1%} of the time waiting for data (target: under 5%)")
+        train(
+            TrainConfig(
+                str(Path(folder) / "run"),
+                SETS,
+                **SIZE,
+                steps=12,
+                workers=1,
+                log_every=4,
+                watch_every=1000,
+                val_fields=1,
+            )
+        )
+        rows = [row for row in read_jsonl(Path(folder) / "run/log.jsonl") if "data_wait" in row]
+    print(
+        f"a run with one worker: {rows[-1]['images_per_s']:.1f} samples/s, {rows[-1]['data_wait']:.1%} of the time waiting for data (target: under 5%)"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 "Five figures of all masks of EBHI-Seg, with intervals, against scikit-learn a mask, in one run: python tests/bench_overlap.py"
+
 import time
 import warnings
 
@@ -9,19 +10,24 @@ from histonb.core.files import repo_root, write_json
 from histonb.metrics.overlap import five_figures, mask_overlap, overlap_figures
 
 N, SIDE, N_CASES = 2228, 224, 353
-SHARE = .05 # of the masks that scikit-learn is timed on
+SHARE = 0.05  # of the masks that scikit-learn is timed on
 
 
 def masks(seed):
     "Discs of all sizes."
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[:SIDE, :SIDE]
-    some = np.stack([((y - a)**2 + (x - b)**2 < r**2) for a, b, r in rng.uniform((60, 60, 10), (160, 160, 120), (100, 3))]).view(np.uint8)
+    some = np.stack(
+        [((y - a) ** 2 + (x - b) ** 2 < r**2) for a, b, r in rng.uniform((60, 60, 10), (160, 160, 120), (100, 3))]
+    ).view(np.uint8)
     return some[rng.integers(0, 100, N)]
 
 
 def main():
-    truth, predicted, rng = masks(0), masks(1), np.random.default_rng(0)
-    categories, cases = rng.integers(0, 6, N), rng.integers(0, N_CASES, N)
+    truth = masks(0)
+    predicted = masks(1)
+    rng = np.random.default_rng(0)
+    categories = rng.integers(0, 6, N)
+    cases = rng.integers(0, N_CASES, N)
 
     start = time.perf_counter()
     counts = mask_overlap(truth, predicted)
@@ -29,16 +35,31 @@ def main():
     found = overlap_figures(counts, categories, cases)
     seconds = time.perf_counter() - start
 
-    n = int(SHARE*N)
+    n = int(SHARE * N)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = np.array([precision_recall_fscore_support(t.ravel(), p.ravel(), average="binary", zero_division=0)[:3] for t, p in zip(truth[:n], predicted[:n], strict=True)])
-    theirs = (time.perf_counter() - start)/SHARE
+        plain = np.array(
+            [
+                precision_recall_fscore_support(t.ravel(), p.ravel(), average="binary", zero_division=0)[:3]
+                for t, p in zip(truth[:n], predicted[:n], strict=True)
+            ]
+        )
+    theirs = (time.perf_counter() - start) / SHARE
     assert np.abs(five_figures(counts[:n])[:, [3, 4, 0]] - plain).max() < 1e-12 and found["all"]["n"] == N
-    result = {"masks": N, "side": SIDE, "count_seconds": round(counted, 3), "seconds": round(seconds, 3), "sklearn_seconds": round(theirs, 1), "ratio": round(theirs/seconds)}
-    write_json(repo_root(__file__)/"runs/bench/overlap.json", result)
-    print(f"{N:,} masks of {SIDE}x{SIDE}: counts {counted:.2f} s, with figures and intervals {seconds:.2f} s (wanted: below 2 s); precision, recall and Dice of scikit-learn {theirs:.1f} s: {result['ratio']}x")
+    result = {
+        "masks": N,
+        "side": SIDE,
+        "count_seconds": round(counted, 3),
+        "seconds": round(seconds, 3),
+        "sklearn_seconds": round(theirs, 1),
+        "ratio": round(theirs / seconds),
+    }
+    write_json(repo_root(__file__) / "runs/bench/overlap.json", result)
+    print(
+        f"{N:,} masks of {SIDE}x{SIDE}: counts {counted:.2f} s, with figures and intervals {seconds:.2f} s (wanted: below 2 s); precision, recall and Dice of scikit-learn {theirs:.1f} s: {result['ratio']}x"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

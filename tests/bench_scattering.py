@@ -6,6 +6,7 @@ kymatio needs SciPy before 1.17, so both go into a folder of their own (.venv/ky
 order 2 on a batch of 8x3x224x224, in turn; a ratio is the median over the rounds' pairs. Peak memory is that of a process that
 does one of the two.
 """
+
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ BATCH, SIZE = 8, 224
 
 def both(J, size):
     from kymatio.torch import Scattering2D
+
     return {"ours": Scattering(J), "kymatio": Scattering2D(J=J, shape=(size, size), L=8)}
 
 
@@ -41,39 +43,74 @@ def agreement():
 
 def seconds(f, x):
     start = time.perf_counter()
-    with torch.inference_mode(): f(x)
+    with torch.inference_mode():
+        f(x)
     return time.perf_counter() - start
 
 
 def inside(what, rounds):
     "What is done where kymatio can be imported."
     torch.manual_seed(0)
-    x, found = torch.rand(BATCH, 3, SIZE, SIZE), both(2, SIZE)
+    x = torch.rand(BATCH, 3, SIZE, SIZE)
+    found = both(2, SIZE)
     if what != "speed":
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds(found[what], x)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     differ = agreement()
     times = np.array([[seconds(f, x) for f in found.values()] for _ in range(rounds + 1)][1:])
-    return {"differ": differ, "images_per_s": dict(zip(found, (BATCH/np.median(times, 0)).tolist(), strict=True)),
-            "times_faster": float(np.median(times[:, 1]/times[:, 0]))}
+    return {
+        "differ": differ,
+        "images_per_s": dict(zip(found, (BATCH / np.median(times, 0)).tolist(), strict=True)),
+        "times_faster": float(np.median(times[:, 1] / times[:, 0])),
+    }
 
 
 def main(rounds=5):
-    site = Path(sys.prefix)/"kymatio"
-    if not (site/"kymatio").exists():
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), "scipy<1.17", "kymatio", "appdirs", "configparser"], check=True)
+    site = Path(sys.prefix) / "kymatio"
+    if not (site / "kymatio").exists():
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                str(site),
+                "scipy<1.17",
+                "kymatio",
+                "appdirs",
+                "configparser",
+            ],
+            check=True,
+        )
+
     def run(what):
-        done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--inside", what, str(rounds)], check=True, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(repo_root())))})
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "--inside", what, str(rounds)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(repo_root())))},
+        )
         return json.loads(done.stdout.splitlines()[-1])
+
     result = run("speed") | {"memory_mib": {what: run(what) for what in ("ours", "kymatio")}}
     print("largest difference: " + ", ".join(f"J={J} {v:.1e}" for J, v in result["differ"].items()))
-    print(f"J=2, L=8, order 2, {BATCH}x3x{SIZE}x{SIZE}: ours {result['images_per_s']['ours']:.1f} img/s, kymatio {result['images_per_s']['kymatio']:.1f}, "
-          f"{result['times_faster']:.2f} times as fast; memory {result['memory_mib']['ours']:.0f} and {result['memory_mib']['kymatio']:.0f} MiB")
-    write_json(repo_root()/"runs"/"bench"/"scattering.json", {"threads": torch.get_num_threads(), "torch": torch.__version__, **result})
+    print(
+        f"J=2, L=8, order 2, {BATCH}x3x{SIZE}x{SIZE}: ours {result['images_per_s']['ours']:.1f} img/s, kymatio {result['images_per_s']['kymatio']:.1f}, "
+        f"{result['times_faster']:.2f} times as fast; memory {result['memory_mib']['ours']:.0f} and {result['memory_mib']['kymatio']:.0f} MiB"
+    )
+    write_json(
+        repo_root() / "runs" / "bench" / "scattering.json",
+        {"threads": torch.get_num_threads(), "torch": torch.__version__, **result},
+    )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--inside"]: print(json.dumps(inside(sys.argv[2], int(sys.argv[3]))))
-    else: main(*map(int, sys.argv[1:2]))
+    if sys.argv[1:2] == ["--inside"]:
+        print(json.dumps(inside(sys.argv[2], int(sys.argv[3]))))
+    else:
+        main(*map(int, sys.argv[1:2]))

@@ -1,4 +1,5 @@
 """Transfer: what making a picture costs beside learning from it, fine-tuning from the last layer on against all layers, the networks of masks against each other, and the time a training waits for data."""
+
 import tempfile
 import time
 from pathlib import Path
@@ -8,33 +9,61 @@ import torch
 
 from histonb.datasets.ebhi import ebhi_seg
 from histonb.training.pair_augmentation import EBHIAugment
-from histonb.transfer.encoders import trunk
-from histonb.transfer.supervised import FitConfig
-from histonb.transfer.ebhi_dataset import Pictures, example, parts
 from histonb.transfer.classes import fine_tune
+from histonb.transfer.ebhi_dataset import Pictures, example, parts
+from histonb.transfer.encoders import trunk
 from histonb.transfer.masks import NETWORKS, Sizes, segment
+from histonb.transfer.supervised import FitConfig
 
 
 def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         part = parts(ebhi_seg(example(folder, n_cases=10)).slides, masks=True)
-        train, val = Pictures(part["train"], 96, EBHIAugment(), masks=False), Pictures(part["val"], 96, masks=False)
+        train = Pictures(part["train"], 96, EBHIAugment(), masks=False)
+        val = Pictures(part["val"], 96, masks=False)
         began = time.process_time()
-        for i in range(len(train)): train[0, i]
-        making = (time.process_time() - began)/len(train)
-        speed, wait = {}, {}
+        for i in range(len(train)):
+            train[0, i]
+        making = (time.process_time() - began) / len(train)
+        speed = {}
+        wait = {}
         for depth in (1, 4):
-            _, rows = fine_tune(trunk("", "resnet18", .5), depth, train, val, FitConfig(str(Path(folder)/str(depth)), epochs=6, batch_size=16, device="cpu", workers=1))
-            speed[depth], wait[depth] = (float(np.median([r[k] for r in rows[1:]])) for k in ("images_per_s", "data_wait"))
-        masked, sizes = {k: Pictures(part[k], 96, EBHIAugment() if k == "train" else None) for k in ("train", "val")}, Sizes(arch="resnet18", width=.5, plain_width=16)
+            _, rows = fine_tune(
+                trunk("", "resnet18", 0.5),
+                depth,
+                train,
+                val,
+                FitConfig(str(Path(folder) / str(depth)), epochs=6, batch_size=16, device="cpu", workers=1),
+            )
+            speed[depth], wait[depth] = (
+                float(np.median([r[k] for r in rows[1:]])) for k in ("images_per_s", "data_wait")
+            )
+        masked = {k: Pictures(part[k], 96, EBHIAugment() if k == "train" else None) for k in ("train", "val")}
+        sizes = Sizes(arch="resnet18", width=0.5, plain_width=16)
         for name in ("transferred", "unet", "segnet"):
-            _, rows = segment(name, sizes, masked["train"], masked["val"], FitConfig(str(Path(folder)/name), epochs=4, batch_size=16, device="cpu", workers=1))
-            speed[name], wait[name] = (float(np.median([r[k] for r in rows[1:]])) for k in ("images_per_s", "data_wait"))
-    print(f"a picture of 96 px, ResNet18 of width .5, one core: {speed[1]:.0f} pictures/s from layer 1 on, {speed[4]/speed[1]:.1f}x that from layer 4 on")
-    print(f"augmenting a picture: {1000*making:.1f} ms, {making*speed[1]:.0%} of what learning from it takes")
-    print(f"with one worker: {wait[1]:.1%} of the time waiting for data from layer 1 on, {wait[4]:.1%} from layer 4 on (target: under 5%)")
-    for name in ("transferred", "unet", "segnet"): print(f"masks, {NETWORKS[name]}: {speed[name]/speed['unet']:.2f}x U-Net's pictures/s ({speed[name]:.0f}), {wait[name]:.1%} of the time waiting for data")
+            _, rows = segment(
+                name,
+                sizes,
+                masked["train"],
+                masked["val"],
+                FitConfig(str(Path(folder) / name), epochs=4, batch_size=16, device="cpu", workers=1),
+            )
+            speed[name], wait[name] = (
+                float(np.median([r[k] for r in rows[1:]])) for k in ("images_per_s", "data_wait")
+            )
+    print(
+        f"a picture of 96 px, ResNet18 of width .5, one core: {speed[1]:.0f} pictures/s from layer 1 on, {speed[4] / speed[1]:.1f}x that from layer 4 on"
+    )
+    print(f"augmenting a picture: {1000 * making:.1f} ms, {making * speed[1]:.0%} of what learning from it takes")
+    print(
+        f"with one worker: {wait[1]:.1%} of the time waiting for data from layer 1 on, {wait[4]:.1%} from layer 4 on (target: under 5%)"
+    )
+    for name in ("transferred", "unet", "segnet"):
+        print(
+            f"masks, {NETWORKS[name]}: {speed[name] / speed['unet']:.2f}x U-Net's pictures/s ({speed[name]:.0f}), {wait[name]:.1%} of the time waiting for data"
+        )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

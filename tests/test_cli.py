@@ -1,4 +1,5 @@
 """The command as a person uses it."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,15 @@ def test_help_says_what_a_command_does(command):
         assert "Examples:" in done.stdout
 
 
-@pytest.mark.parametrize("args, hint", [
-    (["stauts"], "status"),
-    (["run", "runs/x.yaml", "--forse"], "--force"),
-    (["run", "runs/absent.yaml"], "no such file. Give the path of a study"),
-    (["tile", "absent.tiff", "--out", "OUT"], "absent.tiff"),
-])
+@pytest.mark.parametrize(
+    "args, hint",
+    [
+        (["stauts"], "status"),
+        (["run", "runs/x.yaml", "--forse"], "--force"),
+        (["run", "runs/absent.yaml"], "no such file. Give the path of a study"),
+        (["tile", "absent.tiff", "--out", "OUT"], "absent.tiff"),
+    ],
+)
 def test_mistakes_get_a_hint_and_no_traceback(args, hint, tmp_path):
     done = histonb(*[str(tmp_path / "out") if a == "OUT" else a for a in args])
     assert done.returncode == 2
@@ -39,7 +43,17 @@ def test_debug_shows_the_traceback():
     assert done.returncode != 0 and "Traceback" in done.stderr and "BadInput" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["histonb", "histonb.core.files", "histonb.cli", "histonb.studies.runs", "histonb.studies.execution", "histonb.studies.pages"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "histonb",
+        "histonb.core.files",
+        "histonb.cli",
+        "histonb.studies.runs",
+        "histonb.studies.execution",
+        "histonb.studies.pages",
+    ],
+)
 def test_nothing_heavy_is_imported_early(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'pandas', 'papermill', 'nbformat', 'nbconvert', 'matplotlib', 'timm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
@@ -63,6 +77,7 @@ def test_status_outside_a_repository_and_without_studies(tmp_path):
 
 def test_tile_a_cohort_and_single_slides(tmp_path):
     from histonb.synthetic.phantom import write_cohort
+
     write_cohort(tmp_path / "cohort", n_slides=2, shape=(1500, 1200), workers=0)
     done = histonb("tile", tmp_path / "cohort", "--out", tmp_path / "tiles")
     assert done.returncode == 0, done.stderr
@@ -81,45 +96,96 @@ def test_tile_a_cohort_and_single_slides(tmp_path):
 def test_tile_takes_files_of_any_name_and_sets_unusable_ones_aside(tmp_path):
     "Equal stems, long and strange names; and whatever cannot even be looked for."
     from histonb.synthetic.phantom import write_cohort
-    write_cohort(tmp_path/"cohort", n_slides=1, shape=(1000, 1000), workers=0)
-    slide = next((tmp_path/"cohort/train_images").glob("*.tiff"))
-    names = ["a/x.tiff", "b/x.tiff", "x.svs", "y.b.tiff", ".z.tiff", "\u8abf"*28 + ".tiff", "100%41 #?'\n.TIFF", "-q.tiff"]
+
+    write_cohort(tmp_path / "cohort", n_slides=1, shape=(1000, 1000), workers=0)
+    slide = next((tmp_path / "cohort/train_images").glob("*.tiff"))
+    names = [
+        "a/x.tiff",
+        "b/x.tiff",
+        "x.svs",
+        "y.b.tiff",
+        ".z.tiff",
+        "\u8abf" * 28 + ".tiff",
+        "100%41 #?'\n.TIFF",
+        "-q.tiff",
+    ]
     for name in names:
-        (tmp_path/name).parent.mkdir(exist_ok=True)
-        (tmp_path/name).symlink_to(slide)
-    undecodable, endless = b"caf\xe9.tiff", "n"*300 + ".tiff"
-    (tmp_path/"loop.tiff").symlink_to(tmp_path/"loop.tiff")
-    done = histonb("tile", "--out", "out", "--coordinates-only", "--", *names, endless, "loop.tiff", "a", undecodable.decode(errors="surrogateescape"), cwd=tmp_path)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(slide)
+    undecodable = b"caf\xe9.tiff"
+    endless = "n" * 300 + ".tiff"
+    (tmp_path / "loop.tiff").symlink_to(tmp_path / "loop.tiff")
+    done = histonb(
+        "tile",
+        "--out",
+        "out",
+        "--coordinates-only",
+        "--",
+        *names,
+        endless,
+        "loop.tiff",
+        "a",
+        undecodable.decode(errors="surrogateescape"),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    table, quarantine = pd.read_parquet(tmp_path/"out/tiles.parquet"), pd.read_csv(tmp_path/"out/quarantine.csv", keep_default_na=False)
-    assert table["slide"].unique().tolist() == ["a/x.tiff", "b/x.tiff", "x.svs", "y.b", ".z", "\u8abf"*28, "100%41 #?'\n", "-q"]
-    assert quarantine["slide"].tolist() == ["caf\\udce9", "n"*300, "loop", "a"] and (quarantine["remedy"] != "").all()
+    table = pd.read_parquet(tmp_path / "out/tiles.parquet")
+    quarantine = pd.read_csv(tmp_path / "out/quarantine.csv", keep_default_na=False)
+    assert table["slide"].unique().tolist() == [
+        "a/x.tiff",
+        "b/x.tiff",
+        "x.svs",
+        "y.b",
+        ".z",
+        "\u8abf" * 28,
+        "100%41 #?'\n",
+        "-q",
+    ]
+    assert quarantine["slide"].tolist() == ["caf\\udce9", "n" * 300, "loop", "a"] and (quarantine["remedy"] != "").all()
     assert "4 slides in" in done.stdout
     alone = histonb("tile", endless, "--out", "alone", cwd=tmp_path)
-    assert alone.returncode == 2 and "Traceback" not in alone.stderr and "n"*300 in alone.stderr
+    assert alone.returncode == 2 and "Traceback" not in alone.stderr and "n" * 300 in alone.stderr
 
 
 def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from histonb import cli
+    from histonb.annotate import slide as annotate
     from histonb.core.errors import BadInput
     from histonb.core.files import write_json
-    from histonb.annotate import slide as annotate
     from histonb.segment import tiled_inference as stitching
+
     def annotated(slide, scorer, out, **options):
-        if slide.stem == "bad": raise IndexError("index 7 is out of bounds")
-        if slide.stem == "full": raise OSError(28, "No space left on device")
-        if slide.stem == "known": raise BadInput(slide, "no such file", "Check the path.")
-        if slide.stem != "half": write_json(out/slide.stem/"annotation.json", {"counts": {"Gland": 3}, "tissue_mm2": 1., "note": ""})
-        return out/slide.stem
+        if slide.stem == "bad":
+            raise IndexError("index 7 is out of bounds")
+        if slide.stem == "full":
+            raise OSError(28, "No space left on device")
+        if slide.stem == "known":
+            raise BadInput(slide, "no such file", "Check the path.")
+        if slide.stem != "half":
+            write_json(out / slide.stem / "annotation.json", {"counts": {"Gland": 3}, "tissue_mm2": 1.0, "note": ""})
+        return out / slide.stem
+
     monkeypatch.setattr(annotate, "annotate_slide", annotated)
     monkeypatch.setattr(stitching, "find_scorer", lambda *args: None)
-    for name in ("a", "bad", "full"): (tmp_path/f"{name}.svs").touch()
-    def run(*slides): return CliRunner().invoke(cli.app, ["annotate", *(str(tmp_path/slide) for slide in slides), "--weights", "stain", "--out", str(tmp_path)])
+    for name in ("a", "bad", "full"):
+        (tmp_path / f"{name}.svs").touch()
+
+    def run(*slides):
+        return CliRunner().invoke(
+            cli.app,
+            ["annotate", *(str(tmp_path / slide) for slide in slides), "--weights", "stain", "--out", str(tmp_path)],
+        )
+
     done = run("a.svs", "bad.svs", "known.svs", "half.svs", "b.svs")
     assert done.exit_code == 2 and done.stdout.count("3 Gland in 1.00 mm2") == 2
-    for said in ("bad.svs: unexpected IndexError in cli.py, line", "known.svs: no such file", "half/annotation.json: there is no such file"): assert said in done.output
+    for said in (
+        "bad.svs: unexpected IndexError in cli.py, line",
+        "known.svs: no such file",
+        "half/annotation.json: there is no such file",
+    ):
+        assert said in done.output
     assert isinstance(run("bad.svs").exception, BadInput)
     assert run("a.svs", "full.svs", "b.svs").exception.errno == 28
 
@@ -130,17 +196,22 @@ def test_tile_says_how_much_of_a_slide_is_damaged(tmp_path):
     from typer.testing import CliRunner
 
     from histonb import cli
-    from histonb.synthetic.phantom import draw_slide
     from histonb.slides.slides import open_slide
+    from histonb.synthetic.phantom import draw_slide
     from histonb.synthetic.writing import write_slide
-    slide = tmp_path/"a.tiff"
-    write_slide(slide, draw_slide(1, (1000, 1000), cover=(.6, .7)).image, mpp=None, tile=256)
+
+    slide = tmp_path / "a.tiff"
+    write_slide(slide, draw_slide(1, (1000, 1000), cover=(0.6, 0.7)).image, mpp=None, tile=256)
     data = bytearray(slide.read_bytes())
-    with open_slide(slide) as opened: at = opened.levels[0]
+    with open_slide(slide) as opened:
+        at = opened.levels[0]
     fullest = np.argmax(at.counts)
-    data[at.offsets.flat[fullest]:at.offsets.flat[fullest] + 100] = bytes(100)
+    data[at.offsets.flat[fullest] : at.offsets.flat[fullest] + 100] = bytes(100)
     slide.write_bytes(data)
-    def tile(out, *options): return CliRunner().invoke(cli.app, ["tile", str(slide), "--out", str(tmp_path/out), *options])
+
+    def tile(out, *options):
+        return CliRunner().invoke(cli.app, ["tile", str(slide), "--out", str(tmp_path / out), *options])
+
     assert "damaged internal tile" in str(tile("a", "--max-damaged", "0").exception)
     assert "tiles lie on damaged pixels" in tile("a").stdout
     assert "`--slide-mpp 0.5`" in str(tile("b", "--mpp", "0.5").exception)

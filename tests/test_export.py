@@ -1,4 +1,5 @@
 "Export: timm alone loads it and computes the same; the card tells the truth; nothing half-written is left behind."
+
 import json
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import torch
 from histonb.core.digests import digest
 from histonb.core.errors import BadInput
 from histonb.core.files import append_jsonl, read_json, write_json
-from histonb.probe.encoders import load_encoder
 from histonb.models import backbones
 from histonb.pretrain.config import PRESETS, preset
 from histonb.pretrain.export import card, export, last_figures, nearest_preset, origin, timm_config
+from histonb.probe.encoders import load_encoder
 
-MEAN, STD = (.71, .58, .72), (.19, .23, .18)
+MEAN = (0.71, 0.58, 0.72)
+STD = (0.19, 0.23, 0.18)
 
 LOAD = """
 import sys
@@ -46,94 +48,142 @@ def finished(folder, arch="xcit_nano_12_p16_224", step=10, **changes):
     model = backbones.backbone(arch)
     with torch.no_grad():
         for value in model.state_dict().values():
-            if value.is_floating_point(): value.add_(.05*torch.rand_like(value))
+            if value.is_floating_point():
+                value.add_(0.05 * torch.rand_like(value))
     folder.mkdir()
     backbones.save(model, folder, arch, MEAN, STD, step=step, steps=10)
-    write_json(folder/"config.json", vars(config) | {"n_images": 1234})
-    for s, loss in ((5, 6.), (10, 5.5)): append_jsonl(folder/"log.jsonl", {"step": s, "loss": loss, "entropy": 2.})
-    append_jsonl(folder/"log.jsonl", {"step": 10, "epoch": 1., "rankme": 17.25, "knn": .5625})
+    write_json(folder / "config.json", vars(config) | {"n_images": 1234})
+    for s, loss in ((5, 6.0), (10, 5.5)):
+        append_jsonl(folder / "log.jsonl", {"step": s, "loss": loss, "entropy": 2.0})
+    append_jsonl(folder / "log.jsonl", {"step": 10, "epoch": 1.0, "rankme": 17.25, "knn": 0.5625})
     return folder
 
 
 def test_timm_alone_computes_the_same(tmp_path):
-    names = {"xcit_nano_12_p16_224": ("xcit_nano_12_p16_224", {}), "xcit_nano_12_p16": ("xcit_nano_12_p16_224", {}),
-             "vit_tiny_patch16_224": ("vit_tiny_patch16_224", {"dynamic_img_size": True}), "resnet18": ("resnet18", {})}
-    for arch in names: export(finished(tmp_path/f"run-{arch}", arch), tmp_path/arch)
+    names = {
+        "xcit_nano_12_p16_224": ("xcit_nano_12_p16_224", {}),
+        "xcit_nano_12_p16": ("xcit_nano_12_p16_224", {}),
+        "vit_tiny_patch16_224": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+        "resnet18": ("resnet18", {}),
+    }
+    for arch in names:
+        export(finished(tmp_path / f"run-{arch}", arch), tmp_path / arch)
     images = [torch.randn(1, 3, 224, 224), torch.randn(2, 3, 96, 64)]
-    torch.save(images, tmp_path/"images.pt")
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path, json.dumps(names)], check=True, capture_output=True, timeout=300)
-    for arch, found in torch.load(tmp_path/"found.pt", weights_only=True).items():
-        model = backbones.load(tmp_path/f"run-{arch}")[0]
+    torch.save(images, tmp_path / "images.pt")
+    subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path, json.dumps(names)], check=True, capture_output=True, timeout=300
+    )
+    for arch, found in torch.load(tmp_path / "found.pt", weights_only=True).items():
+        model = backbones.load(tmp_path / f"run-{arch}")[0]
         with torch.inference_mode():
             for loaded in found["features"]:
-                for x, theirs in zip(images, loaded, strict=True): torch.testing.assert_close(theirs, model(x), atol=1e-4, rtol=1e-4)
-        assert (found["mean"], found["std"], found["size"], found["crop"]) == (list(MEAN), list(STD), [3, 112, 112], 1.)
-        assert found["dim"] == model.num_features == read_json(tmp_path/arch/"config.json")["num_features"]
+                for x, theirs in zip(images, loaded, strict=True):
+                    torch.testing.assert_close(theirs, model(x), atol=1e-4, rtol=1e-4)
+        assert (found["mean"], found["std"], found["size"], found["crop"]) == (
+            list(MEAN),
+            list(STD),
+            [3, 112, 112],
+            1.0,
+        )
+        assert found["dim"] == model.num_features == read_json(tmp_path / arch / "config.json")["num_features"]
 
 
 def test_channels_are_kept(tmp_path):
-    model, out = backbones.backbone("xcit_nano_12_p16_224", in_chans=4).eval(), tmp_path/"run"
+    model = backbones.backbone("xcit_nano_12_p16_224", in_chans=4).eval()
+    out = tmp_path / "run"
     finished(out)
-    backbones.save(model, out, "xcit_nano_12_p16_224", [.5]*4, [.2]*4, step=10, steps=10)
-    loaded = timm.create_model(f"local-dir:{export(out, tmp_path/'out')}", pretrained=True).eval()
+    backbones.save(model, out, "xcit_nano_12_p16_224", [0.5] * 4, [0.2] * 4, step=10, steps=10)
+    loaded = timm.create_model(f"local-dir:{export(out, tmp_path / 'out')}", pretrained=True).eval()
     x = torch.randn(1, 4, 64, 64)
-    with torch.inference_mode(): torch.testing.assert_close(loaded(x), model(x), atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_card_says_what_is_known(tmp_path):
-    run = finished(tmp_path/"run")
-    text = (export(run, tmp_path/"out", licence="CC BY-NC-SA 4.0")/"README.md").read_text()
-    for part in ("| rankme | 17.25 |", "| knn | 0.5625 |", "| loss | 5.5 |", "1,234 tiles", "10 of 10", "preset `cpu` |", "commit not recorded",
-                 "CC BY-NC-SA 4.0", str(MEAN), str(STD), '"local-dir:out"', "Not a medical device", digest(run/"backbone.safetensors")):
+    run = finished(tmp_path / "run")
+    text = (export(run, tmp_path / "out", licence="CC BY-NC-SA 4.0") / "README.md").read_text()
+    for part in (
+        "| rankme | 17.25 |",
+        "| knn | 0.5625 |",
+        "| loss | 5.5 |",
+        "1,234 tiles",
+        "10 of 10",
+        "preset `cpu` |",
+        "commit not recorded",
+        "CC BY-NC-SA 4.0",
+        str(MEAN),
+        str(STD),
+        '"local-dir:out"',
+        "Not a medical device",
+        digest(run / "backbone.safetensors"),
+    ):
         assert part in text, part
     assert "not the last" not in text and str(tmp_path) not in text
-    assert "None is stated" in card(run, read_json(run/"backbone.json"), read_json(tmp_path/"out"/"config.json"))
+    assert "None is stated" in card(run, read_json(run / "backbone.json"), read_json(tmp_path / "out" / "config.json"))
 
 
 def test_origin_names_tiles_commit_and_resolution(tmp_path):
-    store = tmp_path/"tiles"
+    store = tmp_path / "tiles"
     store.mkdir()
-    pd.DataFrame({"mpp": [.48, .5, .48]}).to_parquet(store/"tiles.parquet")
-    run = finished(tmp_path/"run", tiles=str(store))
-    write_json(run/"provenance.json", {"git": {"commit": "abc123", "dirty": True}})
-    assert origin(run) == {"commit": "abc123 with local changes", "tiles": digest(store/"tiles.parquet"), "mpp": .48, "images": 1234}
+    pd.DataFrame({"mpp": [0.48, 0.5, 0.48]}).to_parquet(store / "tiles.parquet")
+    run = finished(tmp_path / "run", tiles=str(store))
+    write_json(run / "provenance.json", {"git": {"commit": "abc123", "dirty": True}})
+    assert origin(run) == {
+        "commit": "abc123 with local changes",
+        "tiles": digest(store / "tiles.parquet"),
+        "mpp": 0.48,
+        "images": 1234,
+    }
     text = card(run, backbones.load(run)[1], timm_config(*backbones.load(run)))
     assert "commit abc123 with local changes" in text and "0.48 um/px" in text and str(store) not in text
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_recognised(name):
-    config = json.loads(json.dumps(vars(preset(name, out="x", tiles="y", device="cpu", workers=3)))) | {"precision": "bf16"}
+    config = json.loads(json.dumps(vars(preset(name, out="x", tiles="y", device="cpu", workers=3)))) | {
+        "precision": "bf16"
+    }
     assert nearest_preset(config) == (name, {})
     assert nearest_preset(config | {"lr": 1.5}) == (name, {"lr": 1.5})
 
 
 def test_unfinished_existing_and_broken_are_refused(tmp_path):
-    run = finished(tmp_path/"run", step=7)
-    with pytest.raises(BadInput, match="step 7 of 10"): export(run, tmp_path/"out")
-    assert "7 of 10, 32 tiles each (**not the last step**)" in (export(run, tmp_path/"out", unfinished=True)/"README.md").read_text()
-    with pytest.raises(BadInput, match="exists already"): export(run, tmp_path/"out", unfinished=True)
-    with pytest.raises(BadInput, match="no such file"): export(tmp_path, tmp_path/"other")
-    (run/"config.json").unlink()
-    with pytest.raises(BadInput, match="no config.json"): export(run, tmp_path/"other", unfinished=True)
+    run = finished(tmp_path / "run", step=7)
+    with pytest.raises(BadInput, match="step 7 of 10"):
+        export(run, tmp_path / "out")
+    assert (
+        "7 of 10, 32 tiles each (**not the last step**)"
+        in (export(run, tmp_path / "out", unfinished=True) / "README.md").read_text()
+    )
+    with pytest.raises(BadInput, match="exists already"):
+        export(run, tmp_path / "out", unfinished=True)
+    with pytest.raises(BadInput, match="no such file"):
+        export(tmp_path, tmp_path / "other")
+    (run / "config.json").unlink()
+    with pytest.raises(BadInput, match="no config.json"):
+        export(run, tmp_path / "other", unfinished=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_a_difference_in_timm_leaves_nothing_behind(tmp_path, monkeypatch):
-    run = finished(tmp_path/"run")
+    run = finished(tmp_path / "run")
     create = timm.create_model
+
     def other(*args, **kwargs):
         model = create(*args, **kwargs)
-        with torch.no_grad(): model.norm.bias.add_(1.)
+        with torch.no_grad():
+            model.norm.bias.add_(1.0)
         return model
+
     monkeypatch.setattr(timm, "create_model", other)
-    with pytest.raises(AssertionError): export(run, tmp_path/"out")
+    with pytest.raises(AssertionError):
+        export(run, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_log_without_rows(tmp_path):
-    run = finished(tmp_path/"run")
-    (run/"log.jsonl").unlink()
+    run = finished(tmp_path / "run")
+    (run / "log.jsonl").unlink()
     assert last_figures(run) == {}
     assert "| figure at the end |" in card(run, backbones.load(run)[1], timm_config(*backbones.load(run)))
 
@@ -141,31 +191,43 @@ def test_log_without_rows(tmp_path):
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize("pool", ["mean", "class+mean"])
 def test_what_was_trained_is_what_timm_gives(tmp_path, arch, pool):
-    run = finished(tmp_path/"run", arch, pool=pool)
-    model, x = backbones.load(run)[0], torch.randn(2, 3, 96, 64)
+    run = finished(tmp_path / "run", arch, pool=pool)
+    model = backbones.load(run)[0]
+    x = torch.randn(2, 3, 96, 64)
     backbones.save(model, run, arch, MEAN, STD, step=10, steps=10, pool=pool)
-    out = export(run, tmp_path/"out")
-    loaded, text = timm.create_model(f"local-dir:{out}", pretrained=True).eval(), (out/"README.md").read_text()
+    out = export(run, tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    text = (out / "README.md").read_text()
     with torch.inference_mode():
-        torch.testing.assert_close(loaded(x), backbones.features(model, x, pool)[:, :model.num_features], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            loaded(x), backbones.features(model, x, pool)[:, : model.num_features], atol=1e-5, rtol=1e-5
+        )
         if pool == "class+mean":
-            mean = loaded.forward_features(x)[:, loaded.num_prefix_tokens:].mean(1)
+            mean = loaded.forward_features(x)[:, loaded.num_prefix_tokens :].mean(1)
             torch.testing.assert_close(mean, backbones.features(model, x, "mean"), atol=1e-5, rtol=1e-5)
             assert "the mean patch token was trained beside it" in text
         else:
-            kwargs = read_json(out/"config.json")["model_args"]
-            again = timm.create_model(arch, num_classes=0, checkpoint_path=out/"model.safetensors", **kwargs).eval()
-            assert torch.equal(again(x), loaded(x)) and 'global_pool="avg"' in text and "the class token was not trained" in text
+            kwargs = read_json(out / "config.json")["model_args"]
+            again = timm.create_model(arch, num_classes=0, checkpoint_path=out / "model.safetensors", **kwargs).eval()
+            assert (
+                torch.equal(again(x), loaded(x))
+                and 'global_pool="avg"' in text
+                and "the class token was not trained" in text
+            )
 
 
 def test_the_best_by_knn(tmp_path):
-    run = finished(tmp_path/"run")
+    run = finished(tmp_path / "run")
     other = backbones.backbone("xcit_nano_12_p16_224").eval()
-    (run/"best").mkdir()
-    backbones.save(other, run/"best", "xcit_nano_12_p16_224", MEAN, STD, step=5, steps=10)
-    out = export(run, tmp_path/"out", best=True)
-    x, text = torch.randn(1, 3, 64, 64), (out/"README.md").read_text()
-    with torch.inference_mode(): torch.testing.assert_close(timm.create_model(f"local-dir:{out}", pretrained=True).eval()(x), other(x), atol=1e-5, rtol=1e-5)
+    (run / "best").mkdir()
+    backbones.save(other, run / "best", "xcit_nano_12_p16_224", MEAN, STD, step=5, steps=10)
+    out = export(run, tmp_path / "out", best=True)
+    x = torch.randn(1, 3, 64, 64)
+    text = (out / "README.md").read_text()
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            timm.create_model(f"local-dir:{out}", pretrained=True).eval()(x), other(x), atol=1e-5, rtol=1e-5
+        )
     assert "5 of 10, 32 tiles each (**not the last step**)" in text and "| loss | 6 |" in text and "rankme" not in text
 
 
@@ -176,7 +238,8 @@ def test_the_best_by_knn(tmp_path):
 def test_an_export_is_loaded_again(tmp_path, arch):
     run = finished(tmp_path / "run", arch)
     out = export(run, tmp_path / "out")
-    model, x = backbones.load(run)[0], torch.randn(1, 3, 96, 96)
+    model = backbones.load(run)[0]
+    x = torch.randn(1, 3, 96, 96)
     for path in (out, out / "model.safetensors", out / "config.json"):
         again, info = backbones.load(path)
         with torch.inference_mode():
@@ -189,7 +252,8 @@ def test_an_export_is_loaded_again(tmp_path, arch):
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 def test_an_export_of_mean_tokens_is_the_same_backbone(tmp_path, arch):
     run = finished(tmp_path / "run", arch, pool="mean")
-    model, x = backbones.load(run)[0], torch.randn(1, 3, 96, 96)
+    model = backbones.load(run)[0]
+    x = torch.randn(1, 3, 96, 96)
     backbones.save(model, run, arch, MEAN, STD, step=10, steps=10, pool="mean")
     again, info = backbones.load(export(run, tmp_path / "out"))
     with torch.inference_mode():
@@ -227,12 +291,12 @@ def test_a_folder_of_the_hub_is_loaded(tmp_path):
 
 
 def test_what_is_no_run_is_not_exported(tmp_path):
-    out = export(finished(tmp_path/"run"), tmp_path/"out")
+    out = export(finished(tmp_path / "run"), tmp_path / "out")
     with pytest.raises(BadInput, match="is no pre-training run"):
-        export(out, tmp_path/"again")
-    backbones.save(backbones.backbone(NANO), tmp_path/"run", NANO, MEAN, STD)  # without its step
+        export(out, tmp_path / "again")
+    backbones.save(backbones.backbone(NANO), tmp_path / "run", NANO, MEAN, STD)  # without its step
     with pytest.raises(BadInput, match="is no pre-training run"):
-        export(tmp_path/"run", tmp_path/"again")
+        export(tmp_path / "run", tmp_path / "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 

@@ -1,4 +1,5 @@
 "Masks of tiles: against the files read by another library, other resolutions and codes, caching, and input that must be refused."
+
 import pickle
 from pathlib import Path
 
@@ -11,16 +12,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from histonb.core.errors import BadInput
-from histonb.slides import masks as module
 from histonb.datasets.cohorts import panda
+from histonb.slides import masks as module
 from histonb.slides.cohort import SLIDE_COLUMNS
 from histonb.slides.encodings import encoding_table
 from histonb.slides.labels import CODES, IGNORE
 from histonb.slides.masks import MaskTiles, extent, resize_labels, store_masks
-from histonb.synthetic.phantom import write_cohort
-from histonb.slides.tile_store import TileShards
 from histonb.slides.slides import open_slide
+from histonb.slides.tile_store import TileShards
 from histonb.slides.tiling import TileRule, tile_cohort, tile_slide
+from histonb.synthetic.phantom import write_cohort
 from histonb.synthetic.writing import write_mask, write_slide
 
 
@@ -28,8 +29,10 @@ from histonb.synthetic.writing import write_mask, write_slide
 def tiled(tmp_path_factory):
     "A cohort of a Radboud and a Karolinska slide, its folder, and the table of its kept tiles."
     root = tmp_path_factory.mktemp("masks")
-    cohort = panda(write_cohort(root / "cohort", 2, seed=1, shape=(1100, 1000), workers=1, karolinska=.5))
-    table = tile_cohort(cohort, root / "tiles", TileRule(min_coverage=.7), workers=1)  # tiles with less ungraded tissue are kept
+    cohort = panda(write_cohort(root / "cohort", 2, seed=1, shape=(1100, 1000), workers=1, karolinska=0.5))
+    table = tile_cohort(
+        cohort, root / "tiles", TileRule(min_coverage=0.7), workers=1
+    )  # tiles with less ungraded tissue are kept
     return cohort, root, table[table.kept].reset_index(drop=True)
 
 
@@ -38,7 +41,7 @@ def by_hand(cohort, row, size=224):
     slide = cohort.slides.set_index("slide").loc[row.slide]
     values = tifffile.imread(slide["mask"], level=0)
     values = values[..., 0] if values.ndim == 3 else values
-    cut = values[row.y:row.y + size, row.x:row.x + size]
+    cut = values[row.y : row.y + size, row.x : row.x + size]
     return np.vectorize(CODES[slide["codes"]].get)(cut).astype(np.uint8)
 
 
@@ -57,16 +60,18 @@ def test_masks_are_those_of_the_file(tiled):
 def test_order_is_that_of_the_table(tiled):
     "Any rows in any order, the same as the tile store serves them."
     cohort, root, table = tiled
-    mixed = table.sample(frac=.6, random_state=0)
-    masks, tiles = MaskTiles(mixed, cohort.slides), TileShards(root / "tiles", mixed)
+    mixed = table.sample(frac=0.6, random_state=0)
+    masks = MaskTiles(mixed, cohort.slides)
+    tiles = TileShards(root / "tiles", mixed)
     assert masks.table.equals(tiles.table)
-    for i, row in enumerate(mixed.itertuples()): assert np.array_equal(masks[i][0], by_hand(cohort, row))
+    for i, row in enumerate(mixed.itertuples()):
+        assert np.array_equal(masks[i][0], by_hand(cohort, row))
 
 
 def test_another_resolution(tiled):
     "A tile of 96 pixels at 2.4 times the slide's resolution covers 230; each pixel takes a code of the mask, the nearest one."
     cohort, root, _ = tiled
-    mpp = 2.4 * .48
+    mpp = 2.4 * 0.48
     table = tile_cohort(cohort, root / "coarse", TileRule(mpp=mpp, size=96), workers=1)
     table = table[table.kept].reset_index(drop=True)
     masks = MaskTiles(table, cohort.slides, size=96)
@@ -74,8 +79,8 @@ def test_another_resolution(tiled):
     for i in (0, len(table) - 1):
         whole = by_hand(cohort, table.loc[i], 230)
         assert masks.read(i).shape == (230, 230) and np.array_equal(masks.read(i), whole)
-        at = np.floor((np.arange(96) + .5) * 230 / 96).astype(int)
-        assert (masks[i][0] == whole[np.ix_(at, at)]).mean() > .99
+        at = np.floor((np.arange(96) + 0.5) * 230 / 96).astype(int)
+        assert (masks[i][0] == whole[np.ix_(at, at)]).mean() > 0.99
     with open_slide(cohort.slides.image[0]) as slide:
         assert extent(slide, 0, mpp, 96) == 230 and extent(slide, 0, np.nan, 96) == 96
         assert extent(slide, 1, np.nan, 96) == round(96 * slide.downsamples[1])
@@ -124,12 +129,21 @@ def test_stored_once(tiled, tmp_path, monkeypatch):
     assert np.array_equal(store_masks(MaskTiles(table, cohort.slides), tmp_path), stored)
 
 
-@pytest.mark.parametrize("change", [
-    lambda t, s: (t[::-1], s), lambda t, s: (t.assign(x=t.x + 1), s), lambda t, s: (t, s.assign(codes="radboud")),
-    lambda t, s: (t.assign(mpp=1.), s)], ids=["order", "place", "codes", "resolution"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, s: (t[::-1], s),
+        lambda t, s: (t.assign(x=t.x + 1), s),
+        lambda t, s: (t, s.assign(codes="radboud")),
+        lambda t, s: (t.assign(mpp=1.0), s),
+    ],
+    ids=["order", "place", "codes", "resolution"],
+)
 def test_another_key(tiled, change):
     cohort, _, table = tiled
-    assert module.masks_key(MaskTiles(*change(table, cohort.slides))) != module.masks_key(MaskTiles(table, cohort.slides))
+    assert module.masks_key(MaskTiles(*change(table, cohort.slides))) != module.masks_key(
+        MaskTiles(table, cohort.slides)
+    )
 
 
 def test_key_follows_the_mask_file(tiled, tmp_path):
@@ -150,22 +164,28 @@ def changed(tiled, tmp_path):
     write_mask(tmp_path / "small.tiff", np.zeros((1100, 900), np.uint8))
     write_mask(tmp_path / "strange.tiff", np.full((1100, 1000), 9, np.uint8))
     write_mask(tmp_path / "empty.tiff", np.zeros((1100, 1000), np.uint8))
+
     def make(**row):
         slides = cohort.slides.copy()
-        for column, value in row.items(): slides.loc[0, column] = str(tmp_path / value) if value.endswith(".tiff") else value
+        for column, value in row.items():
+            slides.loc[0, column] = str(tmp_path / value) if value.endswith(".tiff") else value
         return MaskTiles(table, slides)
+
     return make
 
 
-@pytest.mark.parametrize("row, path, says", [
-    ({"slide": "another"}, "phantom1_000", "is not in the cohort"),
-    ({"mask": ""}, "phantom1_000", "has no mask"),
-    ({"mask": "gone.tiff"}, "gone.tiff", "is not there"),
-    ({"codes": "radbud"}, "_mask.tiff", "unknown code table"),
-    ({"mask": "small.tiff"}, "small.tiff", "the mask is 900x1100 pixels, its slide 1000x1100"),
-    ({"mask": "strange.tiff"}, "strange.tiff", "mask values 9 are not among the codes"),
-    ({"mask": "empty.tiff"}, "empty.tiff", "the tile table says"),
-])
+@pytest.mark.parametrize(
+    "row, path, says",
+    [
+        ({"slide": "another"}, "phantom1_000", "is not in the cohort"),
+        ({"mask": ""}, "phantom1_000", "has no mask"),
+        ({"mask": "gone.tiff"}, "gone.tiff", "is not there"),
+        ({"codes": "radbud"}, "_mask.tiff", "unknown code table"),
+        ({"mask": "small.tiff"}, "small.tiff", "the mask is 900x1100 pixels, its slide 1000x1100"),
+        ({"mask": "strange.tiff"}, "strange.tiff", "mask values 9 are not among the codes"),
+        ({"mask": "empty.tiff"}, "empty.tiff", "the tile table says"),
+    ],
+)
 def test_refused(changed, tmp_path, row, path, says):
     with pytest.raises(BadInput) as e:
         masks = changed(**row)
@@ -175,23 +195,29 @@ def test_refused(changed, tmp_path, row, path, says):
 
 @pytest.mark.parametrize("mask", ["small.tiff", "strange.tiff"])
 def test_nothing_half_written(changed, tmp_path, mask):
-    with pytest.raises(BadInput): store_masks(changed(mask=mask), tmp_path / "store")
+    with pytest.raises(BadInput):
+        store_masks(changed(mask=mask), tmp_path / "store")
     assert [*(tmp_path / "store").iterdir()] == []
 
 
 def test_no_tiles_and_damaged_store(tiled, tmp_path):
     cohort, _, table = tiled
-    with pytest.raises(BadInput, match="there is no tile"): store_masks(MaskTiles(table[:0], cohort.slides), tmp_path)
+    with pytest.raises(BadInput, match="there is no tile"):
+        store_masks(MaskTiles(table[:0], cohort.slides), tmp_path)
     masks = MaskTiles(table[:3], cohort.slides)
     store_masks(masks, tmp_path)
-    path, = tmp_path.glob("*.npy")
+    (path,) = tmp_path.glob("*.npy")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BadInput, match="Delete it"): store_masks(masks, tmp_path)
-    with open(path, "wb") as f: np.savez(f, a=np.zeros(3))
-    with pytest.raises(BadInput, match="not a whole .npy file"): store_masks(masks, tmp_path)
+    with pytest.raises(BadInput, match="Delete it"):
+        store_masks(masks, tmp_path)
+    with open(path, "wb") as f:
+        np.savez(f, a=np.zeros(3))
+    with pytest.raises(BadInput, match="not a whole .npy file"):
+        store_masks(masks, tmp_path)
 
 
 # Masks of every kind ---------------------------------------------------------------------------------------------------
+
 
 def codes():
     "A mask of Radboud's codes: areas with borders in every direction."
@@ -200,13 +226,16 @@ def codes():
     return mask
 
 
-def tiff(array, **options): return lambda path: tifffile.imwrite(path.with_suffix(".tiff"), array(), metadata=None, **options)
+def tiff(array, **options):
+    return lambda path: tifffile.imwrite(path.with_suffix(".tiff"), array(), metadata=None, **options)
 
 
-def plain(suffix, image, **options): return lambda path: image().save(path.with_suffix(suffix), **options)
+def plain(suffix, image, **options):
+    return lambda path: image().save(path.with_suffix(suffix), **options)
 
 
-def in_color(red=None, green=None, blue=None): return np.dstack([codes()*0 if c is None else c for c in (red, green, blue)])
+def in_color(red=None, green=None, blue=None):
+    return np.dstack([codes() * 0 if c is None else c for c in (red, green, blue)])
 
 
 def in_palette():
@@ -215,26 +244,67 @@ def in_palette():
     return image
 
 
-TILES, CODES_OF = {"tile": (256, 256)}, Image.fromarray
+TILES = {"tile": (256, 256)}
+CODES_OF = Image.fromarray
 READ = {
-    "one channel": tiff(codes, **TILES), "strips": tiff(codes, rowsperstrip=17, compression="lzw"), "big end first": tiff(codes, byteorder=">", compression="zlib", predictor=True, **TILES),
-    "packbits": tiff(codes, compression="packbits", **TILES), "white is nought": tiff(codes, photometric="miniswhite", **TILES), "red": tiff(lambda: in_color(codes()), photometric="rgb", compression="lzw", **TILES),
-    "red with a constant": tiff(lambda: in_color(codes(), None, codes()*0 + 7), photometric="rgb", **TILES), "the same in all": tiff(lambda: np.dstack([codes()]*3), photometric="rgb", **TILES),
-    "opaque": tiff(lambda: np.dstack([in_color(codes()), codes()*0 + 255]), photometric="rgb", extrasamples=["unassalpha"], **TILES),
-    "planes": tiff(lambda: in_color(codes()).transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **TILES), "palette tiff": plain(".tiff", in_palette), "palette png": plain(".png", in_palette),
-    "palette bmp": plain(".bmp", in_palette), "png": plain(".png", lambda: CODES_OF(codes())), "bmp": plain(".bmp", lambda: CODES_OF(codes())), "png with opacity": plain(".png", lambda: CODES_OF(codes()).convert("LA")),
-    "rgb png": plain(".png", lambda: CODES_OF(in_color(codes()))), "capitals": plain(".PNG", lambda: CODES_OF(codes())),
+    "one channel": tiff(codes, **TILES),
+    "strips": tiff(codes, rowsperstrip=17, compression="lzw"),
+    "big end first": tiff(codes, byteorder=">", compression="zlib", predictor=True, **TILES),
+    "packbits": tiff(codes, compression="packbits", **TILES),
+    "white is nought": tiff(codes, photometric="miniswhite", **TILES),
+    "red": tiff(lambda: in_color(codes()), photometric="rgb", compression="lzw", **TILES),
+    "red with a constant": tiff(lambda: in_color(codes(), None, codes() * 0 + 7), photometric="rgb", **TILES),
+    "the same in all": tiff(lambda: np.dstack([codes()] * 3), photometric="rgb", **TILES),
+    "opaque": tiff(
+        lambda: np.dstack([in_color(codes()), codes() * 0 + 255]),
+        photometric="rgb",
+        extrasamples=["unassalpha"],
+        **TILES,
+    ),
+    "planes": tiff(lambda: in_color(codes()).transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **TILES),
+    "palette tiff": plain(".tiff", in_palette),
+    "palette png": plain(".png", in_palette),
+    "palette bmp": plain(".bmp", in_palette),
+    "png": plain(".png", lambda: CODES_OF(codes())),
+    "bmp": plain(".bmp", lambda: CODES_OF(codes())),
+    "png with opacity": plain(".png", lambda: CODES_OF(codes()).convert("LA")),
+    "rgb png": plain(".png", lambda: CODES_OF(in_color(codes()))),
+    "capitals": plain(".PNG", lambda: CODES_OF(codes())),
 }
 REFUSED = {
-    "codes in green": (tiff(lambda: in_color(None, codes()), photometric="rgb", **TILES), "colours, not the codes of a mask"), "green in planes": (tiff(lambda: in_color(None, codes()).transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **TILES), "colours"),
-    "colours whose red is a code": (plain(".png", lambda: CODES_OF(in_color(np.minimum(codes(), 1), codes()*50, codes()*9))), "colours, not"),
-    "jpg": (plain(".jpg", lambda: CODES_OF(codes()), quality=100), "stored as JPEG, which changes the values"), "jpg called png": (plain(".png", lambda: CODES_OF(codes()), format="JPEG", quality=95), "stored as JPEG"),
-    "jpeg tiff": (tiff(codes, compression="jpeg", compressionargs={"level": 95}, **TILES), "stored as JPEG"), "jpeg 2000 tiff": (tiff(codes, compression="jpeg2000", **TILES), "stored as JPEG"),
-    "uint16": (tiff(lambda: codes().astype(np.uint16), **TILES), "16 bits a sample, not 8 without a sign.*one channel for the codes of a mask"), "int8": (tiff(lambda: codes().astype(np.int8), **TILES), "8 bits a sample, signed"),
-    "int32": (tiff(lambda: codes().astype(np.int32), **TILES), "32 bits a sample, signed"), "float": (tiff(lambda: codes()/5, **TILES), "64 bits a sample, floating point"), "1 bit": (plain(".tiff", lambda: CODES_OF(codes() > 0)), "1 bits a sample"),
-    "16-bit png": (plain(".png", lambda: CODES_OF(codes().astype(np.uint16))), "16 bits"), "0/255": (tiff(lambda: np.uint8(codes() > 2)*255, **TILES), "mask values 255 are not among the codes"), "unknown code": (tiff(lambda: np.where(codes() == 5, 7, codes()).astype(np.uint8), **TILES), "mask values 7"),
-    "half size": (tiff(lambda: codes()[::2, ::2]), "the mask is 336x224 pixels, its slide 672x448"), "one row short": (tiff(lambda: codes()[:-1]), "the mask is 672x447"), "transposed": (tiff(lambda: codes().T.copy()), "the mask is 448x672"),
-    "empty": (tiff(lambda: codes()*0, **TILES), "marks nothing"), "no file": (lambda path: path.with_suffix(".png").write_bytes(b""), "empty"), "cut": (lambda path: path.with_suffix(".tiff").write_bytes(b"II*\0" + bytes(99)), "damaged"),
+    "codes in green": (
+        tiff(lambda: in_color(None, codes()), photometric="rgb", **TILES),
+        "colours, not the codes of a mask",
+    ),
+    "green in planes": (
+        tiff(lambda: in_color(None, codes()).transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **TILES),
+        "colours",
+    ),
+    "colours whose red is a code": (
+        plain(".png", lambda: CODES_OF(in_color(np.minimum(codes(), 1), codes() * 50, codes() * 9))),
+        "colours, not",
+    ),
+    "jpg": (plain(".jpg", lambda: CODES_OF(codes()), quality=100), "stored as JPEG, which changes the values"),
+    "jpg called png": (plain(".png", lambda: CODES_OF(codes()), format="JPEG", quality=95), "stored as JPEG"),
+    "jpeg tiff": (tiff(codes, compression="jpeg", compressionargs={"level": 95}, **TILES), "stored as JPEG"),
+    "jpeg 2000 tiff": (tiff(codes, compression="jpeg2000", **TILES), "stored as JPEG"),
+    "uint16": (
+        tiff(lambda: codes().astype(np.uint16), **TILES),
+        "16 bits a sample, not 8 without a sign.*one channel for the codes of a mask",
+    ),
+    "int8": (tiff(lambda: codes().astype(np.int8), **TILES), "8 bits a sample, signed"),
+    "int32": (tiff(lambda: codes().astype(np.int32), **TILES), "32 bits a sample, signed"),
+    "float": (tiff(lambda: codes() / 5, **TILES), "64 bits a sample, floating point"),
+    "1 bit": (plain(".tiff", lambda: CODES_OF(codes() > 0)), "1 bits a sample"),
+    "16-bit png": (plain(".png", lambda: CODES_OF(codes().astype(np.uint16))), "16 bits"),
+    "0/255": (tiff(lambda: np.uint8(codes() > 2) * 255, **TILES), "mask values 255 are not among the codes"),
+    "unknown code": (tiff(lambda: np.where(codes() == 5, 7, codes()).astype(np.uint8), **TILES), "mask values 7"),
+    "half size": (tiff(lambda: codes()[::2, ::2]), "the mask is 336x224 pixels, its slide 672x448"),
+    "one row short": (tiff(lambda: codes()[:-1]), "the mask is 672x447"),
+    "transposed": (tiff(lambda: codes().T.copy()), "the mask is 448x672"),
+    "empty": (tiff(lambda: codes() * 0, **TILES), "marks nothing"),
+    "no file": (lambda path: path.with_suffix(".png").write_bytes(b""), "empty"),
+    "cut": (lambda path: path.with_suffix(".tiff").write_bytes(b"II*\0" + bytes(99)), "damaged"),
     "npy": (lambda path: np.save(path.with_suffix(".npy"), codes()), "not a TIFF"),
 }
 
@@ -242,14 +312,20 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
     "A slide under `codes`, and its tiles by the plain mask."
-    path = tmp_path_factory.mktemp("kinds")/"slide.tiff"
-    write_slide(path, np.clip(np.array([190, 130, 180]) + np.random.default_rng(0).normal(0, 30, (448, 672, 3)), 0, 255).astype(np.uint8), mpp=.5)
+    path = tmp_path_factory.mktemp("kinds") / "slide.tiff"
+    write_slide(
+        path,
+        np.clip(np.array([190, 130, 180]) + np.random.default_rng(0).normal(0, 30, (448, 672, 3)), 0, 255).astype(
+            np.uint8
+        ),
+        mpp=0.5,
+    )
     write_mask(path.with_name("plain.tiff"), codes())
     return path, tile_slide(path, path.with_name("plain.tiff"), "radboud")[0]
 
 
 def written(path, write):
-    write(path/"mask.any")
+    write(path / "mask.any")
     return next(path.glob("mask.*"))
 
 
@@ -261,7 +337,9 @@ def test_masks_that_hold_codes_are_read_by_the_rules(slide, tmp_path, kind):
     pd.testing.assert_frame_equal(found, wanted)
     table = found.assign(slide="s")
     masks = MaskTiles(table, pd.DataFrame([{"slide": "s", "image": str(path), "mask": str(mask), "codes": "radboud"}]))
-    assert masks.check(0) == len(table) and np.array_equal(masks[0][0], np.array([0, 1, 1, 2, 3, 4], np.uint8)[codes()[:224, :224]])
+    assert masks.check(0) == len(table) and np.array_equal(
+        masks[0][0], np.array([0, 1, 1, 2, 3, 4], np.uint8)[codes()[:224, :224]]
+    )
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -269,17 +347,20 @@ def test_other_masks_are_refused_by_what_they_are(slide, tmp_path, kind):
     path, wanted = slide
     write, says = REFUSED[kind]
     mask = written(tmp_path, write)
-    with pytest.raises(BadInput, match=says) as e: tile_slide(path, mask, "radboud")
+    with pytest.raises(BadInput, match=says) as e:
+        tile_slide(path, mask, "radboud")
     assert e.value.path == str(mask) and e.value.remedy
     rows = pd.DataFrame([{"slide": "s", "image": str(path), "mask": str(mask), "codes": "radboud"}])
-    with pytest.raises(BadInput, match="the tile table says" if kind in ("empty", "0/255") else says) as e: MaskTiles(wanted.assign(slide="s"), rows).check(0)
+    with pytest.raises(BadInput, match="the tile table says" if kind in ("empty", "0/255") else says) as e:
+        MaskTiles(wanted.assign(slide="s"), rows).check(0)
     assert e.value.path == str(mask)
 
 
 def test_shades_may_be_jpeg(slide, tmp_path):
     "A table that knows all values takes the nearest shade, so a JPEG of them is read; the shades alone are not enough."
     shades = np.array([0, 50, 50, 100, 200, 200], np.uint8)[codes()]
-    Image.fromarray(shades).save(tmp_path/"mask.jpg", quality=90)
-    found = tile_slide(slide[0], tmp_path/"mask.jpg", encoding_table("0/50/100/200"))[0]
-    assert np.allclose(found.f4, (codes() == 5)[:, :672].reshape(2, 224, 3, 224).mean((1, 3)).ravel(), atol=.02)
-    with pytest.raises(BadInput, match="stored as JPEG"): tile_slide(slide[0], tmp_path/"mask.jpg", {0: 1, 50: 2, 100: 3, 200: 4})
+    Image.fromarray(shades).save(tmp_path / "mask.jpg", quality=90)
+    found = tile_slide(slide[0], tmp_path / "mask.jpg", encoding_table("0/50/100/200"))[0]
+    assert np.allclose(found.f4, (codes() == 5)[:, :672].reshape(2, 224, 3, 224).mean((1, 3)).ravel(), atol=0.02)
+    with pytest.raises(BadInput, match="stored as JPEG"):
+        tile_slide(slide[0], tmp_path / "mask.jpg", {0: 1, 50: 2, 100: 3, 200: 4})

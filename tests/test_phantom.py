@@ -1,4 +1,5 @@
 "The phantom as a whole: its files, their truth, and that they depend on nothing but the seed."
+
 import csv
 import errno
 import os
@@ -25,28 +26,31 @@ def files(root):
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    return phantom.write_cohort(tmp_path_factory.mktemp("phantom"), n_slides=4, seed=3, shape=SHAPE, workers=2, karolinska=.25)
+    return phantom.write_cohort(
+        tmp_path_factory.mktemp("phantom"), n_slides=4, seed=3, shape=SHAPE, workers=2, karolinska=0.25
+    )
 
 
 def test_same_bytes_whatever_the_workers(cohort, tmp_path):
-    again = phantom.write_cohort(tmp_path, n_slides=4, seed=3, shape=SHAPE, workers=1, karolinska=.25)
+    again = phantom.write_cohort(tmp_path, n_slides=4, seed=3, shape=SHAPE, workers=1, karolinska=0.25)
     assert files(again) == files(cohort)
-    assert len(files(cohort)) == 4*2 + 1  # no temporary file is left
+    assert len(files(cohort)) == 4 * 2 + 1  # no temporary file is left
 
 
 def test_another_seed_is_another_cohort(cohort, tmp_path):
     other = phantom.write_cohort(tmp_path, n_slides=1, seed=4, shape=SHAPE, workers=1)
-    first = next(iter((cohort/"train_images").iterdir()))
-    assert next((other/"train_images").iterdir()).read_bytes() != first.read_bytes()
+    first = next(iter((cohort / "train_images").iterdir()))
+    assert next((other / "train_images").iterdir()).read_bytes() != first.read_bytes()
 
 
 def test_table_agrees_with_the_masks(cohort):
-    with open(cohort/"train.csv", newline="") as f: rows = list(csv.DictReader(f))
+    with open(cohort / "train.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
     assert list(rows[0]) == ["image_id", "data_provider", "isup_grade", "gleason_score"]
-    assert [r["data_provider"] for r in rows] == ["radboud"]*3 + ["karolinska"]
+    assert [r["data_provider"] for r in rows] == ["radboud"] * 3 + ["karolinska"]
     for row in rows:
-        image = tifffile.imread(cohort/"train_images"/f"{row['image_id']}.tiff", key=0)
-        mask = tifffile.imread(cohort/"train_label_masks"/f"{row['image_id']}_mask.tiff", key=0)
+        image = tifffile.imread(cohort / "train_images" / f"{row['image_id']}.tiff", key=0)
+        mask = tifffile.imread(cohort / "train_label_masks" / f"{row['image_id']}_mask.tiff", key=0)
         assert mask.shape == image.shape == (*SHAPE, 3)
         assert not mask[..., 1:].any()
         if row["data_provider"] == "radboud":
@@ -54,18 +58,19 @@ def test_table_agrees_with_the_masks(cohort):
         else:
             assert set(np.unique(mask[..., 0])) == {0, 1, 2}
         tissue = mask[..., 0] > 0
-        assert .1 < tissue.mean() < .6
+        assert 0.1 < tissue.mean() < 0.6
         assert image[tissue].mean() + 20 < image[~tissue].mean()  # tissue is darker than glass
 
 
 def test_tags_as_panda(cohort):
-    with tifffile.TiffFile(next((cohort/"train_images").iterdir())) as tif:
+    with tifffile.TiffFile(next((cohort / "train_images").iterdir())) as tif:
         assert [p.shape for p in tif.pages] == [(1100, 900, 3), (275, 225, 3), (68, 56, 3)]
         for page in tif.pages:
             assert page.compression.name == "JPEG" and page.tile == (512, 512)
-            x, y = page.tags["XResolution"].value, page.tags["YResolution"].value
+            x = page.tags["XResolution"].value
+            y = page.tags["YResolution"].value
             assert page.tags["ResolutionUnit"].value == 3  # centimetres
-            assert x == y and abs(1e4*x[1]/x[0] - .48*900/page.shape[1]) < 1e-3
+            assert x == y and abs(1e4 * x[1] / x[0] - 0.48 * 900 / page.shape[1]) < 1e-3
             assert page.tags["YCbCrSubSampling"].value == (2, 2)
             assert 347 in page.tags
             assert "Software" not in page.tags and "DateTime" not in page.tags
@@ -105,24 +110,34 @@ def test_any_shape(shape):
 
 def test_defects(tmp_path):
     root = phantom.write_cohort(tmp_path, n_slides=3, shape=SHAPE, workers=1, n_blank=1, n_pen=1)
-    with open(root/"suspicious.csv", newline="") as f: listed = {r["image_id"]: r["reason"] for r in csv.DictReader(f)}
+    with open(root / "suspicious.csv", newline="") as f:
+        listed = {r["image_id"]: r["reason"] for r in csv.DictReader(f)}
     assert listed == {"phantom0_001": "pen mark", "phantom0_002": "blank"}
-    assert not tifffile.imread(root/"train_label_masks"/"phantom0_002_mask.tiff", key=0).any()
+    assert not tifffile.imread(root / "train_label_masks" / "phantom0_002_mask.tiff", key=0).any()
     plain = phantom.draw_slide((0, 1), SHAPE, phantom.CONTENTS[1], instances=False)
-    marked = tifffile.imread(root/"train_images"/"phantom0_001.tiff", key=0)
+    marked = tifffile.imread(root / "train_images" / "phantom0_001.tiff", key=0)
     glass = plain.mask == 0
-    assert (marked[glass].min(1) < 120).mean() > (plain.image[glass].min(1) < 120).mean() + .01
+    assert (marked[glass].min(1) < 120).mean() > (plain.image[glass].min(1) < 120).mean() + 0.01
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"tile": 256}, {"photometric": "rgb", "bigtiff": True}, {"shared_tables": False}, {"subsampling": (2, 1)},
-    {"compression": "lzw"}, {"compression": "deflate", "tile": 240}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tile": 256},
+        {"photometric": "rgb", "bigtiff": True},
+        {"shared_tables": False},
+        {"subsampling": (2, 1)},
+        {"compression": "lzw"},
+        {"compression": "deflate", "tile": 240},
+    ],
+)
 def test_layouts_read_back(tmp_path, options):
     image = phantom.draw_field(0, 3, 700).image
-    write_slide(tmp_path/"a.tiff", image, **options)
-    with tifffile.TiffFile(tmp_path/"a.tiff") as tif:
+    write_slide(tmp_path / "a.tiff", image, **options)
+    with tifffile.TiffFile(tmp_path / "a.tiff") as tif:
         page = tif.pages[0]
-        assert page.tile == (options.get("tile", 512),)*2
+        assert page.tile == (options.get("tile", 512),) * 2
         assert tif.is_bigtiff == options.get("bigtiff", False)
         jpeg = options.get("compression", "jpeg") == "jpeg"
         assert page.photometric.name == ("RGB" if options.get("photometric") == "rgb" or not jpeg else "YCBCR")
@@ -139,49 +154,57 @@ def test_layouts_read_back(tmp_path, options):
 def test_same_pixels_as_openslide_reads(tmp_path):
     openslide = pytest.importorskip("openslide", reason="openslide (extra `bench`) is not installed")
     image = phantom.draw_field(0, 3, 700).image
-    write_slide(tmp_path/"a.tiff", image)
-    with openslide.OpenSlide(str(tmp_path/"a.tiff")) as slide:
+    write_slide(tmp_path / "a.tiff", image)
+    with openslide.OpenSlide(str(tmp_path / "a.tiff")) as slide:
         assert slide.level_dimensions == ((700, 700), (175, 175), (43, 43))
         read = np.asarray(slide.read_region((0, 0), 0, (700, 700)))[..., :3]
-    assert np.abs(read.astype(int) - tifffile.imread(tmp_path/"a.tiff", key=0)).max() <= 2
+    assert np.abs(read.astype(int) - tifffile.imread(tmp_path / "a.tiff", key=0)).max() <= 2
 
 
-@pytest.mark.parametrize("call", [
-    lambda p: phantom.write_cohort(p/"c", n_slides=0),
-    lambda p: phantom.write_cohort(p/"c", seed=-1),
-    lambda p: phantom.write_cohort(p/"c", n_slides=2, n_blank=1, n_pen=2),
-    lambda p: phantom.write_cohort(p/"c", n_slides=2, karolinska=1.5),
-    lambda p: phantom.write_cohort(p/"c", shape=(300, 4000)),
-    lambda p: phantom.draw_field(0, "cribriform"),
-    lambda p: phantom.draw_slide(0, (600, 600), patterns=(6,)),
-    lambda p: write_slide(p/"c"/"a.tiff", np.zeros((64, 64), np.uint8)),
-    lambda p: write_slide(p/"c"/"a.tiff", np.zeros((64, 64, 3), np.uint8), mpp=0),
-    lambda p: write_slide(p/"c"/"a.tiff", np.zeros((64, 64, 3), np.uint8), photometric="cmyk"),
-    lambda p: write_mask(p/"c"/"a.tiff", np.zeros((64, 64), np.uint8), compression="jpeg"),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: phantom.write_cohort(p / "c", n_slides=0),
+        lambda p: phantom.write_cohort(p / "c", seed=-1),
+        lambda p: phantom.write_cohort(p / "c", n_slides=2, n_blank=1, n_pen=2),
+        lambda p: phantom.write_cohort(p / "c", n_slides=2, karolinska=1.5),
+        lambda p: phantom.write_cohort(p / "c", shape=(300, 4000)),
+        lambda p: phantom.draw_field(0, "cribriform"),
+        lambda p: phantom.draw_slide(0, (600, 600), patterns=(6,)),
+        lambda p: write_slide(p / "c" / "a.tiff", np.zeros((64, 64), np.uint8)),
+        lambda p: write_slide(p / "c" / "a.tiff", np.zeros((64, 64, 3), np.uint8), mpp=0),
+        lambda p: write_slide(p / "c" / "a.tiff", np.zeros((64, 64, 3), np.uint8), photometric="cmyk"),
+        lambda p: write_mask(p / "c" / "a.tiff", np.zeros((64, 64), np.uint8), compression="jpeg"),
+    ],
+)
 def test_bad_parameters(tmp_path, call):
-    with pytest.raises(BadInput): call(tmp_path)
+    with pytest.raises(BadInput):
+        call(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_names_the_file(tmp_path, monkeypatch):
-    def full(_): raise OSError(errno.ENOSPC, "No space left on device")
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BadInput, match=r"a\.tiff: cannot be written \(No space left on device\)"):
-        write_slide(tmp_path/"a.tiff", np.zeros((64, 64, 3), np.uint8))
+        write_slide(tmp_path / "a.tiff", np.zeros((64, 64, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_interrupt_leaves_only_whole_files(tmp_path, workers):
     code = f"from histonb.synthetic.phantom import write_cohort; write_cohort({str(tmp_path)!r}, 30, shape={SHAPE}, workers={workers})"
-    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     while not list(tmp_path.glob("train_label_masks/*_mask.tiff")):
         assert job.poll() is None
-        time.sleep(.02)
+        time.sleep(0.02)
     os.killpg(job.pid, signal.SIGINT)  # what Ctrl-C does: the whole group
     assert job.wait(60) != 0
-    assert not (tmp_path/"train.csv").exists()
+    assert not (tmp_path / "train.csv").exists()
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
         assert not path.name.startswith("."), "a temporary file was left behind"
         assert tifffile.imread(path, key=0).shape == (*SHAPE, 3)

@@ -1,4 +1,5 @@
 "Published encoders, rebuilt from files in each maker's layout with random weights, against independent constructions."
+
 import argparse
 import pathlib
 import re
@@ -12,26 +13,29 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from histonb.core.errors import BadInput
+from histonb.models.heads import DINOHead
 from histonb.probe.encoders import load_encoder
 from histonb.probe.published import BONY_REPORT, ENCODERS, load_published
 from histonb.studies.study import load_study
-from histonb.models.heads import DINOHead
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
 
 
 def prepared(tiles, mean, std):
-    x = torch.from_numpy(tiles).permute(0, 3, 1, 2).float()/255
-    return (x - torch.tensor(mean).view(3, 1, 1))/torch.tensor(std).view(3, 1, 1)
+    x = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def official_xcit(state):
     "timm's names turned into those of the official code."
-    out, parts = {}, {}
+    out = {}
+    parts = {}
     for name, value in state.items():
         found = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", name)
-        if found: parts.setdefault(f"{found[1]}qkv.{found[3]}", {})[found[2]] = value
-        else: out[name.replace("pos_embed.", "pos_embeder.")] = value
+        if found:
+            parts.setdefault(f"{found[1]}qkv.{found[3]}", {})[found[2]] = value
+        else:
+            out[name.replace("pos_embed.", "pos_embeder.")] = value
     return out | {k: torch.cat([v[x] for x in "qkv"]) for k, v in parts.items()}
 
 
@@ -42,9 +46,14 @@ def bony(tmp_path_factory):
     body = timm.create_model("xcit_medium_24_p16_224", num_classes=0).eval()
     head = DINOHead(512, 4096).eval()
     names = {"original0": "weight_g", "original1": "weight_v"}
-    old = {re.sub(r"parametrizations\.weight\.(original\d)", lambda m: names[m[1]], k): v for k, v in head.state_dict().items()}
-    teacher = {f"module.backbone.{k}": v for k, v in official_xcit(body.state_dict()).items()} | {f"module.head.{k}": v for k, v in old.items()}
-    path = tmp_path_factory.mktemp("bony")/"checkpoint.pth"
+    old = {
+        re.sub(r"parametrizations\.weight\.(original\d)", lambda m: names[m[1]], k): v
+        for k, v in head.state_dict().items()
+    }
+    teacher = {f"module.backbone.{k}": v for k, v in official_xcit(body.state_dict()).items()} | {
+        f"module.head.{k}": v for k, v in old.items()
+    }
+    path = tmp_path_factory.mktemp("bony") / "checkpoint.pth"
     torch.save({"teacher": teacher, "student": {"module.backbone.cls_token": torch.zeros(1)}, "epoch": 20}, path)
     return path, body, head
 
@@ -53,153 +62,251 @@ def test_bony(bony):
     path, body, head = bony
     ours = load_encoder("bony", path)
     x = prepared(TILES, ours.spec.mean, ours.spec.std)
-    with torch.no_grad(): token = body(x)
-    assert np.allclose(ours(TILES), token, atol=1e-4) and ours.spec.dim == 512 and ours.spec.patch == 16 and not ours.spec.random_init
+    with torch.no_grad():
+        token = body(x)
+    assert (
+        np.allclose(ours(TILES), token, atol=1e-4)
+        and ours.spec.dim == 512
+        and ours.spec.patch == 16
+        and not ours.spec.random_init
+    )
     assert ours.report["matched"] == len(body.state_dict()) and not ours.report["missing"] + ours.report["unexpected"]
     scores = load_encoder("bony", path, pool="head")
-    z = F.normalize(F.linear(F.gelu(F.linear(F.gelu(F.linear(token, *head.mlp[0].parameters())), *head.mlp[2].parameters())), *head.mlp[4].parameters()), dim=-1)
+    z = F.normalize(
+        F.linear(
+            F.gelu(F.linear(F.gelu(F.linear(token, *head.mlp[0].parameters())), *head.mlp[2].parameters())),
+            *head.mlp[4].parameters(),
+        ),
+        dim=-1,
+    )
     v = F.normalize(head.last_layer.parametrizations.weight.original1, dim=-1)
-    assert scores.spec.dim == 4096 and np.allclose(scores(TILES), (z @ v.T).detach(), atol=1e-5) and scores.key != ours.key
+    assert (
+        scores.spec.dim == 4096 and np.allclose(scores(TILES), (z @ v.T).detach(), atol=1e-5) and scores.key != ours.key
+    )
     both = load_encoder("bony", path, pool="class+mean", blocks=2)
-    assert both(TILES).shape == (2, 3*512) and np.allclose(both(TILES)[:, 512:1024], token, atol=1e-4)
+    assert both(TILES).shape == (2, 3 * 512) and np.allclose(both(TILES)[:, 512:1024], token, atol=1e-4)
 
 
 def test_bonywave_sees_the_haar_approximation(bony):
     path, body, _ = bony
     ours = load_encoder("bonywave", path)
     x = prepared(TILES, ours.spec.mean, ours.spec.std)
-    approximation = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2])/2
-    with torch.no_grad(): assert np.allclose(ours(TILES), body(approximation), atol=1e-4)
+    approximation = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 2
+    with torch.no_grad():
+        assert np.allclose(ours(TILES), body(approximation), atol=1e-4)
     assert ours.key != load_encoder("bony", path).key
 
 
 def test_histoencoder(tmp_path):
     torch.manual_seed(0)
     body = timm.create_model("xcit_small_12_p16_224", num_classes=0).eval()
-    torch.save(body.state_dict(), tmp_path/"prostate_small.pth")
-    stats = dict(mean=(.7, .6, .7), std=(.2, .2, .2))
-    ours = load_encoder("histoencoder-small", tmp_path/"prostate_small.pth", **stats)
-    with torch.no_grad(): tokens = body.forward_features(prepared(TILES, **stats))
+    torch.save(body.state_dict(), tmp_path / "prostate_small.pth")
+    stats = dict(mean=(0.7, 0.6, 0.7), std=(0.2, 0.2, 0.2))
+    ours = load_encoder("histoencoder-small", tmp_path / "prostate_small.pth", **stats)
+    with torch.no_grad():
+        tokens = body.forward_features(prepared(TILES, **stats))
     assert np.allclose(ours(TILES), tokens[:, 0], atol=1e-4)  # as their `extract_features` where nothing is asked of it
-    both = load_encoder("histoencoder-small", tmp_path/"prostate_small.pth", pool="class+mean", **stats)
+    both = load_encoder("histoencoder-small", tmp_path / "prostate_small.pth", pool="class+mean", **stats)
     assert np.allclose(both(TILES), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-4)
-    with pytest.raises(BadInput, match="publish no normalisation"): load_encoder("histoencoder-small", tmp_path/"prostate_small.pth")
+    with pytest.raises(BadInput, match="publish no normalisation"):
+        load_encoder("histoencoder-small", tmp_path / "prostate_small.pth")
 
 
 # Hibou: a small number of blocks would be another model, so it is the real size, written out by hand
 
 D, DEPTH, HEADS, HIDDEN = 768, 12, 12, 2048
 
+
 def hibou_state(side=16):
     "Random weights under the names of the transformers library."
     g = torch.Generator().manual_seed(0)
-    def w(*shape): return .02*torch.randn(*shape, generator=g)
-    state = {"embeddings.cls_token": w(1, 1, D), "embeddings.mask_token": w(1, D), "embeddings.register_tokens": w(1, 4, D),
-             "embeddings.position_embeddings": w(1, 1 + side**2, D), "embeddings.patch_embeddings.projection.weight": w(D, 3, 14, 14),
-             "embeddings.patch_embeddings.projection.bias": w(D), "layernorm.weight": 1 + w(D), "layernorm.bias": w(D)}
+
+    def w(*shape):
+        return 0.02 * torch.randn(*shape, generator=g)
+
+    state = {
+        "embeddings.cls_token": w(1, 1, D),
+        "embeddings.mask_token": w(1, D),
+        "embeddings.register_tokens": w(1, 4, D),
+        "embeddings.position_embeddings": w(1, 1 + side**2, D),
+        "embeddings.patch_embeddings.projection.weight": w(D, 3, 14, 14),
+        "embeddings.patch_embeddings.projection.bias": w(D),
+        "layernorm.weight": 1 + w(D),
+        "layernorm.bias": w(D),
+    }
     for i in range(DEPTH):
         b = f"encoder.layer.{i}."
-        for n in ("norm1", "norm2"): state |= {f"{b}{n}.weight": 1 + w(D), f"{b}{n}.bias": w(D)}
-        for n in ("query", "key", "value"): state |= {f"{b}attention.attention.{n}.weight": w(D, D), f"{b}attention.attention.{n}.bias": w(D)}
-        state |= {f"{b}attention.output.dense.weight": w(D, D), f"{b}attention.output.dense.bias": w(D),
-                  f"{b}mlp.weights_in.weight": w(2*HIDDEN, D), f"{b}mlp.weights_in.bias": w(2*HIDDEN),
-                  f"{b}mlp.weights_out.weight": w(D, HIDDEN), f"{b}mlp.weights_out.bias": w(D),
-                  f"{b}layer_scale1.lambda1": w(D), f"{b}layer_scale2.lambda1": w(D)}
+        for n in ("norm1", "norm2"):
+            state |= {f"{b}{n}.weight": 1 + w(D), f"{b}{n}.bias": w(D)}
+        for n in ("query", "key", "value"):
+            state |= {f"{b}attention.attention.{n}.weight": w(D, D), f"{b}attention.attention.{n}.bias": w(D)}
+        state |= {
+            f"{b}attention.output.dense.weight": w(D, D),
+            f"{b}attention.output.dense.bias": w(D),
+            f"{b}mlp.weights_in.weight": w(2 * HIDDEN, D),
+            f"{b}mlp.weights_in.bias": w(2 * HIDDEN),
+            f"{b}mlp.weights_out.weight": w(D, HIDDEN),
+            f"{b}mlp.weights_out.bias": w(D),
+            f"{b}layer_scale1.lambda1": w(D),
+            f"{b}layer_scale2.lambda1": w(D),
+        }
     return state
+
 
 def hibou_by_hand(s, x):
     "Tokens (B, 5 + N, D) after the last norm."
-    def norm(z, n): return F.layer_norm(z, (D,), s[f"{n}.weight"], s[f"{n}.bias"], 1e-6)
-    def linear(z, n): return F.linear(z, s[f"{n}.weight"], s[f"{n}.bias"])
+
+    def norm(z, n):
+        return F.layer_norm(z, (D,), s[f"{n}.weight"], s[f"{n}.bias"], 1e-6)
+
+    def linear(z, n):
+        return F.linear(z, s[f"{n}.weight"], s[f"{n}.bias"])
+
     e = "embeddings."
-    patches = F.conv2d(x, s[f"{e}patch_embeddings.projection.weight"], s[f"{e}patch_embeddings.projection.bias"], stride=14).flatten(2).transpose(1, 2)
+    patches = (
+        F.conv2d(x, s[f"{e}patch_embeddings.projection.weight"], s[f"{e}patch_embeddings.projection.bias"], stride=14)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     z = torch.cat([s[f"{e}cls_token"].expand(len(x), -1, -1), patches], 1) + s[f"{e}position_embeddings"]
     z = torch.cat([z[:, :1], s[f"{e}register_tokens"].expand(len(x), -1, -1), z[:, 1:]], 1)
     for i in range(DEPTH):
         b = f"encoder.layer.{i}."
         h = norm(z, f"{b}norm1")
-        q, k, v = (linear(h, f"{b}attention.attention.{n}").unflatten(-1, (HEADS, -1)).transpose(1, 2) for n in ("query", "key", "value"))
-        a = (q @ k.transpose(-1, -2)/(D//HEADS)**.5).softmax(-1) @ v
-        z = z + s[f"{b}layer_scale1.lambda1"]*linear(a.transpose(1, 2).flatten(2), f"{b}attention.output.dense")
+        q, k, v = (
+            linear(h, f"{b}attention.attention.{n}").unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for n in ("query", "key", "value")
+        )
+        a = (q @ k.transpose(-1, -2) / (D // HEADS) ** 0.5).softmax(-1) @ v
+        z = z + s[f"{b}layer_scale1.lambda1"] * linear(a.transpose(1, 2).flatten(2), f"{b}attention.output.dense")
         gate, value = linear(norm(z, f"{b}norm2"), f"{b}mlp.weights_in").chunk(2, -1)
-        z = z + s[f"{b}layer_scale2.lambda1"]*linear(F.silu(gate)*value, f"{b}mlp.weights_out")
+        z = z + s[f"{b}layer_scale2.lambda1"] * linear(F.silu(gate) * value, f"{b}mlp.weights_out")
     return norm(z, "layernorm")
+
 
 def native(state, chunked):
     "The same weights under the names of DINOv2's own code."
     out = {}
     for name, value in state.items():
-        if ".attention.attention." in name: continue
-        for old, new in (("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.position_embeddings", "pos_embed"), ("embeddings.", ""),
-                         ("encoder.layer.", "blocks.0." if chunked else "blocks."), ("attention.output.dense", "attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
-                         ("layer_scale2.lambda1", "ls2.gamma"), ("weights_in", "w12"), ("weights_out", "w3"), ("layernorm", "norm")): name = name.replace(old, new)
+        if ".attention.attention." in name:
+            continue
+        for old, new in (
+            ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+            ("embeddings.position_embeddings", "pos_embed"),
+            ("embeddings.", ""),
+            ("encoder.layer.", "blocks.0." if chunked else "blocks."),
+            ("attention.output.dense", "attn.proj"),
+            ("layer_scale1.lambda1", "ls1.gamma"),
+            ("layer_scale2.lambda1", "ls2.gamma"),
+            ("weights_in", "w12"),
+            ("weights_out", "w3"),
+            ("layernorm", "norm"),
+        ):
+            name = name.replace(old, new)
         out[name] = value
     for i in range(DEPTH):
         for kind in ("weight", "bias"):
-            out[f"blocks.{'0.' if chunked else ''}{i}.attn.qkv.{kind}"] = torch.cat([state[f"encoder.layer.{i}.attention.attention.{n}.{kind}"] for n in ("query", "key", "value")])
+            out[f"blocks.{'0.' if chunked else ''}{i}.attn.qkv.{kind}"] = torch.cat(
+                [state[f"encoder.layer.{i}.attention.attention.{n}.{kind}"] for n in ("query", "key", "value")]
+            )
     return out
+
 
 def test_hibou_in_both_layouts(tmp_path):
     state = hibou_state()
     tiles = np.random.default_rng(1).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
     expected = hibou_by_hand(state, prepared(tiles, ENCODERS["hibou-b"].mean, ENCODERS["hibou-b"].std))
-    save_file(state, tmp_path/"model.safetensors")
-    ours = load_encoder("hibou-b", tmp_path/"model.safetensors")
+    save_file(state, tmp_path / "model.safetensors")
+    ours = load_encoder("hibou-b", tmp_path / "model.safetensors")
     assert (ours.spec.dim, ours.spec.patch, ours.spec.prefix_tokens) == (768, 14, 5) and not ours.report["missing"]
     assert np.allclose(ours(tiles), expected[:, 0], atol=1e-4)
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in native(state, True).items()}}, tmp_path/"native.pth")
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in native(state, True).items()}}, tmp_path / "native.pth")
     for pool in ("class", "class+mean"):
-        theirs = load_encoder("hibou-b", tmp_path/"native.pth", pool=pool)(tiles)
+        theirs = load_encoder("hibou-b", tmp_path / "native.pth", pool=pool)(tiles)
         assert np.allclose(theirs[:, :D], expected[:, 0], atol=1e-4)
     assert np.allclose(theirs[:, D:], expected[:, 5:].mean(1), atol=1e-4)
-    torch.save(native(state, False), tmp_path/"plain.pth")
-    model, head, report = load_published("hibou-b", tmp_path/"plain.pth")
+    torch.save(native(state, False), tmp_path / "plain.pth")
+    model, head, report = load_published("hibou-b", tmp_path / "plain.pth")
     assert head is None and report["matched"] == len(model.state_dict())
 
+
 def test_hibou_of_another_grid(tmp_path):
-    torch.save(native(hibou_state(side=37), False), tmp_path/"large.pth")
-    model, _, _ = load_published("hibou-b", tmp_path/"large.pth")
+    torch.save(native(hibou_state(side=37), False), tmp_path / "large.pth")
+    model, _, _ = load_published("hibou-b", tmp_path / "large.pth")
     assert model.pos_embed.shape == (1, 37**2, D) and model(torch.zeros(1, 3, 224, 224)).shape == (1, D)
 
+
 def test_hibou_l_has_its_widths():
-    with torch.device("meta"): model = ENCODERS["hibou-l"].build({})
-    assert (model.num_features, len(model.blocks), model.blocks[0].mlp.fc2.in_features, model.blocks[0].attn.num_heads) == (1024, 24, 2736, 16)
+    with torch.device("meta"):
+        model = ENCODERS["hibou-l"].build({})
+    assert (
+        model.num_features,
+        len(model.blocks),
+        model.blocks[0].mlp.fc2.in_features,
+        model.blocks[0].attn.num_heads,
+    ) == (1024, 24, 2736, 16)
 
 
 # What does not fit
 
+
 def test_files_that_do_not_fit(tmp_path, bony):
     small = timm.create_model("vit_tiny_patch16_224", num_classes=3)
-    torch.save(small.state_dict(), tmp_path/"vit.pth")
-    torch.save(timm.create_model("vit_small_patch8_224").state_dict(), tmp_path/"vit8.pth")
-    assert load_encoder("vit_tiny_patch16_224", tmp_path/"vit.pth")(TILES).shape == (2, 192)  # its classifier is left out
-    for name, path, message in [("vit_small_patch16_224", tmp_path/"vit.pth", r"vit.pth: not the weights of vit_small_patch16_224.*wanted \(1, 1, 384\)"),
-                                ("vit_tiny_patch16_224", bony[0], "not the weights of vit_tiny"), ("bony", tmp_path/"vit.pth", "vit.pth: not the weights of bony: 0 of 713 tensors match"),
-                                ("hibou-b", tmp_path/"vit.pth", "missing .reg_token"), ("vit_small_patch16_224", tmp_path/"vit8.pth", r"patch_embed.proj.weight \(384, 3, 8, 8\), wanted \(384, 3, 16, 16\)"),
-                                ("vit_tiny_patch16_224", tmp_path/"none.pth", "no such folder or file")]:
-        with pytest.raises(BadInput, match="(?s)" + message): load_encoder(name, path)
-    (tmp_path/"cut.pth").write_bytes((tmp_path/"vit.pth").read_bytes()[:10_000])
-    with pytest.raises(BadInput, match="cut.pth: not a whole torch file"): load_encoder("vit_tiny_patch16_224", tmp_path/"cut.pth")
+    torch.save(small.state_dict(), tmp_path / "vit.pth")
+    torch.save(timm.create_model("vit_small_patch8_224").state_dict(), tmp_path / "vit8.pth")
+    assert load_encoder("vit_tiny_patch16_224", tmp_path / "vit.pth")(TILES).shape == (
+        2,
+        192,
+    )  # its classifier is left out
+    for name, path, message in [
+        (
+            "vit_small_patch16_224",
+            tmp_path / "vit.pth",
+            r"vit.pth: not the weights of vit_small_patch16_224.*wanted \(1, 1, 384\)",
+        ),
+        ("vit_tiny_patch16_224", bony[0], "not the weights of vit_tiny"),
+        ("bony", tmp_path / "vit.pth", "vit.pth: not the weights of bony: 0 of 713 tensors match"),
+        ("hibou-b", tmp_path / "vit.pth", "missing .reg_token"),
+        (
+            "vit_small_patch16_224",
+            tmp_path / "vit8.pth",
+            r"patch_embed.proj.weight \(384, 3, 8, 8\), wanted \(384, 3, 16, 16\)",
+        ),
+        ("vit_tiny_patch16_224", tmp_path / "none.pth", "no such folder or file"),
+    ]:
+        with pytest.raises(BadInput, match="(?s)" + message):
+            load_encoder(name, path)
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "vit.pth").read_bytes()[:10_000])
+    with pytest.raises(BadInput, match="cut.pth: not a whole torch file"):
+        load_encoder("vit_tiny_patch16_224", tmp_path / "cut.pth")
     part = {k: v for k, v in small.state_dict().items() if not k.startswith("blocks.11.")}
-    torch.save(part, tmp_path/"part.pth")
-    with pytest.raises(BadInput, match="12 missing"): load_encoder("vit_tiny_patch16_224", tmp_path/"part.pth")
-    assert len(load_encoder("vit_tiny_patch16_224", tmp_path/"part.pth", strict=False).report["missing"]) == 12
+    torch.save(part, tmp_path / "part.pth")
+    with pytest.raises(BadInput, match="12 missing"):
+        load_encoder("vit_tiny_patch16_224", tmp_path / "part.pth")
+    assert len(load_encoder("vit_tiny_patch16_224", tmp_path / "part.pth", strict=False).report["missing"]) == 12
+
 
 def test_a_file_runs_no_code(tmp_path):
     class Evil:
-        def __reduce__(self): return (tmp_path/"pwned").touch, ()
-    torch.save({"model": Evil()}, tmp_path/"evil.pth")
-    with pytest.raises(BadInput, match="holds more than tensors"): load_encoder("vit_tiny_patch16_224", tmp_path/"evil.pth")
-    assert not (tmp_path/"pwned").exists()
+        def __reduce__(self):
+            return (tmp_path / "pwned").touch, ()
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(BadInput, match="holds more than tensors"):
+        load_encoder("vit_tiny_patch16_224", tmp_path / "evil.pth")
+    assert not (tmp_path / "pwned").exists()
+
 
 def test_weights_are_found_in_a_folder_and_never_fetched_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTONB_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: pytest.fail("went to the network"))
-    with pytest.raises(BadInput, match="no weights here.*hub=True"): load_encoder("histoencoder-small", mean=(.5,)*3, std=(.2,)*3)
-    with pytest.raises(BadInput, match="HPAI-BSC/Bony.*pass the file as checkpoint.$"): load_encoder("bony", hub=True)
+    with pytest.raises(BadInput, match="no weights here.*hub=True"):
+        load_encoder("histoencoder-small", mean=(0.5,) * 3, std=(0.2,) * 3)
+    with pytest.raises(BadInput, match="HPAI-BSC/Bony.*pass the file as checkpoint.$"):
+        load_encoder("bony", hub=True)
     body = timm.create_model("xcit_small_12_p16_224", num_classes=0)
-    torch.save(body.state_dict(), tmp_path/"histoencoder-small.pth")
-    assert load_encoder("histoencoder-small", mean=(.5,)*3, std=(.2,)*3).spec.dim == 384
+    torch.save(body.state_dict(), tmp_path / "histoencoder-small.pth")
+    assert load_encoder("histoencoder-small", mean=(0.5,) * 3, std=(0.2,) * 3).spec.dim == 384
 
 
 # what training scripts leave, in their own layouts
@@ -231,7 +338,8 @@ def trained():
 @pytest.mark.parametrize("legacy", [False, True])
 def test_what_dino_writes(tmp_path, trained, legacy, normed):
     "All that main_dino.py puts into checkpoint.pth."
-    body, head = trained[0], trained[1 + normed]
+    body = trained[0]
+    head = trained[1 + normed]
     network = {f"backbone.{k}": v for k, v in body.state_dict().items()} | {
         f"head.{k}": v for k, v in old_names(head).items()
     }
@@ -299,7 +407,8 @@ def test_heads_and_backbones_of_other_training_scripts(tmp_path, trained, layout
     body, head, _ = trained
     torch.save(LAYOUTS[layout](body.state_dict(), old_names(head)), tmp_path / "last.ckpt")
     found, scores, report = load_published(VIT, tmp_path / "last.ckpt")
-    x, tolerance = torch.randn(2, 3, 224, 224), 2e-2 if layout == "half precision" else 0
+    x = torch.randn(2, 3, 224, 224)
+    tolerance = 2e-2 if layout == "half precision" else 0
     with torch.no_grad():
         assert torch.allclose(found(x), body(x), atol=tolerance) and torch.allclose(
             scores(body(x)), head(body(x)), atol=1e-6

@@ -1,4 +1,5 @@
 """The reports: by hand with their defaults, and chained as a study from slides to the table."""
+
 import json
 from pathlib import Path
 
@@ -48,37 +49,49 @@ def test_report_runs_by_hand(notebook, tmp_path):
 @pytest.mark.parametrize("arch, drawn", [("resnet18", False), ("vit_tiny_patch16_224.augreg_in21k", True)])
 def test_pretraining_comes_to_its_end_with_any_backbone(arch, drawn, tmp_path, small_tiles):
     """Also where the network has no attention to draw, where its name has a tag, and with fewer tiles than pictures."""
-    error, found = run_report("train_dino", tmp_path, tiles=str(small_tiles), arch=arch, steps=2, batch_size=4, workers=0)
+    error, found = run_report(
+        "train_dino", tmp_path, tiles=str(small_tiles), arch=arch, steps=2, batch_size=4, workers=0
+    )
     assert found, error[-3000:]
-    book = (tmp_path/"out.ipynb").read_text()
+    book = (tmp_path / "out.ipynb").read_text()
     assert found["steps"] == 2 and (f"{arch} has no class token" in book) != drawn
 
 
 @pytest.fixture(scope="module")
 def small_tiles(tmp_path_factory):
     """A store of five tiles in train."""
-    store = example_tiles(tmp_path_factory.mktemp("few")/"tiles", n_slides=4, seed=0)
-    table = pd.read_parquet(store/"tiles.parquet")
+    store = example_tiles(tmp_path_factory.mktemp("few") / "tiles", n_slides=4, seed=0)
+    table = pd.read_parquet(store / "tiles.parquet")
     kept = table[table.split == "train"].index[:5]
-    table.assign(split=table.split.where(table.index.isin(kept), "test")).to_parquet(store/"tiles.parquet")
+    table.assign(split=table.split.where(table.index.isin(kept), "test")).to_parquet(store / "tiles.parquet")
     return store
 
 
 def probe(tmp_path, tiles, **parameters):
     """Run the probe report."""
-    return run_report("probe", tmp_path / "probe", **{"tiles": str(tiles), "encoder": "colour", "n_boot": 50, **parameters})
+    return run_report(
+        "probe", tmp_path / "probe", **{"tiles": str(tiles), "encoder": "colour", "n_boot": 50, **parameters}
+    )
 
 
 def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
     tiles = example_tiles(tmp_path / "tiles", n_slides=6, seed=0)
     table = pd.read_parquet(tiles / "tiles.parquet")
     _, found = probe(tmp_path, tiles, protocol="random-tiles", probes=["knn", "prototypes"], shots=[1, 3])
-    assert found["leak"]["leaking_cases"] > 0 and set(found["few_shot"]) == {"1", "3"} and found["protocol"] == "random-tiles"
+    assert (
+        found["leak"]["leaking_cases"] > 0
+        and set(found["few_shot"]) == {"1", "3"}
+        and found["protocol"] == "random-tiles"
+    )
     assert 0 <= found["results"]["knn"]["calibration"]["ece"]["value"] <= 1
     tested = table.label[(table.split == "test") & ~table.label.isin([-1, 255])].iloc[0]
-    table.assign(label=table.label.where((table.split != "train") | (table.label != tested), -1)).to_parquet(tiles / "tiles.parquet")
+    table.assign(label=table.label.where((table.split != "train") | (table.label != tested), -1)).to_parquet(
+        tiles / "tiles.parquet"
+    )
     error, found = probe(tmp_path, tiles)
-    assert found is None and "`train` has no tile of class" in error and not (tmp_path / "probe/run/metrics.json").exists()
+    assert (
+        found is None and "`train` has no tile of class" in error and not (tmp_path / "probe/run/metrics.json").exists()
+    )
     table.assign(split="train").to_parquet(tiles / "tiles.parquet")
     error, found = probe(tmp_path, tiles)
     assert found is None and "no labelled tile is in `val`" in error
@@ -87,10 +100,24 @@ def test_probe_report_counts_a_leak_and_refuses_what_cannot_be_learnt(tmp_path):
 def test_types_are_learnt_as_a_second_stage(tmp_path):
     error, first = run_report("train_cerberus", tmp_path / "objects", steps=4, n_boot=50)
     assert first and set(first["tasks"]) == {"gland", "nucleus", "lumen"}, error[-2000:]
-    of, gain = first["results"]["phantom, nucleus"], first["over_baseline"]["phantom, nucleus, threshold and watershed"]["pq"]
-    assert abs(gain["value"] - (of["cerberus"]["pq"]["value"] - of["threshold and watershed"]["pq"]["value"])) < 1e-9 and gain["low"] <= gain["value"] <= gain["high"]
-    error, second = run_report("train_cerberus", tmp_path / "types", steps=2, n_boot=50, start=str(tmp_path / "objects/run"), freeze=True, tasks=["nucleus-type"], baseline=False, name="types",
-                           sets=[{"reader": "phantom_fields", "n": 10, "seed": 1, "size": 128}])
+    of = first["results"]["phantom, nucleus"]
+    gain = first["over_baseline"]["phantom, nucleus, threshold and watershed"]["pq"]
+    assert (
+        abs(gain["value"] - (of["cerberus"]["pq"]["value"] - of["threshold and watershed"]["pq"]["value"])) < 1e-9
+        and gain["low"] <= gain["value"] <= gain["high"]
+    )
+    error, second = run_report(
+        "train_cerberus",
+        tmp_path / "types",
+        steps=2,
+        n_boot=50,
+        start=str(tmp_path / "objects/run"),
+        freeze=True,
+        tasks=["nucleus-type"],
+        baseline=False,
+        name="types",
+        sets=[{"reader": "phantom_fields", "n": 10, "seed": 1, "size": 128}],
+    )
     assert second and second["tasks"] == ["nucleus-type"], error[-2000:]
     assert set(second["results"]["phantom, nucleus-type"]["types"]["n_objects"]) >= {"lymphocyte", "epithelial"}
 
@@ -124,4 +151,10 @@ def test_study_from_slides_to_table(tmp_path, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.json")}
     path.write_text(STUDY.replace("n_boot: 100}\n  compare", "n_boot: 101}\n  compare"))
     states = {row["stage"]: row["state"] for row in stage_states(load_study(path))}
-    assert states == {"tiles": "finished", "pretrain": "finished", "probe-colour": "finished", "probe-dino": "stale", "compare": "stale"}
+    assert states == {
+        "tiles": "finished",
+        "pretrain": "finished",
+        "probe-colour": "finished",
+        "probe-dino": "stale",
+        "compare": "stale",
+    }

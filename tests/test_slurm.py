@@ -1,4 +1,5 @@
 """Studies on a real SLURM, started on the loopback: two virtual nodes with two GPUs each, as far as SLURM knows."""
+
 import json
 import os
 import random
@@ -17,15 +18,17 @@ import pytest
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl
-from histonb.studies.slurm import load_profile, submit
 from histonb.studies.execution import run_study
+from histonb.studies.slurm import load_profile, submit
 from histonb.studies.states import stage_states
 from histonb.studies.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 HISTONB = str(Path(sys.executable).with_name("histonb"))
 START = "from histonb.studies.runs import start\nrun = start(out, {})"
-LAUNCH = "from histonb.studies.slurm import launch\nlaunch([run.out, steps, pause, failing], processes, module='standin')"
+LAUNCH = (
+    "from histonb.studies.slurm import launch\nlaunch([run.out, steps, pause, failing], processes, module='standin')"
+)
 STANDIN = '''
 """A training in small: each rank has a state of its own, each step needs all ranks, and it stops and resumes exactly."""
 import datetime, json, os, sys, time
@@ -56,7 +59,8 @@ dist.destroy_process_group()
 
 def sums(ranks, steps):
     """What the stand-in's ranks add up to without any interruption."""
-    state, found = list(range(1, ranks + 1)), []
+    state = list(range(1, ranks + 1))
+    found = []
     for _ in range(steps):
         state = [x * 16807 % 2147483647 for x in state]
         found.append(float(sum(state)))
@@ -64,12 +68,16 @@ def sums(ranks, steps):
 
 
 def notebook(root, name, parameters, *cells):
-    cells = [{"cell_type": "code", "metadata": {}, "source": c, "id": f"c{i}", "outputs": [], "execution_count": None}
-             for i, c in enumerate([parameters, *cells])]
+    cells = [
+        {"cell_type": "code", "metadata": {}, "source": c, "id": f"c{i}", "outputs": [], "execution_count": None}
+        for i, c in enumerate([parameters, *cells])
+    ]
     cells[0]["metadata"]["tags"] = ["parameters"]
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     path = root / f"nbs/reports/{name}.ipynb"
-    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+    )
 
 
 @pytest.fixture
@@ -82,8 +90,21 @@ def root(tmp_path):
     (tmp_path / "standin.py").write_text(STANDIN)
     (tmp_path / "site.yaml").write_text("partition: gpu\nenvironment: {GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: '1'}\n")
     notebook(tmp_path, "10_first", 'out = ""', START, "import os; run.finish(job=os.environ.get('SLURM_JOB_ID'))")
-    notebook(tmp_path, "20_train", 'out = ""\nneeds = ""\nsteps = 10\npause = 0.0\nfailing = -1\nprocesses = 1', START, LAUNCH, "run.finish(steps=steps)")
-    notebook(tmp_path, "30_last", 'out = ""\nneeds = ""', START, "run.finish(read=sorted(os.listdir(needs)) if needs else [])".replace("os.", "__import__('os')."))
+    notebook(
+        tmp_path,
+        "20_train",
+        'out = ""\nneeds = ""\nsteps = 10\npause = 0.0\nfailing = -1\nprocesses = 1',
+        START,
+        LAUNCH,
+        "run.finish(steps=steps)",
+    )
+    notebook(
+        tmp_path,
+        "30_last",
+        'out = ""\nneeds = ""',
+        START,
+        "run.finish(read=sorted(os.listdir(needs)) if needs else [])".replace("os.", "__import__('os')."),
+    )
     return tmp_path
 
 
@@ -111,30 +132,58 @@ TRAIN = """
 
 # What needs no SLURM
 
+
 def test_dry_run_shows_the_jobs_and_writes_nothing(root):
     path = study(root, TRAIN)
     done = histonb(root, "run", path, "--on", "slurm", "--profile", ROOT / "slurm/marenostrum5.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     first, train, last = map(shlex.split, done.stdout.splitlines())
-    assert {"--account=ehpc000", "--qos=acc_ehpc", "--nodes=2", "--gres=gpu:2", "--cpus-per-task=2", "--time=0:20:00",
-            "--dependency=afterok:{first}", "--kill-on-invalid-dep=yes", "--output=runs/small/train/slurm-%j.out"} <= set(train)
-    assert train[train.index("slurm/stage.sbatch"):] == [
-        "slurm/stage.sbatch", "-m", "singularity", "-e", "NCCL_SOCKET_IFNAME=ib", "-e", "GLOO_SOCKET_IFNAME=ib0", "-e", "SLURM_CPU_BIND=none",
-        "runs/small.yaml", "train", *shlex.split(load_profile(ROOT / "slurm/marenostrum5.yaml").container), "python"]
-    assert not [o for o in first if o.startswith(("--dependency", "--gres", "--cpus"))] and "--dependency=afterok:{train}" in last
+    assert {
+        "--account=ehpc000",
+        "--qos=acc_ehpc",
+        "--nodes=2",
+        "--gres=gpu:2",
+        "--cpus-per-task=2",
+        "--time=0:20:00",
+        "--dependency=afterok:{first}",
+        "--kill-on-invalid-dep=yes",
+        "--output=runs/small/train/slurm-%j.out",
+    } <= set(train)
+    assert train[train.index("slurm/stage.sbatch") :] == [
+        "slurm/stage.sbatch",
+        "-m",
+        "singularity",
+        "-e",
+        "NCCL_SOCKET_IFNAME=ib",
+        "-e",
+        "GLOO_SOCKET_IFNAME=ib0",
+        "-e",
+        "SLURM_CPU_BIND=none",
+        "runs/small.yaml",
+        "train",
+        *shlex.split(load_profile(ROOT / "slurm/marenostrum5.yaml").container),
+        "python",
+    ]
+    assert (
+        not [o for o in first if o.startswith(("--dependency", "--gres", "--cpus"))]
+        and "--dependency=afterok:{train}" in last
+    )
     assert not (root / "runs/small").exists()
     only = histonb(root, "run", path, "--on", "slurm", "--only", "last", "--dry-run")
     assert only.returncode == 2 and "stage `last` needs `train`, which is not run" in only.stderr
     assert "Add `--on slurm`" in histonb(root, "run", path, "--dry-run").stderr
 
 
-@pytest.mark.parametrize("right, wrong, message", [
-    ("nodes: 2", "node: 2", "unknown key `node` in `resources`. Did you mean `nodes`?"),
-    ("nodes: 2", "nodes: two", "`nodes` is 'two', not of type int"),
-    ("nodes: 2", "nodes: 0", "`nodes` is 0. Choose a number 1 or more"),
-    ('"0:20:00"', "soon", "`time` is 'soon'. Write it like 24:00:00"),
-    ("gpus: 2", "memory: lots", "`memory` is 'lots'. Write it like 64G"),
-])
+@pytest.mark.parametrize(
+    "right, wrong, message",
+    [
+        ("nodes: 2", "node: 2", "unknown key `node` in `resources`. Did you mean `nodes`?"),
+        ("nodes: 2", "nodes: two", "`nodes` is 'two', not of type int"),
+        ("nodes: 2", "nodes: 0", "`nodes` is 0. Choose a number 1 or more"),
+        ('"0:20:00"', "soon", "`time` is 'soon'. Write it like 24:00:00"),
+        ("gpus: 2", "memory: lots", "`memory` is 'lots'. Write it like 64G"),
+    ],
+)
 def test_mistakes_in_resources_are_found_before_anything_is_submitted(root, right, wrong, message):
     with pytest.raises(BadInput) as e:
         submit(study(root, TRAIN.replace(right, wrong)), dry_run=True)
@@ -142,7 +191,12 @@ def test_mistakes_in_resources_are_found_before_anything_is_submitted(root, righ
 
 
 def test_mistakes_in_a_profile(root):
-    for text, message in [("acount: me", "Did you mean `account`?"), ("cpus_per_gpu: many", "not of type int"), ("modules: cuda", "not of type"), ("- a", "not a list of")]:
+    for text, message in [
+        ("acount: me", "Did you mean `account`?"),
+        ("cpus_per_gpu: many", "not of type int"),
+        ("modules: cuda", "not of type"),
+        ("- a", "not a list of"),
+    ]:
         (root / "site.yaml").write_text(text)
         with pytest.raises(BadInput) as e:
             submit(study(root, TRAIN), dry_run=True)
@@ -165,10 +219,11 @@ def test_scripts_parse(script):
 def test_container_recipe():
     """Header, sections, and shell that parses; the image itself is built where there is Apptainer."""
     lines = (ROOT / "slurm/histonb.def").read_text().splitlines()
-    header = dict(line.split(": ") for line in lines[:lines.index("")])
+    header = dict(line.split(": ") for line in lines[: lines.index("")])
     assert header == {"Bootstrap": "docker", "From": "debian:bookworm-slim"}
-    sections, name = {}, None
-    for line in lines[len(header):]:
+    sections = {}
+    name = None
+    for line in lines[len(header) :]:
         if line.startswith("%"):
             name = line[1:]
             assert name not in sections
@@ -186,21 +241,29 @@ def test_container_recipe():
     assert sections["post"][0] == "set -e"
 
 
-@pytest.mark.parametrize("which, signals", [("notebook", ["KILL"]), ("torchrun", ["KILL"]), ("torchrun", ["TERM", "TERM"])])
+@pytest.mark.parametrize(
+    "which, signals", [("notebook", ["KILL"]), ("torchrun", ["KILL"]), ("torchrun", ["TERM", "TERM"])]
+)
 def test_ranks_end_with_their_notebook_and_their_torchrun_however_these_end(root, which, signals):
     (root / "run").mkdir()
     code = "from histonb.studies.slurm import launch; launch(['run', 6000, 0.1, -1], 2, module='standin')"
-    process = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(root), "HISTONB_STAGE": str(root / "run")})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(root)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root), "HISTONB_STAGE": str(root / "run")},
+    )
     assert any("step 5" in line for line in process.stdout)
     torchrun = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
     for name in signals:
         os.kill(process.pid if which == "notebook" else torchrun, getattr(signal, f"SIG{name}"))
-        time.sleep(.3)
+        time.sleep(0.3)
     process.communicate()
     end = time.monotonic() + 30
     while time.monotonic() < end and processes(root):
-        time.sleep(.3)
+        time.sleep(0.3)
     assert not processes(root)
 
 
@@ -209,7 +272,10 @@ def processes(root):
     found = []
     for p in Path("/proc").glob("[0-9]*"):
         try:
-            if str(root).encode() in (p / "cmdline").read_bytes() + (p / "environ").read_bytes() and int(p.name) != os.getpid():
+            if (
+                str(root).encode() in (p / "cmdline").read_bytes() + (p / "environ").read_bytes()
+                and int(p.name) != os.getpid()
+            ):
                 found.append(int(p.name))
         except OSError:
             pass
@@ -218,10 +284,13 @@ def processes(root):
 
 # On the cluster
 
+
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster of this machine, for the tests of this file."""
-    if not all(shutil.which(p, path=os.environ["PATH"] + ":/usr/sbin") for p in ("slurmctld", "slurmd", "munged", "sbatch")):
+    if not all(
+        shutil.which(p, path=os.environ["PATH"] + ":/usr/sbin") for p in ("slurmctld", "slurmd", "munged", "sbatch")
+    ):
         lack = "no SLURM here: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
         assert not os.environ.get("CI"), lack
         pytest.skip(lack)
@@ -258,7 +327,7 @@ def until(condition, path, seconds=300):
     while time.monotonic() < end:
         if found := condition():
             return found
-        time.sleep(.3)
+        time.sleep(0.3)
     logs = "\n".join(f"== {p}\n{p.read_text()[-3000:]}" for p in path.with_suffix("").rglob("slurm-*.out"))
     queue = subprocess.run(["squeue", "--all", "--states=all"], capture_output=True, text=True).stdout
     pytest.fail(f"waited {seconds} s in vain\n{queue}\n{logs}\n{states(path)}")
@@ -294,10 +363,18 @@ def test_a_study_on_two_nodes_is_preempted_requeued_and_ends_as_if_never_interru
     until(lambda: steps(path) >= 10, path)
     assert states(path) == {"first": "finished", "train": "running", "last": "pending"}
     again = histonb(root, "run", path, "--on", "slurm")
-    assert f"train: running, job {jobs['train']}" in again.stdout and "first: finished before" in again.stdout and "sbatch" not in again.stdout
+    assert (
+        f"train: running, job {jobs['train']}" in again.stdout
+        and "first: finished before" in again.stdout
+        and "sbatch" not in again.stdout
+    )
     with pytest.raises(BadInput, match="being run by process|running on the cluster"):
         run_study(path, only="train")
-    subprocess.run(["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"], cwd=root, check=True)
+    subprocess.run(
+        ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"],
+        cwd=root,
+        check=True,
+    )
     until(lambda: states(path)["train"] == "requeued", path)
     until(lambda: states(path)["last"] == "finished", path)
     assert states(path) == dict.fromkeys(jobs, "finished")
@@ -305,20 +382,24 @@ def test_a_study_on_two_nodes_is_preempted_requeued_and_ends_as_if_never_interru
     folder = path.with_suffix("")
     ranks = [read_json(folder / f"train/rank-{r}.json") for r in range(4)]
     assert ranks[0]["sums"] == sums(4, 60)
-    assert [len(r["starts"]) for r in ranks] == [2]*4 and 10 <= ranks[0]["starts"][1][2] < 60
+    assert [len(r["starts"]) for r in ranks] == [2] * 4 and 10 <= ranks[0]["starts"][1][2] < 60
     assert [r["starts"][0][:2] for r in ranks] == [["0", "0,1"], ["0", "0,1"], ["1", "0,1"], ["1", "0,1"]]
     info = job(jobs["train"])
     assert info["Restarts"] == "1" and info["JobState"] == "COMPLETED"
     text = log(path, "train")
     assert "back into the queue" in text and "train | step 60" in text and text.count("ranks 4") == 2
-    assert {"notebook.ipynb", "metrics.json", "report.html", "stage.json", "provenance.json"} <= {p.name for p in (folder / "train").iterdir()}
+    assert {"notebook.ipynb", "metrics.json", "report.html", "stage.json", "provenance.json"} <= {
+        p.name for p in (folder / "train").iterdir()
+    }
     assert not (folder / "train/stopped").exists()
     until(lambda: "3 of 3 stages finished" in (folder / "index.html").read_text(), path)
     assert read_json(folder / "first/metrics.json") == {"job": jobs["first"]}
 
 
 def test_a_failing_rank_fails_the_job_and_cancels_what_needs_it(root, cluster):
-    path = study(root, """
+    path = study(
+        root,
+        """
   train:
     notebook: 20_train
     parameters: {failing: 3, processes: 2}
@@ -326,7 +407,8 @@ def test_a_failing_rank_fails_the_job_and_cancels_what_needs_it(root, cluster):
   last:
     notebook: 30_last
     parameters: {needs: "{train}"}
-""")
+""",
+    )
     jobs = submit(path)
     until(lambda: job(jobs["train"])["JobState"] == "FAILED", path)
     until(lambda: job(jobs["last"])["JobState"] == "CANCELLED", path)
@@ -341,37 +423,94 @@ def test_a_failing_rank_fails_the_job_and_cancels_what_needs_it(root, cluster):
 def test_an_array_and_a_job_that_waits_for_it(root, cluster):
     """An array submitted by hand: its stages run side by side; one that is stopped is requeued alone."""
     seed = "{notebook: 20_train, parameters: {steps: 30, pause: 0.2}, resources: {gpus: 1}}"
-    path = study(root, f"  seed-0: {seed}\n  seed-1: {seed}\n  last: {{notebook: 30_last, parameters: {{needs: '{{seed-1}}'}}}}\n")
+    path = study(
+        root,
+        f"  seed-0: {seed}\n  seed-1: {seed}\n  last: {{notebook: 30_last, parameters: {{needs: '{{seed-1}}'}}}}\n",
+    )
+
     def sbatch(*options):
-        done = subprocess.run(["sbatch", "--parsable", *options, sys.executable], cwd=root, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options, sys.executable], cwd=root, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
+
     for name in ("seed-0", "seed-1", "last"):
         (path.with_suffix("") / name).mkdir(parents=True)
-    array = sbatch("--array=0-1", "--gres=gpu:1", "--job-name=small.seeds", "--output=runs/small/seed-%a/slurm-%j.out", "slurm/stage.sbatch",
-                   "-e", "GLOO_SOCKET_IFNAME=lo", "runs/small.yaml", "seed-%a")
-    last = sbatch(f"--dependency=afterok:{array}", "--output=runs/small/last/slurm-%j.out", "slurm/stage.sbatch", "runs/small.yaml", "last")
+    array = sbatch(
+        "--array=0-1",
+        "--gres=gpu:1",
+        "--job-name=small.seeds",
+        "--output=runs/small/seed-%a/slurm-%j.out",
+        "slurm/stage.sbatch",
+        "-e",
+        "GLOO_SOCKET_IFNAME=lo",
+        "runs/small.yaml",
+        "seed-%a",
+    )
+    last = sbatch(
+        f"--dependency=afterok:{array}",
+        "--output=runs/small/last/slurm-%j.out",
+        "slurm/stage.sbatch",
+        "runs/small.yaml",
+        "last",
+    )
     until(lambda: min(steps(path, "seed-0"), steps(path, "seed-1")) >= 5, path)
     subprocess.run(["scancel", "--signal=USR1", "--batch", f"{array}_1"], check=True)
     until(lambda: job(last)["JobState"] == "COMPLETED", path)
     ranks = [read_json(path.with_suffix("") / f"seed-{i}/rank-0.json") for i in range(2)]
-    assert [r["sums"] for r in ranks] == [sums(1, 30)]*2
+    assert [r["sums"] for r in ranks] == [sums(1, 30)] * 2
     assert [len(r["starts"]) for r in ranks] == [1, 2]
 
 
 @pytest.mark.filterwarnings("ignore:label")
 def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weights(root, cluster):
     from histonb.datasets.example import example_tiles
+
     tiles = example_tiles(root / "tiles", n_slides=3, seed=0)
-    config = {"preset": "tiny", "tiles": str(tiles), "steps": 20, "batch_size": 8, "log_every": 1, "checkpoint_every": 1000, "workers": 0}
-    notebook(root, "21_dino", 'out = ""', START, f"from histonb.core.files import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
-             "from histonb.studies.slurm import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)", "run.finish()")
+    config = {
+        "preset": "tiny",
+        "tiles": str(tiles),
+        "steps": 20,
+        "batch_size": 8,
+        "log_every": 1,
+        "checkpoint_every": 1000,
+        "workers": 0,
+    }
+    notebook(
+        root,
+        "21_dino",
+        'out = ""',
+        START,
+        f"from histonb.core.files import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
+        "from histonb.studies.slurm import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)",
+        "run.finish()",
+    )
     path = study(root, "  train: {notebook: 21_dino, resources: {gpus: 2}}\n")
-    number, folder = submit(path)["train"], path.with_suffix("") / "train"
+    number = submit(path)["train"]
+    folder = path.with_suffix("") / "train"
     until(lambda: len(losses(folder)) >= 2, path)
-    subprocess.run(["scancel", "--signal=USR1", "--batch", number], check=True)  # as SLURM does by itself, five minutes before
+    subprocess.run(
+        ["scancel", "--signal=USR1", "--batch", number], check=True
+    )  # as SLURM does by itself, five minutes before
     (root / "whole.json").write_text(json.dumps(config | {"out": "whole"}))  # meanwhile, the same without interruption
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "histonb.cli", "pretrain", "whole.json"],
-                   cwd=root, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "histonb.cli",
+            "pretrain",
+            "whole.json",
+        ],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     until(lambda: states(path)["train"] == "finished", path)
     assert job(number)["Restarts"] == "1" and "back into the queue" in log(path, "train")
     assert len(losses(folder)) == 20 and losses(folder) == losses(root / "whole")
@@ -387,16 +526,34 @@ def losses(folder):
 
 
 def test_cancelling_ends_everything_and_two_jobs_of_a_stage_exclude_each_other(root, cluster):
-    path = study(root, """
+    path = study(
+        root,
+        """
   train: {notebook: 20_train, parameters: {steps: 6000, pause: 0.1}, resources: {gpus: 1}}
   last: {notebook: 30_last, parameters: {needs: "{train}"}}
-""")
+""",
+    )
     jobs = submit(path)
     until(lambda: steps(path) >= 5, path)
-    second = subprocess.run(["sbatch", "--parsable", "--output=second.out", "slurm/stage.sbatch", "runs/small.yaml", "train", sys.executable],
-                            cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    second = subprocess.run(
+        [
+            "sbatch",
+            "--parsable",
+            "--output=second.out",
+            "slurm/stage.sbatch",
+            "runs/small.yaml",
+            "train",
+            sys.executable,
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     until(lambda: job(second)["JobState"] == "FAILED", path)
-    assert re.search(f"this stage is being run by process|on the cluster as job {jobs['train']}", (root / "second.out").read_text())
+    assert re.search(
+        f"this stage is being run by process|on the cluster as job {jobs['train']}", (root / "second.out").read_text()
+    )
     assert states(path) == {"train": "running", "last": "pending"}
     subprocess.run(["scancel", jobs["train"]], check=True)
     until(lambda: states(path) == {"train": "interrupted", "last": "not run"}, path)

@@ -1,4 +1,5 @@
 """What holds the repository together: notebooks, library, README and the rule of who may call whom."""
+
 import ast
 import configparser
 import functools
@@ -16,12 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = [p for p in NOTEBOOKS if p.parent.name != "reports" and p.name != "index.ipynb"]
 REPORTS = [p for p in NOTEBOOKS if p.parent.name == "reports"]
-ROOMS = { # room -> the rooms it may import, besides core; in the order of the pipeline
-    "core": "", "synthetic": "", "slides": "", "datasets": "slides synthetic", "models": "", "training": "models",
-    "metrics": "slides", "probe": "metrics models slides training",
-    "pretrain": "training probe metrics models slides datasets", "curate": "probe slides",
-    "segment": "datasets metrics models training", "annotate": "segment slides models metrics datasets",
-    "transfer": "segment datasets metrics models training synthetic", "studies": "",
+ROOMS = {  # room -> the rooms it may import, besides core; in the order of the pipeline
+    "core": "",
+    "synthetic": "",
+    "slides": "",
+    "datasets": "slides synthetic",
+    "models": "",
+    "training": "models",
+    "metrics": "slides",
+    "probe": "metrics models slides training",
+    "pretrain": "training probe metrics models slides datasets",
+    "curate": "probe slides",
+    "segment": "datasets metrics models training",
+    "annotate": "segment slides models metrics datasets",
+    "transfer": "segment datasets metrics models training synthetic",
+    "studies": "",
 }
 
 
@@ -38,7 +48,9 @@ def tracked():
 def exported(tmp_path_factory):
     """A copy of the repository in which the library is exported anew and the notebooks are cleaned."""
     copy = tmp_path_factory.mktemp("sync") / "repo"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "_site", "__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "_site", "__pycache__", "*.egg-info")
+    )
     shutil.rmtree(copy / "histonb")
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([str(Path(sys.executable).with_name(command))], cwd=copy, check=True, capture_output=True)
@@ -69,8 +81,13 @@ def test_notebook_tells_its_story(notebook):
     assert outputs, "no saved outputs: run `make notebooks` so that the site shows results"
     assert notebook.stat().st_size < 300_000, "save smaller figures"
     assert not re.search(r"/home/|/work/|/root/|/tmp/", json.dumps(outputs)), "a machine path is saved in an output"
-    switches = re.findall(r"set_grad_enabled\((True|False)\)", "".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"))
-    assert switches[-1:] != ["False"], "gradients stay off for the notebook that nbdev_test runs next in the same process"
+    switches = re.findall(
+        r"set_grad_enabled\((True|False)\)",
+        "".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"),
+    )
+    assert switches[-1:] != ["False"], (
+        "gradients stay off for the notebook that nbdev_test runs next in the same process"
+    )
 
 
 @pytest.mark.parametrize("notebook", REPORTS, ids=names(REPORTS))
@@ -143,8 +160,10 @@ def library_imports_of(code):
     """The modules of the library that a notebook's code imports, inside functions too."""
     for node in ast.walk(ast.parse(code)):
         names = []
-        if isinstance(node, ast.ImportFrom): names = [f"{node.module}.{a.name}" for a in node.names]
-        elif isinstance(node, ast.Import): names = [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
         for parts in (n.split(".") for n in names if n.startswith("histonb.")):
             yield from (m for m in (".".join(parts[1:n]) for n in (2, 3)) if m in PLACE)
 
@@ -160,11 +179,20 @@ def test_no_module_hides_what_it_holds():
         assert "def __getattr__(name)" not in path.read_text(), f"{path.name}: import what is needed by its name"
 
 
-UNSEEN = { # required, though nothing here imports it: why
-    "ipykernel": "runs the notebooks", "ipywidgets": "draws the progress bars of notebooks", "openpyxl": "pandas reads workbooks with it",
-    "jupyterlab": "make lab", "pytest-xdist": "make test", "ruff": "make check", "furo": "the site's looks", "myst-nb": "the site's notebooks",
-    "sphinx": "the site", "openslide-bin": "openslide-python loads it", "setuptools": "pytorch-wavelets imports it"}
-OPTIONAL = {"kymatio"} # imported by a benchmark only where it can be
+UNSEEN = {  # required, though nothing here imports it: why
+    "ipykernel": "runs the notebooks",
+    "ipywidgets": "draws the progress bars of notebooks",
+    "openpyxl": "pandas reads workbooks with it",
+    "jupyterlab": "make lab",
+    "pytest-xdist": "make test",
+    "ruff": "make check",
+    "furo": "the site's looks",
+    "myst-nb": "the site's notebooks",
+    "sphinx": "the site",
+    "openslide-bin": "openslide-python loads it",
+    "setuptools": "pytorch-wavelets imports it",
+}
+OPTIONAL = {"kymatio"}  # imported by a benchmark only where it can be
 
 
 def declared(*extras):
@@ -177,11 +205,23 @@ def declared(*extras):
 
 def imported(sources):
     """Distributions whose modules are imported, beside the standard library and the project."""
-    names = {name.split(".")[0] for source in sources for node in ast.walk(ast.parse(source))
-             for name in ([a.name for a in node.names] if isinstance(node, ast.Import)
-                          else [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else [])}
+    names = {
+        name.split(".")[0]
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        for name in (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+            else []
+        )
+    }
     own = {"histonb", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
-    owner = {"openslide": ["openslide-python"], **importlib.metadata.packages_distributions()}  # which `make test` does not install
+    owner = {
+        "openslide": ["openslide-python"],
+        **importlib.metadata.packages_distributions(),
+    }  # which `make test` does not install
     return {owner.get(n, [n])[0].lower().replace("_", "-") for n in names - own - set(sys.stdlib_module_names)}
 
 
@@ -191,8 +231,12 @@ def sources(kind):
     if kind == "notebooks":
         cells = (c for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "code")
         return ["".join(line for line in c["source"] if not line.lstrip().startswith(("%", "!"))) for c in cells]
-    paths = {"library": (ROOT / "histonb").rglob("*.py"), "tests": (ROOT / "tests").glob("[!b]*.py"),
-             "bench": (ROOT / "tests").glob("bench_*.py"), "docs": [ROOT / "nbs/conf.py"]}
+    paths = {
+        "library": (ROOT / "histonb").rglob("*.py"),
+        "tests": (ROOT / "tests").glob("[!b]*.py"),
+        "bench": (ROOT / "tests").glob("bench_*.py"),
+        "docs": [ROOT / "nbs/conf.py"],
+    }
     return [p.read_text() for p in paths[kind]]
 
 
@@ -211,11 +255,13 @@ def test_what_is_declared_is_imported():
 
 def test_readme_is_the_index_notebook():
     from histonb.studies.readme import render
+
     assert (ROOT / "README.md").read_text() == render(ROOT / "nbs/index.ipynb"), "run `make readme`"
 
 
 def test_readme_names_the_test_command():
-    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    ci = (ROOT / ".ci/run").read_text()
     assert "make demo\nmake test" in readme
     assert re.search(r"^make test$", ci, re.M) and re.search(r"^make docs$", ci, re.M)
 
@@ -235,9 +281,13 @@ def test_nothing_heavy_or_private_is_tracked():
 
 def test_light_imports():
     """`import histonb` and the command line must not pull in what takes seconds to load."""
-    code = ("import sys, histonb, histonb.core.files, histonb.cli, histonb.studies.execution; "
-            "print(sorted({'torch', 'timm', 'pandas', 'albumentations', 'sklearn', 'papermill'} & set(sys.modules)))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, histonb, histonb.core.files, histonb.cli, histonb.studies.execution; "
+        "print(sorted({'torch', 'timm', 'pandas', 'albumentations', 'sklearn', 'papermill'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_links_of_the_readme_lead_somewhere():

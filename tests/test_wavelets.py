@@ -1,4 +1,5 @@
 "Wavelet transforms at their edges: odd and tiny images, too many levels, low precision, what is refused."
+
 import pytest
 import torch
 
@@ -12,12 +13,14 @@ def test_odd_and_tiny_images_come_back(shape, wavelet):
     torch.manual_seed(0)
     x = torch.rand(shape)
     for mode in ("symmetric", "periodization", "zero"):
-        assert torch.allclose(idwt(dwt(x, wavelet=wavelet, mode=mode), wavelet=wavelet, mode=mode, size=shape[-2:]), x, atol=1e-5)
+        assert torch.allclose(
+            idwt(dwt(x, wavelet=wavelet, mode=mode), wavelet=wavelet, mode=mode, size=shape[-2:]), x, atol=1e-5
+        )
 
 
 def test_one_pixel():
     "Alone it is its own neighbour: twice its value in the coarse band, nothing in the details."
-    bands = dwt(torch.full((1, 1), 3.))
+    bands = dwt(torch.full((1, 1), 3.0))
     assert {name: band.item() for name, band in bands.items()} == pytest.approx({"aa": 6, "ad": 0, "da": 0, "dd": 0})
 
 
@@ -40,19 +43,27 @@ def test_low_precision_stays_and_comes_back(dtype, tolerance):
             assert bands["dd"].dtype == back.dtype == dtype
             assert (back.float() - x.float()).abs().max() < tolerance
             parts = WaveletTransform(levels=2, wavelet=wavelet)(x)
-            assert (InverseWavelet(levels=2, wavelet=wavelet)(parts, (size, size)).float() - x.float()).abs().max() < 2*tolerance
+            assert (
+                InverseWavelet(levels=2, wavelet=wavelet)(parts, (size, size)).float() - x.float()
+            ).abs().max() < 2 * tolerance
 
 
 def test_what_has_no_bands_is_refused():
     for dtype in (torch.uint8, torch.int64, torch.bool):
-        with pytest.raises(BadInput, match="bytes would overflow"): dwt(torch.zeros(4, 4).to(dtype))
-        with pytest.raises(BadInput, match="bytes would overflow"): idwt({name: torch.zeros(2, 2).to(dtype) for name in ("aa", "ad", "da", "dd")})
-        with pytest.raises(BadInput, match="bytes would overflow"): WaveletTransform()(torch.zeros(4, 4).to(dtype))
-    with pytest.raises(BadInput, match="no bands"): dwt(torch.zeros(0, 4))
-    with pytest.raises(BadInput, match="Split at least once"): WaveletTransform(levels=0)
+        with pytest.raises(BadInput, match="bytes would overflow"):
+            dwt(torch.zeros(4, 4).to(dtype))
+        with pytest.raises(BadInput, match="bytes would overflow"):
+            idwt({name: torch.zeros(2, 2).to(dtype) for name in ("aa", "ad", "da", "dd")})
+        with pytest.raises(BadInput, match="bytes would overflow"):
+            WaveletTransform()(torch.zeros(4, 4).to(dtype))
+    with pytest.raises(BadInput, match="no bands"):
+        dwt(torch.zeros(0, 4))
+    with pytest.raises(BadInput, match="Split at least once"):
+        WaveletTransform(levels=0)
 
 
 def test_a_size_that_the_bands_do_not_hold_is_refused():
     bands = dwt(torch.rand(5, 5))
     for size in ((9, 9), (5,), (5, 7)):
-        with pytest.raises(BadInput, match="The bands hold up to 6x6"): idwt(bands, size=size)
+        with pytest.raises(BadInput, match="The bands hold up to 6x6"):
+            idwt(bands, size=size)

@@ -427,7 +427,8 @@ def test_two_networks_alike_are_not_guessed():
 
 
 def test_nested_dictionaries_end():
-    loop, many = dict(STATE), {"w": torch.zeros(1)}
+    loop = dict(STATE)
+    many = {"w": torch.zeros(1)}
     loop["self"] = loop
     for _ in range(40):
         many = {"a": many, "b": many}  # 2**40 paths
@@ -495,7 +496,11 @@ def test_old_files_lack_the_counter_of_batch_norm():
     assert fill(nn.BatchNorm2d(3), state, "w.pth", "a norm")["missing"] == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"], ids=lambda content: content[:6])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"],
+    ids=lambda content: content[:6],
+)
 def test_json_that_cannot_be_read(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(BadInput, match="x.json: not valid JSON"):
@@ -515,13 +520,15 @@ def test_a_record_that_claims_to_be_a_folder_is_refused(tmp_path):
 
 
 def test_a_full_disk_while_weights_are_written(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         with pytest.raises(BadInput, match=r"w\.safetensors: the disk is full(.|\n)*Free some disk space"):
-            write_tensors({"a": torch.zeros(10**5)}, tmp_path/"w.safetensors")
+            write_tensors({"a": torch.zeros(10**5)}, tmp_path / "w.safetensors")
         assert not list(tmp_path.iterdir())  # nothing half-written is left
-        write_tensors(STATE, tmp_path/"w.safetensors")
-        assert read_state(tmp_path/"w.safetensors").keys() == STATE.keys()
+        write_tensors(STATE, tmp_path / "w.safetensors")
+        assert read_state(tmp_path / "w.safetensors").keys() == STATE.keys()
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)

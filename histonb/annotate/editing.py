@@ -16,14 +16,16 @@ from ..metrics.objects import Pairs
 
 # %% ../../nbs/11_annotate/04_editing.ipynb #cell-005
 def read_objects(
-    path, # GeoJSON, as written here or by QuPath
-) -> pd.DataFrame: # `task`, `type`, `name`, `feature`, and `outline` as geometry in pixels of level 0
+    path,  # GeoJSON, as written here or by QuPath
+) -> pd.DataFrame:  # `task`, `type`, `name`, `feature`, and `outline` as geometry in pixels of level 0
     "The polygons of a GeoJSON file. Raises `BadInput` for one that is none."
     found = read_json(path)
     features = found.get("features") if isinstance(found, dict) else found
     if not isinstance(features, list) or not all(isinstance(f, dict) and "geometry" in f for f in features):
         raise BadInput(path, "no list of features", "Export objects from QuPath as GeoJSON.")
-    with foreign_errors(path, "Export it again.", "a polygon cannot be read"): return _objects(features)
+    with foreign_errors(path, "Export it again.", "a polygon cannot be read"):
+        return _objects(features)
+
 
 def _objects(features):
     "The polygons of a list of GeoJSON's features, a row each."
@@ -32,36 +34,64 @@ def _objects(features):
     about = [f.get("properties") or {} for f in features]
     classes = [str((p.get("classification") or {}).get("name", "")).partition(":") for p in about]
     outlines = shapely.make_valid(np.array(shapes, object))
-    return pd.DataFrame({
-        "task": [c[0].strip().lower() for c in classes], "type": [c[2].strip() for c in classes],
-        "name": [str(p.get("name", "")) for p in about], "feature": [str(f.get("id", "")) for f in features],
-        "outline": pd.Series(list(outlines), dtype=object)})
+    return pd.DataFrame(
+        {
+            "task": [c[0].strip().lower() for c in classes],
+            "type": [c[2].strip() for c in classes],
+            "name": [str(p.get("name", "")) for p in about],
+            "feature": [str(f.get("id", "")) for f in features],
+            "outline": pd.Series(list(outlines), dtype=object),
+        }
+    )
 
 # %% ../../nbs/11_annotate/04_editing.ipynb #cell-009
 def pair_outlines(
-    truth, # polygons of the truth
-    predicted, # polygons that were found
-) -> Pairs: # numbers from 1 on, areas in the square of the polygons' unit
+    truth,  # polygons of the truth
+    predicted,  # polygons that were found
+) -> Pairs:  # numbers from 1 on, areas in the square of the polygons' unit
     "What the objects of two annotations share."
     truth, predicted = (np.array(list(shapes), object) for shapes in (truth, predicted))
-    i, j = shapely.STRtree(predicted).query(truth, "intersects") if len(truth) and len(predicted) else np.zeros((2, 0), int)
+    i, j = (
+        shapely.STRtree(predicted).query(truth, "intersects")
+        if len(truth) and len(predicted)
+        else np.zeros((2, 0), int)
+    )
     both = shapely.area(shapely.intersection(truth[i], predicted[j]))
-    return Pairs(np.arange(1, len(truth) + 1), np.arange(1, len(predicted) + 1), shapely.area(truth), shapely.area(predicted), i[both > 0], j[both > 0], both[both > 0])
+    return Pairs(
+        np.arange(1, len(truth) + 1),
+        np.arange(1, len(predicted) + 1),
+        shapely.area(truth),
+        shapely.area(predicted),
+        i[both > 0],
+        j[both > 0],
+        both[both > 0],
+    )
 
 # %% ../../nbs/11_annotate/04_editing.ipynb #cell-013
 EDITS = ("split", "merge", "add", "delete", "redraw")
 
+
 def edits(
-    pairs: Pairs, # from `pair_outlines`, or of maps from `objects.pair_counts`
-) -> dict: # `kept`, each of `EDITS`, their `sum`, and objects of the `truth`; counts
+    pairs: Pairs,  # from `pair_outlines`, or of maps from `objects.pair_counts`
+) -> dict:  # `kept`, each of `EDITS`, their `sum`, and objects of the `truth`; counts
     "What is left to correct."
-    n, m, i, j = len(pairs.truth), len(pairs.predicted), pairs.i, pairs.j
-    covers, lies = pairs.both > .5*pairs.truth_area[i], pairs.both > .5*pairs.predicted_area[j]
-    covered, inside = np.bincount(j[covers], minlength=m), np.bincount(i[lies], minlength=n)
-    kept = np.isin(np.arange(n), i[pairs.iou > .5])
+    n = len(pairs.truth)
+    m = len(pairs.predicted)
+    i = pairs.i
+    j = pairs.j
+    covers = pairs.both > 0.5 * pairs.truth_area[i]
+    lies = pairs.both > 0.5 * pairs.predicted_area[j]
+    covered = np.bincount(j[covers], minlength=m)
+    inside = np.bincount(i[lies], minlength=n)
+    kept = np.isin(np.arange(n), i[pairs.iou > 0.5])
     by_split = np.isin(np.arange(n), i[covers & (covered[j] > 1)])
     near = np.isin(np.arange(n), i[covers | lies])
-    found = {"split": np.maximum(covered - 1, 0).sum(), "merge": np.maximum(inside - 1, 0).sum(), "add": (~near).sum(), "delete": (~np.isin(np.arange(m), j[covers | lies])).sum(),
-             "redraw": (near & ~kept & ~by_split & (inside < 2)).sum()}
+    found = {
+        "split": np.maximum(covered - 1, 0).sum(),
+        "merge": np.maximum(inside - 1, 0).sum(),
+        "add": (~near).sum(),
+        "delete": (~np.isin(np.arange(m), j[covers | lies])).sum(),
+        "redraw": (near & ~kept & ~by_split & (inside < 2)).sum(),
+    }
     found = {k: int(v) for k, v in found.items()}
     return {"kept": int(kept.sum()), **found, "sum": sum(found.values()), "truth": n}

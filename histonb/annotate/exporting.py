@@ -26,81 +26,142 @@ from ..core.tasks import TISSUES
 from ..models.cerberus import PATCH
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-005
-COLORS = {"gland": (0, 150, 60), "lumen": (0, 110, 255), "nucleus": (255, 220, 0), "benign": (0, 150, 60), "malignant": (210, 30, 30),
-          "surface epithelium": (177, 52, 235),
-          "epithelial": (255, 150, 0), "neoplastic": (255, 0, 0), "lymphocyte": (0, 235, 235), "inflammatory": (0, 235, 235), "plasma": (140, 170, 255), "neutrophil": (255, 60, 255),
-          "eosinophil": (255, 0, 0), "connective": (90, 230, 90), "spindle-shaped": (90, 230, 90), "dead": (40, 40, 40), "other": (220, 220, 220),
-          "background": (255, 255, 255), "abnormal epithelium": (210, 30, 30), "normal epithelium": (0, 150, 60), "muscle": (170, 90, 40), "stroma": (240, 170, 190),
-          "debris": (110, 80, 60), "mucous": (150, 200, 220), "adipose": (250, 230, 130)} # name of a task, a type or a kind of tissue -> RGB
+COLORS = {
+    "gland": (0, 150, 60),
+    "lumen": (0, 110, 255),
+    "nucleus": (255, 220, 0),
+    "benign": (0, 150, 60),
+    "malignant": (210, 30, 30),
+    "surface epithelium": (177, 52, 235),
+    "epithelial": (255, 150, 0),
+    "neoplastic": (255, 0, 0),
+    "lymphocyte": (0, 235, 235),
+    "inflammatory": (0, 235, 235),
+    "plasma": (140, 170, 255),
+    "neutrophil": (255, 60, 255),
+    "eosinophil": (255, 0, 0),
+    "connective": (90, 230, 90),
+    "spindle-shaped": (90, 230, 90),
+    "dead": (40, 40, 40),
+    "other": (220, 220, 220),
+    "background": (255, 255, 255),
+    "abnormal epithelium": (210, 30, 30),
+    "normal epithelium": (0, 150, 60),
+    "muscle": (170, 90, 40),
+    "stroma": (240, 170, 190),
+    "debris": (110, 80, 60),
+    "mucous": (150, 200, 220),
+    "adipose": (250, 230, 130),
+}  # name of a task, a type or a kind of tissue -> RGB
+
 
 def color_of(
-    name: str, # of a task, a type or a kind of tissue
-) -> tuple[int, int, int]: # RGB
+    name: str,  # of a task, a type or a kind of tissue
+) -> tuple[int, int, int]:  # RGB
     "The colour of a class."
-    hue = colorsys.hsv_to_rgb(zlib.crc32(name.encode())/2**32, .8, .85)
-    return COLORS.get(name) or tuple(round(255*v) for v in hue)
+    hue = colorsys.hsv_to_rgb(zlib.crc32(name.encode()) / 2**32, 0.8, 0.85)
+    return COLORS.get(name) or tuple(round(255 * v) for v in hue)
 
+# %% ../../nbs/11_annotate/02_exporting.ipynb #cell-005-2
 def class_name(
-    task: str, # of the objects
-    kind: str = "", # their type, empty: none
-) -> str: # such as "Gland: benign"
+    task: str,  # of the objects
+    kind: str = "",  # their type, empty: none
+) -> str:  # such as "Gland: benign"
     "What a class is called in QuPath."
     return task.capitalize() + (f": {kind}" if kind else "")
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-008
 def on_slide(
-    table: pd.DataFrame, # from `seams`, in pixels of scores
-    task: str, # of these objects
-    classes=(), # names of their types, the first for none; empty: no types
-    scale: float = 1., # pixels of level 0 for each pixel of the scores
-    mpp: float = .5, # um per pixel of the scores
-    slide: str = "", # its name
-    first: int = 1, # number of the first object
-) -> pd.DataFrame: # `task`, `id`, `type`, places in pixels of level 0, `area_um2`, `probability`, `feature`, and `outline` as geometry
+    table: pd.DataFrame,  # from `seams`, in pixels of scores
+    task: str,  # of these objects
+    classes=(),  # names of their types, the first for none; empty: no types
+    scale: float = 1.0,  # pixels of level 0 for each pixel of the scores
+    mpp: float = 0.5,  # um per pixel of the scores
+    slide: str = "",  # its name
+    first: int = 1,  # number of the first object
+) -> (
+    pd.DataFrame
+):  # `task`, `id`, `type`, places in pixels of level 0, `area_um2`, `probability`, `feature`, and `outline` as geometry
     "The objects as they are on the slide."
     ids = np.arange(first, first + len(table))
-    places = {c: table[c].to_numpy(float)*scale for c in ("x", "y", "left", "top", "right", "bottom")}
+    places = {c: table[c].to_numpy(float) * scale for c in ("x", "y", "left", "top", "right", "bottom")}
     kinds = np.array(["", *classes[1:]] if len(classes) else [""], object)[table["type"].to_numpy(int)]
-    return pd.DataFrame({"task": task, "id": ids, "type": kinds, **places, "area_um2": table["n"].to_numpy(float)*mpp**2, "probability": table["probability"].to_numpy(float),
-                         "feature": [str(uuid.uuid5(uuid.NAMESPACE_OID, f"{slide}/{task}/{i}")) for i in ids],
-                         "outline": shapely.transform(shapely.from_wkb(table["outline"].to_numpy(object)), lambda xy: np.round(xy*scale, 2))})
+    return pd.DataFrame(
+        {
+            "task": task,
+            "id": ids,
+            "type": kinds,
+            **places,
+            "area_um2": table["n"].to_numpy(float) * mpp**2,
+            "probability": table["probability"].to_numpy(float),
+            "feature": [str(uuid.uuid5(uuid.NAMESPACE_OID, f"{slide}/{task}/{i}")) for i in ids],
+            "outline": shapely.transform(
+                shapely.from_wkb(table["outline"].to_numpy(object)), lambda xy: np.round(xy * scale, 2)
+            ),
+        }
+    )
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-010
 def feature(
-    row, # of the table from `on_slide`, as `itertuples` gives it
-) -> dict: # of GeoJSON
+    row,  # of the table from `on_slide`, as `itertuples` gives it
+) -> dict:  # of GeoJSON
     "An object as QuPath writes it."
     measured = {"Area µm^2": round(row.area_um2, 2)}
-    if not np.isnan(row.probability): measured["Probability"] = round(row.probability, 4)
-    return {"type": "Feature", "id": row.feature, "geometry": {"type": "Polygon", "coordinates": [shapely.get_coordinates(row.outline).tolist()]},
-            "properties": {"objectType": "detection" if row.task == "nucleus" else "annotation", "name": f"{row.task} {row.id}",
-                           "classification": {"name": class_name(row.task, row.type), "color": color_of(row.type or row.task)},
-                           "measurements": measured}}
+    if not np.isnan(row.probability):
+        measured["Probability"] = round(row.probability, 4)
+    return {
+        "type": "Feature",
+        "id": row.feature,
+        "geometry": {"type": "Polygon", "coordinates": [shapely.get_coordinates(row.outline).tolist()]},
+        "properties": {
+            "objectType": "detection" if row.task == "nucleus" else "annotation",
+            "name": f"{row.task} {row.id}",
+            "classification": {"name": class_name(row.task, row.type), "color": color_of(row.type or row.task)},
+            "measurements": measured,
+        },
+    }
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-012
 def draw(
-    image: np.ndarray, # (h, w, 3) uint8, the slide, small; drawn upon
-    table: pd.DataFrame, # from `on_slide`
-    scale: float, # pixels of level 0 for each pixel of the image
-    x0: float = 0, # where its left edge is, in pixels of level 0
-    y0: float = 0, # and its top edge
+    image: np.ndarray,  # (h, w, 3) uint8, the slide, small; drawn upon
+    table: pd.DataFrame,  # from `on_slide`
+    scale: float,  # pixels of level 0 for each pixel of the image
+    x0: float = 0,  # where its left edge is, in pixels of level 0
+    y0: float = 0,  # and its top edge
 ):
     "Draw outlines."
     for row in table.itertuples():
-        color, points = color_of(row.type or row.task), (shapely.get_coordinates(row.outline) - [x0, y0])/scale
-        if np.ptp(points, 0).max() >= 3: cv2.polylines(image, [np.int32(np.rint((points - .5)*16))], True, color, 1 if row.task == "nucleus" else 2, cv2.LINE_AA, 4)
-        else: cv2.circle(image, tuple(int(v) for v in points.mean(0)), 0, color, -1)
+        color = color_of(row.type or row.task)
+        points = (shapely.get_coordinates(row.outline) - [x0, y0]) / scale
+        if np.ptp(points, 0).max() >= 3:
+            cv2.polylines(
+                image,
+                [np.int32(np.rint((points - 0.5) * 16))],
+                True,
+                color,
+                1 if row.task == "nucleus" else 2,
+                cv2.LINE_AA,
+                4,
+            )
+        else:
+            cv2.circle(image, tuple(int(v) for v in points.mean(0)), 0, color, -1)
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-014
 def write_objects(
-    folder, # gets objects.geojson, objects.parquet and overview.png
-    groups, # tables from `on_slide`, one after the other
-    image: np.ndarray, # (h, w, 3) uint8, the slide, small
-    scale: float, # pixels of level 0 for each pixel of the image
-) -> Counter: # objects by class
+    folder,  # gets objects.geojson, objects.parquet and overview.png
+    groups,  # tables from `on_slide`, one after the other
+    image: np.ndarray,  # (h, w, 3) uint8, the slide, small
+    scale: float,  # pixels of level 0 for each pixel of the image
+) -> Counter:  # objects by class
     "Write objects as they come."
-    folder, counts, first = Path(folder), Counter(), True
-    with atomic_path(folder/"objects.geojson") as text, atomic_path(folder/"objects.parquet") as columns, contextlib.ExitStack() as stack:
+    folder = Path(folder)
+    counts = Counter()
+    first = True
+    with (
+        atomic_path(folder / "objects.geojson") as text,
+        atomic_path(folder / "objects.parquet") as columns,
+        contextlib.ExitStack() as stack,
+    ):
         lines = stack.enter_context(open(text, "w", encoding="utf-8"))
         table = stack.enter_context(pq.ParquetWriter(columns, SCHEMA, write_page_checksum=True))
         lines.write('{"type": "FeatureCollection", "features": [')
@@ -112,24 +173,43 @@ def write_objects(
             counts.update(class_name(*c) for c in zip(group["task"], group["type"], strict=True))
             draw(image, group, scale)
         lines.write("\n]}\n")
-    with atomic_path(folder/"overview.png") as p: cv2.imwrite(str(p), image[..., ::-1])
+    with atomic_path(folder / "overview.png") as p:
+        cv2.imwrite(str(p), image[..., ::-1])
     return counts
-
-SCHEMA = pa.schema([("task", pa.string()), ("id", pa.int64()), ("type", pa.string()), *((c, pa.float64()) for c in ("x", "y", "left", "top", "right", "bottom", "area_um2", "probability")),
-                    ("feature", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("id", pa.int64()),
+        ("type", pa.string()),
+        *((c, pa.float64()) for c in ("x", "y", "left", "top", "right", "bottom", "area_um2", "probability")),
+        ("feature", pa.string()),
+    ]
+)
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-019
 def write_tissue(
-    folder, # gets tissue.png, tissue_colour.png and tissue.json
-    ids: np.ndarray, # (rows, columns) uint8, class of each square
-    classes=TISSUES, # names of the classes
-    scale: float = 1., # pixels of level 0 for each pixel of the scores
-    mpp: float = .5, # um per pixel of the scores
-    zoom: int = 8, # pixels of a side of a square in the coloured map
-) -> Counter: # squares by class
+    folder,  # gets tissue.png, tissue_colour.png and tissue.json
+    ids: np.ndarray,  # (rows, columns) uint8, class of each square
+    classes=TISSUES,  # names of the classes
+    scale: float = 1.0,  # pixels of level 0 for each pixel of the scores
+    mpp: float = 0.5,  # um per pixel of the scores
+    zoom: int = 8,  # pixels of a side of a square in the coloured map
+) -> Counter:  # squares by class
     "Write the map of the kinds of tissue."
-    folder, colors = Path(folder), np.array([color_of(c) for c in classes], np.uint8)
-    for name, image in (("tissue.png", ids), ("tissue_colour.png", colors[ids].repeat(zoom, 0).repeat(zoom, 1)[..., ::-1])):
-        with atomic_path(folder/name) as p: cv2.imwrite(str(p), image)
-    write_json(folder/"tissue.json", {"classes": {i: {"name": c, "color": colors[i]} for i, c in enumerate(classes)}, "square_pixels": PATCH*scale, "square_um": PATCH*mpp})
+    folder = Path(folder)
+    colors = np.array([color_of(c) for c in classes], np.uint8)
+    for name, image in (
+        ("tissue.png", ids),
+        ("tissue_colour.png", colors[ids].repeat(zoom, 0).repeat(zoom, 1)[..., ::-1]),
+    ):
+        with atomic_path(folder / name) as p:
+            cv2.imwrite(str(p), image)
+    write_json(
+        folder / "tissue.json",
+        {
+            "classes": {i: {"name": c, "color": colors[i]} for i, c in enumerate(classes)},
+            "square_pixels": PATCH * scale,
+            "square_um": PATCH * mpp,
+        },
+    )
     return Counter(np.array(classes, object)[ids.ravel()].tolist())

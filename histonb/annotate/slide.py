@@ -19,140 +19,184 @@ import pandas as pd
 import shapely
 
 import histonb
+from .exporting import class_name, on_slide, write_objects, write_tissue
+from .tile_merging import find_in_window, inside, join
 from ..core.claims import hold
 from ..core.digests import content_key, digest
 from ..core.errors import BadInput, foreign_errors
 from ..core.files import atomic_path, read_json, read_parquet, write_json, write_parquet
 from ..core.progress import progress
+from ..models.cerberus import PATCH
+from ..segment.tiled_inference import TILE, Resampled, around, boxes, find_scorer
 from ..slides.slides import open_slide
 from ..slides.streams import Damaged
 from ..slides.tiles import Grid, low_resolution_glass
-from ..models.cerberus import PATCH
-from .exporting import class_name, on_slide, write_objects, write_tissue
-from .tile_merging import find_in_window, inside, join
-from ..segment.tiled_inference import TILE, Resampled, around, boxes, find_scorer
 
 # %% ../../nbs/11_annotate/03_slide.ipynb #cell-005
-GLASS = .95 # share of a square from which it shows no tissue
+GLASS = 0.95  # share of a square from which it shows no tissue
+
 
 def tissue_squares(
-    slide, # an open `Slide`
-    scale: float, # pixels of level 0 for each pixel of the scores
-    shape: tuple[int, int], # height and width of the slide in these
-) -> np.ndarray: # (rows, columns) share of tissue in squares of 144 pixels, 0..1
+    slide,  # an open `Slide`
+    scale: float,  # pixels of level 0 for each pixel of the scores
+    shape: tuple[int, int],  # height and width of the slide in these
+) -> np.ndarray:  # (rows, columns) share of tissue in squares of 144 pixels, 0..1
     "How much tissue each square shows at low resolution."
-    rows, columns = (-(-side//PATCH) for side in shape)
-    xy = np.rint(np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2)*PATCH*scale).astype(np.int64)
-    grid = Grid(xy, columns, -1, PATCH, round(PATCH*scale), slide.mpp*scale, 0)  # -1: level 0 may be looked at too, where there is no other
+    rows, columns = (-(-side // PATCH) for side in shape)
+    xy = np.rint(np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * PATCH * scale).astype(
+        np.int64
+    )
+    grid = Grid(
+        xy, columns, -1, PATCH, round(PATCH * scale), slide.mpp * scale, 0
+    )  # -1: level 0 may be looked at too, where there is no other
     return np.nan_to_num(1 - low_resolution_glass(slide, grid)).reshape(rows, columns)
 
+
 def tiles_with_tissue(
-    squares: np.ndarray, # from `tissue_squares`
-    tile: int = TILE, # pixels of a side of a tile
-) -> np.ndarray: # (rows, columns) of tiles, bool
+    squares: np.ndarray,  # from `tissue_squares`
+    tile: int = TILE,  # pixels of a side of a tile
+) -> np.ndarray:  # (rows, columns) of tiles, bool
     "Which tiles are computed."
-    each = tile//PATCH
+    each = tile // PATCH
     shown = np.pad(squares > 1 - GLASS, [(0, -n % each) for n in squares.shape])
-    return shown.reshape(shown.shape[0]//each, each, -1, each).any((1, 3))
+    return shown.reshape(shown.shape[0] // each, each, -1, each).any((1, 3))
+
 
 def tissue_mm2(
-    squares: np.ndarray, # from `tissue_squares`
-    shape: tuple[int, int], # height and width of the slide in pixels of the scores
-    mpp: float, # um per pixel of these
-) -> float: # mm2
+    squares: np.ndarray,  # from `tissue_squares`
+    shape: tuple[int, int],  # height and width of the slide in pixels of the scores
+    mpp: float,  # um per pixel of these
+) -> float:  # mm2
     "Area of the tissue."
     high, wide = (np.minimum(PATCH, side - np.arange(0, side, PATCH)) for side in shape)
-    return float((squares*np.outer(high, wide)).sum()*mpp**2/1e6)
+    return float((squares * np.outer(high, wide)).sum() * mpp**2 / 1e6)
 
 # %% ../../nbs/11_annotate/03_slide.ipynb #cell-008
-OUTPUTS = ( # of an annotation; the last three where the network tells tissue
-    "objects.geojson", "objects.parquet", "overview.png", "tissue.png", "tissue_colour.png", "tissue.json")
+OUTPUTS = (  # of an annotation; the last three where the network tells tissue
+    "objects.geojson",
+    "objects.parquet",
+    "overview.png",
+    "tissue.png",
+    "tissue_colour.png",
+    "tissue.json",
+)
 _DISCARD = "Annotate with --overwrite, which discards what is there."
 _DELETE = "Delete this file and run the same command again."
 _AGAIN = "Annotate again with --overwrite; if it was changed on purpose, move it elsewhere first."
 
+
 def _begun(folder):
     "The settings that a folder was begun with; empty where it was not."
-    path = folder/"settings.json"
+    path = folder / "settings.json"
     found = read_json(path) if path.exists() else {}
-    if not isinstance(found, dict): raise BadInput(path, "no settings in it", _DISCARD)
+    if not isinstance(found, dict):
+        raise BadInput(path, "no settings in it", _DISCARD)
     return found
+
 
 def _begin(folder, settings):
     "Go on with the work of the same settings, or begin it."
-    (folder/"parts").mkdir(exist_ok=True)
+    (folder / "parts").mkdir(exist_ok=True)
     found = _begun(folder)
     changed = ", ".join(f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v)
     if found and changed:
-        raise BadInput(folder, f"begun with other settings ({changed})", "Choose another folder, or discard this one with --overwrite.")
-    if not found: write_json(folder/"settings.json", settings)
+        raise BadInput(
+            folder,
+            f"begun with other settings ({changed})",
+            "Choose another folder, or discard this one with --overwrite.",
+        )
+    if not found:
+        write_json(folder / "settings.json", settings)
 
+# %% ../../nbs/11_annotate/03_slide.ipynb #cell-008-2
 def _discard(folder):
     "Remove an annotation, and what has been done for one."
-    for name in ("annotation.json", "settings.json", *OUTPUTS): (folder/name).unlink(missing_ok=True)
-    shutil.rmtree(folder/"parts", ignore_errors=True)
+    for name in ("annotation.json", "settings.json", *OUTPUTS):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+
 
 def check_annotation(
-    folder, # of a slide, with its annotation.json
-) -> dict: # what is in annotation.json
+    folder,  # of a slide, with its annotation.json
+) -> dict:  # what is in annotation.json
     "Read what an annotation says of itself. A file that is missing, or not as it was written, is `BadInput`."
-    path = Path(folder)/"annotation.json"
+    path = Path(folder) / "annotation.json"
     about = read_json(path)
     files = about.get("files") if isinstance(about, dict) else None
-    if not isinstance(files, dict): raise BadInput(path, "does not say which files belong to it", _AGAIN)
+    if not isinstance(files, dict):
+        raise BadInput(path, "does not say which files belong to it", _AGAIN)
     for name, content in files.items():
-        file = path.parent/name
-        if not file.is_file(): raise BadInput(file, "the annotation is finished, but this file is missing", _AGAIN)
-        if content_key(file) != content: raise BadInput(file, "not the file that annotation.json describes", _AGAIN)
+        file = path.parent / name
+        if not file.is_file():
+            raise BadInput(file, "the annotation is finished, but this file is missing", _AGAIN)
+        if content_key(file) != content:
+            raise BadInput(file, "not the file that annotation.json describes", _AGAIN)
     return about
 
+# %% ../../nbs/11_annotate/03_slide.ipynb #cell-008-3
 class Parts:
     "The probabilities of tiles, as files."
+
     def __init__(
         self,
-        folder, # where they are
-        shape: tuple[int, int], # height and width of the slide in pixels of the scores
-        tile: int, # pixels of a side of a tile
-        tasks: dict, # name -> `Task`, for the number of its classes
+        folder,  # where they are
+        shape: tuple[int, int],  # height and width of the slide in pixels of the scores
+        tile: int,  # pixels of a side of a tile
+        tasks: dict,  # name -> `Task`, for the number of its classes
     ):
-        self.folder, self.shape, self.tile, self.tasks, self.columns = Path(folder), shape, tile, tasks, -(-shape[1]//tile)
+        self.folder = Path(folder)
+        self.shape = shape
+        self.tile = tile
+        self.tasks = tasks
+        self.columns = -(-shape[1] // tile)
         self.load = functools.lru_cache(48)(self._load)  # a window and its neighbours, for each task
 
-    def path(self, i): return self.folder/f"scores-{i:06d}.npz"
+    def path(self, i):
+        return self.folder / f"scores-{i:06d}.npz"
 
     def write(
         self,
-        i: int, # number of the tile
-        found, # name, probabilities (C, h, w) uint8 of each task
+        i: int,  # number of the tile
+        found,  # name, probabilities (C, h, w) uint8 of each task
     ):
         "Keep a tile, compressed; of pixels without what is sure, since probabilities sum to 1."
         packed = {name: (p if self.tasks[name].kind == "patch" else p[1:]) for name, p in found}
         with atomic_path(self.path(i)) as path:
-            np.savez(path, **{name: np.frombuffer(imagecodecs.zstd_encode(np.ascontiguousarray(p), level=1), np.uint8) for name, p in packed.items()},
-                     **{f"{name}/shape": p.shape for name, p in packed.items()})
+            np.savez(
+                path,
+                **{
+                    name: np.frombuffer(imagecodecs.zstd_encode(np.ascontiguousarray(p), level=1), np.uint8)
+                    for name, p in packed.items()
+                },
+                **{f"{name}/shape": p.shape for name, p in packed.items()},
+            )
 
     def _load(self, i, name):
         "Probabilities of a tile; None where it has none of this task."
-        if not self.path(i).exists(): return None
+        if not self.path(i).exists():
+            return None
         with foreign_errors(self.path(i), _DELETE, "damaged"), np.load(self.path(i)) as f:
-            if name not in f and self.tasks[name].kind == "patch": return None  # a rest at the slide's end that holds no square
+            if name not in f and self.tasks[name].kind == "patch":
+                return None  # a rest at the slide's end that holds no square
             return np.frombuffer(imagecodecs.zstd_decode(f[name].tobytes()), np.uint8).reshape(f[f"{name}/shape"])
 
     def __call__(
         self,
-        name: str, # of a task
-        box: tuple, # top, left, bottom, right
-    ) -> np.ndarray: # (C, h, w) uint8, 255 is 1; background where nothing was computed
+        name: str,  # of a task
+        box: tuple,  # top, left, bottom, right
+    ) -> np.ndarray:  # (C, h, w) uint8, 255 is 1; background where nothing was computed
         "Probabilities in a window."
         t, l, b, r = box
         out = np.zeros((len(self.tasks[name].classes), b - t, r - l), np.uint8)
-        for y in range(t//self.tile, -(-b//self.tile)):
-            for x in range(l//self.tile, -(-r//self.tile)):
-                part = self.load(y*self.columns + x, name)
-                if part is None: continue
-                top, left = y*self.tile, x*self.tile
-                part = part[:, max(t - top, 0):b - top, max(l - left, 0):r - left]
-                out[1:, max(top - t, 0):, max(left - l, 0):][:, :part.shape[1], :part.shape[2]] = part
+        for y in range(t // self.tile, -(-b // self.tile)):
+            for x in range(l // self.tile, -(-r // self.tile)):
+                part = self.load(y * self.columns + x, name)
+                if part is None:
+                    continue
+                top = y * self.tile
+                left = x * self.tile
+                part = part[:, max(t - top, 0) : b - top, max(l - left, 0) : r - left]
+                out[1:, max(top - t, 0) :, max(left - l, 0) :][:, : part.shape[1], : part.shape[2]] = part
         out[0] = 255 - np.minimum(out[1:].sum(0, dtype=np.uint16), 255)
         return out
 
@@ -160,46 +204,63 @@ class Parts:
 @dataclasses.dataclass
 class _Work:
     "What all steps need to know."
+
     slide: object
     scorer: object
     folder: Path
     tile: int
+
     def __post_init__(self):
         self.known_damage = {}
         if self.damage_file.exists():
             known = read_json(self.damage_file)
             with foreign_errors(self.damage_file, _DISCARD, "not a list of damaged internal tiles"):
-                for level, row, column, fault in known: self.slide.note_damage(int(level), int(row), int(column), Damaged(fault))
+                for level, row, column, fault in known:
+                    self.slide.note_damage(int(level), int(row), int(column), Damaged(fault))
         self.read = Resampled(self.slide, self.scorer.mpp)
-        self.scale, self.shape, self.mpp, self.tasks = self.read.scale, self.read.shape, self.scorer.mpp, self.scorer.tasks
+        self.scale, self.shape, self.mpp, self.tasks = (
+            self.read.scale,
+            self.read.shape,
+            self.scorer.mpp,
+            self.scorer.tasks,
+        )
         self.boxes, self.squares = boxes(self.shape, self.tile), tissue_squares(self.slide, self.scale, self.shape)
         self.surveyed = hasattr(self.scorer, "survey")
         self.has = tiles_with_tissue(np.maximum(self.squares, self.survey()), self.tile)
         self.todo = np.flatnonzero(self.has).tolist()
-        self.parts = Parts(self.folder/"parts", self.shape, self.tile, self.tasks)
+        self.parts = Parts(self.folder / "parts", self.shape, self.tile, self.tasks)
         self.kinds = {task.of: task for task in self.tasks.values() if task.kind == "types"}
-        self.finds = sorted((n for n, task in self.tasks.items() if task.kind == "instances"), key=lambda n: n != "gland")
+        self.finds = sorted(
+            (n for n, task in self.tasks.items() if task.kind == "instances"), key=lambda n: n != "gland"
+        )
         self.note_damage()
 
     @property
-    def damage_file(self): return self.folder/"parts/damaged.json"
+    def damage_file(self):
+        return self.folder / "parts/damaged.json"
 
     def note_damage(self):
         "Write down the damaged internal tiles that were met, for a run that goes on and does not meet them again."
-        if self.slide.damaged.keys() == self.known_damage.keys(): return
+        if self.slide.damaged.keys() == self.known_damage.keys():
+            return
         self.known_damage = dict(self.slide.damaged)
         write_json(self.damage_file, [[*where, fault] for where, fault in sorted(self.known_damage.items())])
 
     def survey(self):
         "The squares where a scorer that looks at the whole slide first expects something; 0: it does not."
-        if not self.surveyed: return 0
-        return self.scorer.survey(self.read, self.shape, self.squares > 1 - GLASS, self.folder/"parts/survey.npz")
+        if not self.surveyed:
+            return 0
+        return self.scorer.survey(self.read, self.shape, self.squares > 1 - GLASS, self.folder / "parts/survey.npz")
 
-    def part(self, what, i): return self.folder/"parts"/f"{what}-{i:06d}.parquet"
+    def part(self, what, i):
+        return self.folder / "parts" / f"{what}-{i:06d}.parquet"
 
+# %% ../../nbs/11_annotate/03_slide.ipynb #cell-012-2
 def _score(work):
     "Probabilities of every tile with tissue."
-    for i in progress([i for i in work.todo if not work.parts.path(i).exists()], f"{work.slide.path.name}, scores", unit="tile"):
+    for i in progress(
+        [i for i in work.todo if not work.parts.path(i).exists()], f"{work.slide.path.name}, scores", unit="tile"
+    ):
         box = work.boxes[i]
         top, left, bottom, right = around(box, work.scorer.margin, work.shape)
         image = work.read(left, top, right - left, bottom - top)
@@ -207,74 +268,108 @@ def _score(work):
         work.note_damage()
         work.parts.write(i, work.scorer(image, keep, (top, left)) if work.surveyed else work.scorer(image, keep))
 
+
 def _find(work, task):
     "Objects of one task in every window."
     types = work.kinds[task].name if task in work.kinds else ""
-    for i in progress([i for i in work.todo if not work.part(task, i).exists()], f"{work.slide.path.name}, {task}", unit="window"):
-        table, edges = find_in_window(work.parts, task, divmod(i, work.has.shape[1]), work.shape, work.tile, work.has, work.mpp, types)
+    for i in progress(
+        [i for i in work.todo if not work.part(task, i).exists()], f"{work.slide.path.name}, {task}", unit="window"
+    ):
+        table, edges = find_in_window(
+            work.parts, task, divmod(i, work.has.shape[1]), work.shape, work.tile, work.has, work.mpp, types
+        )
         for what, rows in ((f"{task}-edges", edges), (task, table)):  # the second one says that both are there
             write_parquet(work.part(what, i), rows)
 
-def _told(work): return foreign_errors(work.folder/"parts", _DISCARD, "not the parts of an annotation")
 
+def _told(work):
+    return foreign_errors(work.folder / "parts", _DISCARD, "not the parts of an annotation")
+
+# %% ../../nbs/11_annotate/03_slide.ipynb #cell-012-3
 def _objects(work, task):
     "Objects of one task, window by window, then those that were joined."
-    pieces, edges = [], []
+    pieces = []
+    edges = []
     for i in work.todo:
         table = read_parquet(work.part(task, i), ["piece"], _DELETE)
-        with _told(work): long = table["piece"] >= 0
-        if long.any(): pieces.append(table[long])
+        with _told(work):
+            long = table["piece"] >= 0
+        if long.any():
+            pieces.append(table[long])
         edges.append(read_parquet(work.part(f"{task}-edges", i), remedy=_DELETE))
         yield table[~long]
-    if not pieces: return
-    with _told(work): joined = join(pd.concat(pieces, ignore_index=True), pd.concat(edges, ignore_index=True))
+    if not pieces:
+        return
+    with _told(work):
+        joined = join(pd.concat(pieces, ignore_index=True), pd.concat(edges, ignore_index=True))
     yield joined
 
+# %% ../../nbs/11_annotate/03_slide.ipynb #cell-012-4
 def _groups(work):
     "Objects of all tasks as they are on the slide, glands first."
     glands = None
     for task in work.finds:
-        number, found = 1, _objects(work, task)
+        number = 1
+        found = _objects(work, task)
         if task == "gland":
             found = list(found)
-            with _told(work): glands = shapely.STRtree(shapely.from_wkb(np.concatenate([t["outline"] for t in found]))) if found else None
+            with _told(work):
+                glands = (
+                    shapely.STRtree(shapely.from_wkb(np.concatenate([t["outline"] for t in found]))) if found else None
+                )
         for table in found:
             with _told(work):
-                if task == "lumen" and glands is not None: table = inside(table, glands)
-                if work.surveyed: table = table.assign(probability=np.nan)  # no network, no probability
-                group = on_slide(table, task, work.kinds[task].classes if task in work.kinds else (), work.scale, work.mpp, work.slide.path.name, number)
+                if task == "lumen" and glands is not None:
+                    table = inside(table, glands)
+                if work.surveyed:
+                    table = table.assign(probability=np.nan)  # no network, no probability
+                group = on_slide(
+                    table,
+                    task,
+                    work.kinds[task].classes if task in work.kinds else (),
+                    work.scale,
+                    work.mpp,
+                    work.slide.path.name,
+                    number,
+                )
             yield group
             number += len(table)
 
+
 def _tissue(work, name):
     "The class of each square, 0 where no tile was computed."
-    ids = np.zeros([max(1, -(-side//16)*16//PATCH) for side in work.shape], np.uint8)
+    ids = np.zeros([max(1, -(-side // 16) * 16 // PATCH) for side in work.shape], np.uint8)
     for i in work.todo:
         p = work.parts.load(i, name)
-        if p is not None: ids[work.boxes[i][0]//PATCH:, work.boxes[i][1]//PATCH:][:p.shape[1], :p.shape[2]] = p.argmax(0)
+        if p is not None:
+            ids[work.boxes[i][0] // PATCH :, work.boxes[i][1] // PATCH :][: p.shape[1], : p.shape[2]] = p.argmax(0)
     return ids
 
 # %% ../../nbs/11_annotate/03_slide.ipynb #cell-013
 def annotate_slide(
-    path, # slide: pyramidal TIFF, Aperio SVS ...
-    weights, # folder of a training run, a file of weights, a `Cerberus`, a `Scorer`; or "stain": by stain alone, without a network
-    out, # folder that gets a folder for the slide
-    tasks=None, # names; None: all that the network has
-    mpp: float | None = None, # um per pixel that the network reads, in place of what its weights say
-    slide_mpp: float | None = None, # um per pixel at level 0, for slides that do not say
-    tile: int = TILE, # pixels of a side of what is kept of a tile, a multiple of 144
-    device: str = "auto", # auto, cpu, cuda ...
-    precision: str = "auto", # fp32, bf16; auto: fp32 on a CPU, bf16 on a GPU that computes in it
-    overwrite: bool = False, # discard what the slide's folder holds
-    skip_existing: bool = False, # leave a slide that has an annotation as it is, whatever its settings
-    max_damaged: int = 16, # internal tiles of the slide that may be damaged: they are blank, and counted
-) -> Path: # the slide's folder, with annotation.json
+    path,  # slide: pyramidal TIFF, Aperio SVS ...
+    weights,  # folder of a training run, a file of weights, a `Cerberus`, a `Scorer`; or "stain": by stain alone, without a network
+    out,  # folder that gets a folder for the slide
+    tasks=None,  # names; None: all that the network has
+    mpp: float | None = None,  # um per pixel that the network reads, in place of what its weights say
+    slide_mpp: float | None = None,  # um per pixel at level 0, for slides that do not say
+    tile: int = TILE,  # pixels of a side of what is kept of a tile, a multiple of 144
+    device: str = "auto",  # auto, cpu, cuda ...
+    precision: str = "auto",  # fp32, bf16; auto: fp32 on a CPU, bf16 on a GPU that computes in it
+    overwrite: bool = False,  # discard what the slide's folder holds
+    skip_existing: bool = False,  # leave a slide that has an annotation as it is, whatever its settings
+    max_damaged: int = 16,  # internal tiles of the slide that may be damaged: they are blank, and counted
+) -> Path:  # the slide's folder, with annotation.json
     "Annotate a slide, or go on with it. Raises `BadInput` for a slide, weights or a folder that cannot be used."
-    start, path = time.monotonic(), Path(path)
-    folder = Path(out)/path.stem
-    if overwrite and skip_existing: raise BadInput("overwrite", "given beside skip_existing", "Choose one.")
-    if not path.exists(): raise BadInput(path, "there is no such file", "Correct the path.")  # before weights are read
-    if skip_existing and (folder/"annotation.json").exists(): return check_annotation(folder) and folder
+    start = time.monotonic()
+    path = Path(path)
+    folder = Path(out) / path.stem
+    if overwrite and skip_existing:
+        raise BadInput("overwrite", "given beside skip_existing", "Choose one.")
+    if not path.exists():
+        raise BadInput(path, "there is no such file", "Correct the path.")  # before weights are read
+    if skip_existing and (folder / "annotation.json").exists():
+        return check_annotation(folder) and folder
     scorer = find_scorer(weights, tasks, mpp, device, precision)
     boxes((1, 1), tile)
     with open_slide(path, slide_mpp, max_damaged=max_damaged) as slide:
@@ -282,39 +377,68 @@ def annotate_slide(
         known = {} if overwrite else _begun(folder)
         if getattr(scorer, "automatic", False) and known.get("precision") in ("fp32", "bf16"):
             scorer = scorer.in_precision(known["precision"])
-        settings = {"slide": path.name, "file": content_key(path), "slide_mpp": slide.mpp, "weights": scorer.digest,
-                    "tasks": {n: list(t.classes) for n, t in scorer.tasks.items()}, "mpp": scorer.mpp, "tile": tile,
-                    "precision": scorer.precision}
+        settings = {
+            "slide": path.name,
+            "file": content_key(path),
+            "slide_mpp": slide.mpp,
+            "weights": scorer.digest,
+            "tasks": {n: list(t.classes) for n, t in scorer.tasks.items()},
+            "mpp": scorer.mpp,
+            "tile": tile,
+            "precision": scorer.precision,
+        }
         with hold(folder):
-            if overwrite: _discard(folder)
+            if overwrite:
+                _discard(folder)
             _begin(folder, settings)
-            if (folder/"annotation.json").exists():
+            if (folder / "annotation.json").exists():
                 check_annotation(folder)
-                shutil.rmtree(folder/"parts", ignore_errors=True)  # of a process that was killed at the end
+                shutil.rmtree(folder / "parts", ignore_errors=True)  # of a process that was killed at the end
                 return folder
             work = _Work(slide, scorer, folder, tile)
             _score(work)
-            for task in work.finds: _find(work, task)
-            side = max(slide.shapes[0])*slide.mpp
-            small = Resampled(slide, max(scorer.mpp, side/OVERVIEW), 128)
+            for task in work.finds:
+                _find(work, task)
+            side = max(slide.shapes[0]) * slide.mpp
+            small = Resampled(slide, max(scorer.mpp, side / OVERVIEW), 128)
             counts = write_objects(folder, _groups(work), small(0, 0, *small.shape[::-1]), small.scale)
             none = {class_name(task): 0 for task in work.finds}
-            for name in counts: none.pop(name.partition(":")[0], None)
-            squares = {n: write_tissue(folder, _tissue(work, n), t.classes, work.scale, work.mpp) for n, t in work.tasks.items() if t.kind == "patch"}
-            write_json(folder/"annotation.json", settings | {
-                "size": slide.shapes[0][::-1], "network": scorer.name, "device": str(scorer.device), "margin": scorer.margin, "histonb": histonb.__version__, "key": digest(settings),
-                "tiles": {"all": work.has.size, "computed": len(work.todo)}, "tissue_mm2": tissue_mm2(work.squares, work.shape, work.mpp),
-                "counts": none | counts, "squares": next(iter(squares.values()), {}),
-                "files": {name: content_key(folder/name) for name in OUTPUTS if (folder/name).exists()},
-                "damaged": len(slide.damaged), "seconds": time.monotonic() - start, "note": _note(work)})
-            shutil.rmtree(folder/"parts")
+            for name in counts:
+                none.pop(name.partition(":")[0], None)
+            squares = {
+                n: write_tissue(folder, _tissue(work, n), t.classes, work.scale, work.mpp)
+                for n, t in work.tasks.items()
+                if t.kind == "patch"
+            }
+            write_json(
+                folder / "annotation.json",
+                settings
+                | {
+                    "size": slide.shapes[0][::-1],
+                    "network": scorer.name,
+                    "device": str(scorer.device),
+                    "margin": scorer.margin,
+                    "histonb": histonb.__version__,
+                    "key": digest(settings),
+                    "tiles": {"all": work.has.size, "computed": len(work.todo)},
+                    "tissue_mm2": tissue_mm2(work.squares, work.shape, work.mpp),
+                    "counts": none | counts,
+                    "squares": next(iter(squares.values()), {}),
+                    "files": {name: content_key(folder / name) for name in OUTPUTS if (folder / name).exists()},
+                    "damaged": len(slide.damaged),
+                    "seconds": time.monotonic() - start,
+                    "note": _note(work),
+                },
+            )
+            shutil.rmtree(folder / "parts")
     return folder
 
+# %% ../../nbs/11_annotate/03_slide.ipynb #cell-013-2
 def _note(work):
     "What a reader of the counts should know."
     notes = [] if work.todo else [f"no tissue: all squares of {PATCH} pixels are glass to at least {GLASS:.0%}"]
     n = len(work.slide.damaged)
-    if n: notes.append(f"{n} internal tile{'s are' if n > 1 else ' is'} damaged and taken as glass")
+    if n:
+        notes.append(f"{n} internal tile{'s are' if n > 1 else ' is'} damaged and taken as glass")
     return "; ".join(notes)
-
-OVERVIEW = 1600 # pixels of the longer side of the overview
+OVERVIEW = 1600  # pixels of the longer side of the overview

@@ -21,162 +21,234 @@ from ..segment.tiled_inference import around
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-005
 def outlines(
-    mask: np.ndarray, # (h, w) bool
-    x0: float = 0, # where the mask's left edge is
-    y0: float = 0, # and its top edge
-) -> shapely.MultiPolygon: # each part without its holes
+    mask: np.ndarray,  # (h, w) bool
+    x0: float = 0,  # where the mask's left edge is
+    y0: float = 0,  # and its top edge
+) -> shapely.MultiPolygon:  # each part without its holes
     "The outer lines of the parts of a mask, diagonal neighbours together."
-    rings = [ring[:, ::-1] + [x0 - .5, y0 - .5] for ring in find_contours(np.pad(mask, 1).astype(np.uint8), .5, fully_connected="high")]
-    areas = [(ring[:-1, 0]*ring[1:, 1] - ring[1:, 0]*ring[:-1, 1]).sum() for ring in rings]  # negative: around a hole
+    rings = [
+        ring[:, ::-1] + [x0 - 0.5, y0 - 0.5]
+        for ring in find_contours(np.pad(mask, 1).astype(np.uint8), 0.5, fully_connected="high")
+    ]
+    areas = [
+        (ring[:-1, 0] * ring[1:, 1] - ring[1:, 0] * ring[:-1, 1]).sum() for ring in rings
+    ]  # negative: around a hole
     return shapely.MultiPolygon([shapely.Polygon(ring) for ring, area in zip(rings, areas, strict=True) if area > 0])
+TOLERANCES = (
+    0.5,
+    0.25,
+)  # pixels by which an outline is simplified: the first that costs at most a hundredth of its area
 
-TOLERANCES = (.5, .25) # pixels by which an outline is simplified: the first that costs at most a hundredth of its area
 
 def largest(
-    parts: shapely.Geometry, # a polygon or several, from `outlines`
-) -> shapely.Polygon: # without holes, simplified, of as many square pixels as it encloses pixels
+    parts: shapely.Geometry,  # a polygon or several, from `outlines`
+) -> shapely.Polygon:  # without holes, simplified, of as many square pixels as it encloses pixels
     "The outline of an object: that of its largest part."
     exact = _filled(parts)
     coarser = (shapely.simplify(exact, tolerance) for tolerance in TOLERANCES)
-    simple = next((c for c in coarser if abs(c.area - exact.area) <= .01*exact.area), exact)
+    simple = next((c for c in coarser if abs(c.area - exact.area) <= 0.01 * exact.area), exact)
     # marching squares cut an eighth of a pixel from each corner, and an outline has four more that go out than in
-    missing = exact.area + .5 - simple.area
-    return _filled(shapely.buffer(simple, missing/exact.length, join_style="mitre", mitre_limit=2))
+    missing = exact.area + 0.5 - simple.area
+    return _filled(shapely.buffer(simple, missing / exact.length, join_style="mitre", mitre_limit=2))
+
 
 def _filled(parts):
     "The largest part without its holes."
     return shapely.Polygon(shapely.get_exterior_ring(max(shapely.get_parts(parts), key=shapely.area)))
 
+# %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-005-2
 def outlines_of(
-    ids: np.ndarray, # (H, W) instances, 0: none
-) -> np.ndarray: # (n,) polygons, in the order of the numbers that are there
+    ids: np.ndarray,  # (H, W) instances, 0: none
+) -> np.ndarray:  # (n,) polygons, in the order of the numbers that are there
     "The outline of each object of a map."
-    return np.array([largest(outlines(ids[b] == i, b[1].start, b[0].start)) for i, b in enumerate(find_objects(ids), 1) if b], object)
+    return np.array(
+        [largest(outlines(ids[b] == i, b[1].start, b[0].start)) for i, b in enumerate(find_objects(ids), 1) if b],
+        object,
+    )
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-008
-HALO = {"gland": 2*PATCH, "lumen": 2*PATCH, "nucleus": 96} # pixels around a core that are looked at too
-GUARD = 32 # of these, pixels around a short object that are always there
-PIECES = 2**32 # numbers for the pieces of a tile: `piece//PIECES` is the tile
+HALO = {"gland": 2 * PATCH, "lumen": 2 * PATCH, "nucleus": 96}  # pixels around a core that are looked at too
+GUARD = 32  # of these, pixels around a short object that are always there
+PIECES = 2**32  # numbers for the pieces of a tile: `piece//PIECES` is the tile
 
+# %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-008-2
 def find_in_window(
-    read, # (name of a task, box) -> probabilities (C, h, w) uint8, 255 is 1
-    task: str, # a name of `HALO`
-    at: tuple[int, int], # row and column of the tile that is the core
-    shape: tuple[int, int], # height and width of the slide
-    tile: int, # pixels of a side of a tile
-    has: np.ndarray | None = None, # (rows, columns) whether a tile has scores, and so a window; None: all
-    mpp: float = MPP, # um per pixel
-    types: str = "", # task that tells the types of these objects
-    halo: int | None = None, # pixels around the core; None: as in `HALO`
-) -> tuple[pd.DataFrame, pd.DataFrame]: # objects and pieces in pixels of the scores; pixels at the edges of the core: `x`, `y`, `piece`, `own`
+    read,  # (name of a task, box) -> probabilities (C, h, w) uint8, 255 is 1
+    task: str,  # a name of `HALO`
+    at: tuple[int, int],  # row and column of the tile that is the core
+    shape: tuple[int, int],  # height and width of the slide
+    tile: int,  # pixels of a side of a tile
+    has: np.ndarray | None = None,  # (rows, columns) whether a tile has scores, and so a window; None: all
+    mpp: float = MPP,  # um per pixel
+    types: str = "",  # task that tells the types of these objects
+    halo: int | None = None,  # pixels around the core; None: as in `HALO`
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]:  # objects and pieces in pixels of the scores; pixels at the edges of the core: `x`, `y`, `piece`, `own`
     "The short objects of a window and its pieces of long ones, which have a `piece` number, else -1."
-    halo, has = HALO[task] if halo is None else halo, np.ones([-(-side//tile) for side in shape], bool) if has is None else has
-    core = tuple(i*tile for i in at) + tuple(min(i*tile + tile, side) for i, side in zip(at, shape, strict=True))
+    halo = HALO[task] if halo is None else halo
+    has = np.ones([-(-side // tile) for side in shape], bool) if has is None else has
+    core = tuple(i * tile for i in at) + tuple(min(i * tile + tile, side) for i, side in zip(at, shape, strict=True))
     top, left, *_ = outer = around(core, halo, shape)
     probs = _floats(read(task, outer))
     ids = separate(probs, task, mpp)
-    if types: probs = _floats(read(types, outer))
-    extent = np.array([(0, 0, 0, 0), *((b[0].start + top, b[1].start + left, b[0].stop + top, b[1].stop + left) for b in find_objects(ids))])
+    if types:
+        probs = _floats(read(types, outer))
+    extent = np.array(
+        [
+            (0, 0, 0, 0),
+            *((b[0].start + top, b[1].start + left, b[0].stop + top, b[1].stop + left) for b in find_objects(ids)),
+        ]
+    )
     long = (extent[:, 2:] - extent[:, :2]).max(1) > halo - GUARD
     short = ~long & (_owner(extent, tile, has) == at).all(1)
     inside = (core[0] - top, core[1] - left, core[2] - top, core[3] - left)
-    kept, drawn = (_keep(ids, short, long, around(inside, beyond, ids.shape)) for beyond in (0, 1))  # pieces are drawn a pixel larger, so that they overlap
+    kept, drawn = (
+        _keep(ids, short, long, around(inside, beyond, ids.shape)) for beyond in (0, 1)
+    )  # pieces are drawn a pixel larger, so that they overlap
     kinds = majority_types(kept, _likeliest(probs)) if types else None
     table = object_table(kept, probs, kinds, mpp, left, top)
-    piece, label = np.full(len(long), -1), table["id"].to_numpy()
-    piece[label[long[label]]] = (at[0]*has.shape[1] + at[1])*PIECES + label[long[label]]
+    piece = np.full(len(long), -1)
+    label = table["id"].to_numpy()
+    piece[label[long[label]]] = (at[0] * has.shape[1] + at[1]) * PIECES + label[long[label]]
     table["piece"], boxes = piece[label], find_objects(drawn)
-    parts = [outlines(drawn[boxes[i - 1]] == i, boxes[i - 1][1].start + left, boxes[i - 1][0].start + top) for i in label]
-    table["outline"] = [shapely.to_wkb(part if long[i] else largest(part)) for i, part in zip(label, parts, strict=True)]
-    counted = [_count(probs[:, *boxes[i - 1]][:, kept[boxes[i - 1]] == i], bool(types)) if long[i] else ([], []) for i in label]
+    parts = [
+        outlines(drawn[boxes[i - 1]] == i, boxes[i - 1][1].start + left, boxes[i - 1][0].start + top) for i in label
+    ]
+    table["outline"] = [
+        shapely.to_wkb(part if long[i] else largest(part)) for i, part in zip(label, parts, strict=True)
+    ]
+    counted = [
+        _count(probs[:, *boxes[i - 1]][:, kept[boxes[i - 1]] == i], bool(types)) if long[i] else ([], []) for i in label
+    ]
     table["votes"], table["sums"] = [votes for votes, _ in counted], [sums for _, sums in counted]
-    return table.drop(columns=["id", "area_um2"]), _edges(piece[ids], inside).assign(x=lambda t: t["x"] + left, y=lambda t: t["y"] + top)
+    return table.drop(columns=["id", "area_um2"]), _edges(piece[ids], inside).assign(
+        x=lambda t: t["x"] + left, y=lambda t: t["y"] + top
+    )
 
-def _floats(probabilities): return probabilities/np.float32(255)
+# %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-008-3
+def _floats(probabilities):
+    return probabilities / np.float32(255)
+
 
 def _likeliest(probs):
     "The type that a pixel votes for: of those but none the likeliest, if any has a probability."
     return np.where(probs[1:].any(0), probs[1:].argmax(0) + 1, 0).astype(np.uint8)
 
+
 def _owner(extent, tile, has):
     "Row and column of the tile that an object belongs to: where its middle is, or, without scores there, the first with scores that its bounding box meets."
-    owner = (extent[:, :2] + extent[:, 2:])//2//tile
+    owner = (extent[:, :2] + extent[:, 2:]) // 2 // tile
     for i in np.flatnonzero(~has[*owner.T]):
-        met = np.argwhere(has[extent[i, 0]//tile:-(-extent[i, 2]//tile), extent[i, 1]//tile:-(-extent[i, 3]//tile)])
-        if len(met): owner[i] = met[0] + extent[i, :2]//tile
+        met = np.argwhere(
+            has[extent[i, 0] // tile : -(-extent[i, 2] // tile), extent[i, 1] // tile : -(-extent[i, 3] // tile)]
+        )
+        if len(met):
+            owner[i] = met[0] + extent[i, :2] // tile
     return owner
+
 
 def _keep(ids, short, long, box):
     "The map of what is kept: short objects as they are, long ones in the box."
-    out, inside = np.where(short[ids], ids, 0), np.s_[box[0]:box[2], box[1]:box[3]]
+    out = np.where(short[ids], ids, 0)
+    inside = np.s_[box[0] : box[2], box[1] : box[3]]
     out[inside] += np.where(long[ids[inside]], ids[inside], 0)
     return out
 
+
 def _count(probs, typed):
     "Votes for each type and sums of probabilities, of the pixels of a piece."
-    if not typed: return [probs.shape[1]], [float((1 - probs[0]).sum(dtype=float))]
+    if not typed:
+        return [probs.shape[1]], [float((1 - probs[0]).sum(dtype=float))]
     return np.bincount(_likeliest(probs), minlength=len(probs)).tolist(), probs.sum(1, dtype=float).tolist()
 
+# %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-008-4
 def _edges(pieces, core):
     "Pieces at the first row and column of the core, and in those beyond its end, where its neighbours begin."
     t, l, b, r = core
-    at = [(y, l, True) for y in range(t, b)] + [(t, x, True) for x in range(l + 1, r)] + [(y, r, False) for y in range(t - 1, b + 1)] + [(b, x, False) for x in range(l - 1, r)]
-    table = pd.DataFrame([p for p in at if 0 <= p[0] < pieces.shape[0] and 0 <= p[1] < pieces.shape[1]], columns=["y", "x", "own"])
+    at = (
+        [(y, l, True) for y in range(t, b)]
+        + [(t, x, True) for x in range(l + 1, r)]
+        + [(y, r, False) for y in range(t - 1, b + 1)]
+        + [(b, x, False) for x in range(l - 1, r)]
+    )
+    table = pd.DataFrame(
+        [p for p in at if 0 <= p[0] < pieces.shape[0] and 0 <= p[1] < pieces.shape[1]], columns=["y", "x", "own"]
+    )
     table["piece"] = pieces[table["y"], table["x"]]
     return table[table["piece"] >= 0]
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-009
 def join(
-    table: pd.DataFrame, # objects and pieces of all windows, of one task
-    edges: pd.DataFrame, # pixels at the edges of their cores
-) -> pd.DataFrame: # the objects, each once
+    table: pd.DataFrame,  # objects and pieces of all windows, of one task
+    edges: pd.DataFrame,  # pixels at the edges of their cores
+) -> pd.DataFrame:  # the objects, each once
     "Join the pieces of long objects."
     pieces = table[table["piece"] >= 0]
     if len(pieces):
-        pairs, at = _pairs(edges), pd.Series(np.arange(len(pieces)), pieces["piece"])
-        links = coo_matrix((np.ones(len(pairs)), (at[pairs["piece"]], at[pairs["piece_theirs"]])), (len(pieces), len(pieces)))
+        pairs = _pairs(edges)
+        at = pd.Series(np.arange(len(pieces)), pieces["piece"])
+        links = coo_matrix(
+            (np.ones(len(pairs)), (at[pairs["piece"]], at[pairs["piece_theirs"]])), (len(pieces), len(pieces))
+        )
         joined = [_join(group) for _, group in pieces.groupby(connected_components(links, directed=False)[1])]
-        table = pd.concat([table[table["piece"] < 0], pd.DataFrame(joined)], ignore_index=True).astype({"n": int, "type": np.uint8})
+        table = pd.concat([table[table["piece"] < 0], pd.DataFrame(joined)], ignore_index=True).astype(
+            {"n": int, "type": np.uint8}
+        )
     return table.drop(columns=["piece", "votes", "sums"])
+
 
 def _pairs(edges):
     "Pieces of one object: each with the one in each neighbouring tile that shares most pixels with it."
     both = edges[~edges["own"]].merge(edges[edges["own"]], on=["x", "y"], suffixes=("", "_theirs"))
     pairs = both.value_counts(["piece", "piece_theirs"]).rename("shared").reset_index()
-    tile, tile_theirs = (pairs[side]//PIECES for side in ("piece", "piece_theirs"))
+    tile, tile_theirs = (pairs[side] // PIECES for side in ("piece", "piece_theirs"))
     most = pairs.groupby(["piece", tile_theirs])["shared"].transform("max")
     most_theirs = pairs.groupby(["piece_theirs", tile])["shared"].transform("max")
     return pairs[(pairs["shared"] == most) | (pairs["shared"] == most_theirs)]
 
+# %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-009-2
 def _join(pieces):
     "One object from its pieces, with the holes that only the whole encloses."
-    n, votes = pieces["n"].sum(), np.sum(pieces["votes"].tolist(), 0)
+    n = pieces["n"].sum()
+    votes = np.sum(pieces["votes"].tolist(), 0)
     kind = votes[1:].argmax() + 1 if votes[1:].any() else 0
     outline = _filled(shapely.union_all(shapely.from_wkb(pieces["outline"])))
-    return {**{c: np.average(pieces[c], weights=pieces["n"]) for c in ("x", "y")},
-            **{c: pieces[c].min() for c in ("left", "top")},
-            **{c: pieces[c].max() for c in ("right", "bottom")},
-            "n": max(n, round(outline.area + .5)), "type": kind,
-            "probability": np.sum(pieces["sums"].tolist(), 0)[kind]/n, "outline": shapely.to_wkb(largest(outline))}
+    return {
+        **{c: np.average(pieces[c], weights=pieces["n"]) for c in ("x", "y")},
+        **{c: pieces[c].min() for c in ("left", "top")},
+        **{c: pieces[c].max() for c in ("right", "bottom")},
+        "n": max(n, round(outline.area + 0.5)),
+        "type": kind,
+        "probability": np.sum(pieces["sums"].tolist(), 0)[kind] / n,
+        "outline": shapely.to_wkb(largest(outline)),
+    }
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-011
 def inside(
-    table: pd.DataFrame, # lumens, each once
-    glands: shapely.STRtree, # outlines of glands, each once
-) -> pd.DataFrame: # the lumens that lie in glands by at least half of their area
+    table: pd.DataFrame,  # lumens, each once
+    glands: shapely.STRtree,  # outlines of glands, each once
+) -> pd.DataFrame:  # the lumens that lie in glands by at least half of their area
     "Leave out lumens outside of glands."
     lumens = shapely.from_wkb(table["outline"].to_numpy(object))
     i, j = glands.query(lumens, "intersects")
     share = np.bincount(i, shapely.area(shapely.intersection(lumens[i], glands.geometries[j])), len(lumens))
-    return table[share >= .5*shapely.area(lumens)].reset_index(drop=True)
+    return table[share >= 0.5 * shapely.area(lumens)].reset_index(drop=True)
+
 
 def find_all(
-    read, # (name of a task, box) -> probabilities (C, h, w) uint8, 255 is 1
-    task: str, # a name of `HALO`
-    shape: tuple[int, int], # height and width of the picture
-    tile: int, # pixels of a side of a core
-    **kwargs, # of `find_in_window`
-) -> pd.DataFrame: # `x`, `y`, `left`, `top`, `right`, `bottom` in pixels; `n`, `type`, `probability`; `outline` in WKB
+    read,  # (name of a task, box) -> probabilities (C, h, w) uint8, 255 is 1
+    task: str,  # a name of `HALO`
+    shape: tuple[int, int],  # height and width of the picture
+    tile: int,  # pixels of a side of a core
+    **kwargs,  # of `find_in_window`
+) -> pd.DataFrame:  # `x`, `y`, `left`, `top`, `right`, `bottom` in pixels; `n`, `type`, `probability`; `outline` in WKB
     "The objects of a picture, window by window."
-    tables, edges = zip(*(find_in_window(read, task, at, shape, tile, **kwargs) for at in np.ndindex(*(-(-side//tile) for side in shape))), strict=True)
+    tables, edges = zip(
+        *(
+            find_in_window(read, task, at, shape, tile, **kwargs)
+            for at in np.ndindex(*(-(-side // tile) for side in shape))
+        ),
+        strict=True,
+    )
     return join(pd.concat(tables, ignore_index=True), pd.concat(edges))

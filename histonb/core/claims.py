@@ -20,44 +20,61 @@ from filelock import SoftFileLease, Timeout
 from .errors import BadInput, refusals_told
 
 # %% ../../nbs/00_core/05_claims.ipynb #cell-hold
-GRACE = 1. # seconds that a process which was just killed may take to end
-LEASE = 60. # seconds without a sign of life from another machine after which a claim is taken over
+GRACE = 1.0  # seconds that a process which was just killed may take to end
+LEASE = 60.0  # seconds without a sign of life from another machine after which a claim is taken over
+_LEFTOVER = re.compile(r"\..{1,40}-[0-9a-z_]{8}(\.[^.]{1,15})?|\.new-.*\.pt")  # names of `atomic_path`
 
-_LEFTOVER = re.compile(r"\..{1,40}-[0-9a-z_]{8}(\.[^.]{1,15})?|\.new-.*\.pt") # names of `atomic_path`
 
 def sweep(
-    folder, # that nobody else writes into now
+    folder,  # that nobody else writes into now
 ):
     "Remove what killed processes left half-written in a folder and below."
     for home, _, names in os.walk(folder):
-        for name in filter(_LEFTOVER.fullmatch, names): Path(home, name).unlink(missing_ok=True)
+        for name in filter(_LEFTOVER.fullmatch, names):
+            Path(home, name).unlink(missing_ok=True)
+
 
 @functools.cache
 def _host():
     "This machine as a claim names it."
-    with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder)/"claim") as lease:
+    with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "claim") as lease:
         return lease.owner.hostname
+
 
 def _claim_lost(loss):
     "End this process at once where another one writes in its place."
-    if loss.reason not in ("owner-changed", "evicted"): return
-    print(f"{loss.lock_file}: no sign of life for {LEASE:.0f} s, another process writes here now; this one ends.",
-          file=sys.stderr, flush=True)
+    if loss.reason not in ("owner-changed", "evicted"):
+        return
+    print(
+        f"{loss.lock_file}: no sign of life for {LEASE:.0f} s, another process writes here now; this one ends.",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)
+
 
 def _has_ended(pid):
     "Whether a process of this machine has ended, though its parent has not asked how."
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in "ZX"
-    except OSError: return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in "ZX"
+    except OSError:
+        return False
 
+# %% ../../nbs/00_core/05_claims.ipynb #cell-hold-2
 def _acquire(lease, path, wait, fault):
     "Take the claim, or refuse where its owner is alive."
-    first, told, began = None, False, time.monotonic()
+    first = None
+    told = False
+    began = time.monotonic()
     while True:
-        try: return lease.acquire(blocking=False)
-        except Timeout: owner = lease.owner
-        try: touched = os.stat(lease.lock_file).st_mtime_ns
-        except FileNotFoundError: continue  # released this moment
+        try:
+            return lease.acquire(blocking=False)
+        except Timeout:
+            owner = lease.owner
+        try:
+            touched = os.stat(lease.lock_file).st_mtime_ns
+        except FileNotFoundError:
+            continue  # released this moment
         here = owner is not None and owner.hostname == _host()
         silent = owner is None and time.monotonic() - began > LEASE  # no claim that anybody could read
         if silent or (here and _has_ended(owner.pid)):
@@ -69,16 +86,18 @@ def _acquire(lease, path, wait, fault):
         if alive and not wait and time.monotonic() - began > GRACE:
             raise BadInput(path, fault.format(who), "Wait for it, or choose another folder.")
         why = "waiting for it" if alive else f"waiting {LEASE:.0f} s for a sign of life"
-        if not told and (wait or not alive): print(f"{path}: {fault.format(who)}; {why}", flush=True)
+        if not told and (wait or not alive):
+            print(f"{path}: {fault.format(who)}; {why}", flush=True)
         told = told or wait or not alive
-        time.sleep(.2)
+        time.sleep(0.2)
 
+# %% ../../nbs/00_core/05_claims.ipynb #cell-hold-3
 @contextlib.contextmanager
 def hold(
-    path, # folder that this process alone shall write into, made where missing; or a file
-    claim=None, # file of the claim; by default `.lock` in the folder
-    wait: bool = False, # wait for another process instead of refusing
-    fault: str = "another process is writing here ({})", # of the error, with a place for the other process
+    path,  # folder that this process alone shall write into, made where missing; or a file
+    claim=None,  # file of the claim; by default `.lock` in the folder
+    wait: bool = False,  # wait for another process instead of refusing
+    fault: str = "another process is writing here ({})",  # of the error, with a place for the other process
 ):
     """Hold a folder for the length of a `with` block.
 
@@ -86,24 +105,31 @@ def hold(
     What killed processes left half-written is swept first."""
     path = Path(path)
     with refusals_told(path):
-        lock = Path(claim or path/".lock")
+        lock = Path(claim or path / ".lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
-        lease = SoftFileLease(lock, lease_duration=LEASE, heartbeat_interval=LEASE/6, thread_local=False,
-                              on_compromise=_claim_lost)
+        lease = SoftFileLease(
+            lock, lease_duration=LEASE, heartbeat_interval=LEASE / 6, thread_local=False, on_compromise=_claim_lost
+        )
         _acquire(lease, path, wait, fault)
         try:
-            if claim is None: sweep(path)
+            if claim is None:
+                sweep(path)
             yield
-        finally: lease.release()
+        finally:
+            lease.release()
 
+# %% ../../nbs/00_core/05_claims.ipynb #cell-hold-4
 def is_held(
-    claim, # file of a claim
-) -> bool: # also where its process is on another machine and may be gone
+    claim,  # file of a claim
+) -> bool:  # also where its process is on another machine and may be gone
     "Whether a process holds a claim."
-    lease = SoftFileLease(claim, lease_duration=LEASE, heartbeat_interval=LEASE/6, thread_local=False)
+    lease = SoftFileLease(claim, lease_duration=LEASE, heartbeat_interval=LEASE / 6, thread_local=False)
     owner = lease.owner
-    if owner is None or (owner.hostname == _host() and _has_ended(owner.pid)): return False
-    try: lease.acquire(blocking=False)
-    except (Timeout, OSError): return True
+    if owner is None or (owner.hostname == _host() and _has_ended(owner.pid)):
+        return False
+    try:
+        lease.acquire(blocking=False)
+    except (Timeout, OSError):
+        return True
     lease.release()
     return False

@@ -20,41 +20,50 @@ from .progress import progress
 
 # %% ../../nbs/00_core/06_digests.ipynb #cell-018
 def digest(
-    *parts, # JSON-able values, bytes, or `Path`s, whose content counts
-) -> str: # 16 hexadecimal digits
+    *parts,  # JSON-able values, bytes, or `Path`s, whose content counts
+) -> str:  # 16 hexadecimal digits
     "A key of content: equal inputs give equal keys, on any machine and in any order of dictionary keys."
     h = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, Path):
-            with open(part, "rb") as f: h.update(hashlib.file_digest(f, "blake2b").digest())
-        elif isinstance(part, bytes): h.update(part)
-        else: h.update(json.dumps(part, sort_keys=True, default=_plain).encode())
+            with open(part, "rb") as f:
+                h.update(hashlib.file_digest(f, "blake2b").digest())
+        elif isinstance(part, bytes):
+            h.update(part)
+        else:
+            h.update(json.dumps(part, sort_keys=True, default=_plain).encode())
         h.update(b"\x00")
     return h.hexdigest()
 
 # %% ../../nbs/00_core/06_digests.ipynb #cell-key
-SMALL = 2**20 # bytes up to which a file is read each time
+SMALL = 2**20  # bytes up to which a file is read each time
+
 
 def content_key(
-    path, # file
-) -> str: # 16 hexadecimal digits, its `digest`
+    path,  # file
+) -> str:  # 16 hexadecimal digits, its `digest`
     "Name a file by its content; of a large file that has not been written since, the key is remembered."
     stat = os.stat(path)
-    if stat.st_size <= SMALL: return digest(Path(path))
+    if stat.st_size <= SMALL:
+        return digest(Path(path))
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    memory = platformdirs.user_cache_path("histonb")/"keys"/f"{digest(os.path.realpath(path))}.json"
-    try: known = read_json(memory)
-    except (OSError, BadInput): known = None
-    if isinstance(known, dict) and known.get("state") == state: return known["key"]
+    memory = platformdirs.user_cache_path("histonb") / "keys" / f"{digest(os.path.realpath(path))}.json"
+    try:
+        known = read_json(memory)
+    except (OSError, BadInput):
+        known = None
+    if isinstance(known, dict) and known.get("state") == state:
+        return known["key"]
     key = digest(Path(path))
     with contextlib.suppress(OSError):  # a cache that cannot be written is done without
         write_json(memory, {"state": state, "key": key})
     return key
 
+
 def folder_keys(
-    folder, # that holds files, also in folders below
-    wanted=lambda name: True, # function of a file's path from the folder: whether it counts
-) -> dict: # path from the folder -> `content_key`, in the order of the names; "" for what is no readable file
+    folder,  # that holds files, also in folders below
+    wanted=lambda name: True,  # function of a file's path from the folder: whether it counts
+) -> dict:  # path from the folder -> `content_key`, in the order of the names; "" for what is no readable file
     "Name each file of a folder by its content."
     paths = sorted(Path(home, name) for home, _, names in os.walk(folder) for name in names)
     paths = [p for p in paths if wanted(p.relative_to(folder).as_posix())]

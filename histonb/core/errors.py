@@ -9,30 +9,33 @@ __all__ = ['printable', 'BadInput', 'disk_is_full', 'foreign_errors', 'nearest',
 import contextlib
 import difflib
 import errno
-import traceback
 import re
+import traceback
 import typing
 from pathlib import Path
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-005
 def printable(
-    text, # name of a file, or what a file holds
+    text,  # name of a file, or what a file holds
 ) -> str:
     "Spell out what stands in a text and is no letter: names from other systems, and JSON, may hold halves of characters."
     return str(text).encode(errors="backslashreplace").decode()
 
+
 class BadInput(ValueError):
     "An input that cannot be used: which one, its fault, and the remedy. Jobs quarantine these and go on."
+
     def __init__(
         self,
-        path, # file, folder, slide or parameter that is at fault
-        fault: str, # what is wrong with it
-        remedy: str, # what the reader can do about it
+        path,  # file, folder, slide or parameter that is at fault
+        fault: str,  # what is wrong with it
+        remedy: str,  # what the reader can do about it
     ):
         self.path, self.fault, self.remedy = map(printable, (path, fault, remedy))
         super().__init__(path, fault, remedy)  # all three, so that the error survives pickling between processes
 
-    def __str__(self): return f"{self.path}: {self.fault}. {self.remedy}"
+    def __str__(self):
+        return f"{self.path}: {self.fault}. {self.remedy}"
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-006b
 def disk_is_full(
@@ -41,25 +44,32 @@ def disk_is_full(
     "Tell whether an error says that the disk, or one's share of it, is full."
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
+
 @contextlib.contextmanager
 def foreign_errors(
-    path, # file that is read or worked on meanwhile
+    path,  # file that is read or worked on meanwhile
     remedy: str = "Copy or download it again, or leave it out.",
-    fault: str = "", # what it is then, such as "unreadable as CSV"; empty: unexpected, with its place
+    fault: str = "",  # what it is then, such as "unreadable as CSV"; empty: unexpected, with its place
 ):
     "Raise any exception but `BadInput` and a full disk as a `BadInput` of `path` that names its type."
-    try: yield
-    except BadInput: raise
+    try:
+        yield
+    except BadInput:
+        raise
     except Exception as e:
-        if disk_is_full(e): raise
+        if disk_is_full(e):
+            raise
         said = " ".join(str(e).split())[:200]
         said = f": {said}" if said else ""
-        if fault: raise BadInput(path, f"{fault} ({type(e).__name__}{said})", remedy) from e
+        if fault:
+            raise BadInput(path, f"{fault} ({type(e).__name__}{said})", remedy) from e
         raise BadInput(path, f"unexpected {type(e).__name__} in {_place(e)}{said}", remedy) from e
+
 
 def _place(error):
     "Name the last line of histonb's own, or of any other code, that an exception passed."
     import histonb
+
     package = Path(histonb.__file__).parent
     frames = traceback.extract_tb(error.__traceback__)[1:]
     last = ([f for f in frames if package in Path(f.filename).parents] or frames)[-1]
@@ -67,9 +77,9 @@ def _place(error):
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-008
 def nearest(
-    name: str, # what was asked for
-    names: typing.Iterable[str], # what there is
-) -> str: # a sentence: the nearest name, or all of them where none is near, or the first of very many
+    name: str,  # what was asked for
+    names: typing.Iterable[str],  # what there is
+) -> str:  # a sentence: the nearest name, or all of them where none is near, or the first of very many
     "Suggest the right name for a misspelt one."
     names = [str(n) for n in names]
     close = difflib.get_close_matches(str(name), names, n=1)
@@ -78,20 +88,24 @@ def nearest(
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-plain
 def plain(
-    text, # of a file or an error of another library
-    length: int = 100, # characters to keep
+    text,  # of a file or an error of another library
+    length: int = 100,  # characters to keep
 ) -> str:
     "Cut a foreign text to one readable line, without control characters."
     line = re.sub(r"\x1b\[[0-9;]*m", "", str(text)).strip().partition("\n")[0]
     line = "".join(c if c.isprintable() else "?" for c in line)
-    return line if len(line) <= length else line[:length - 3] + "..."
+    return line if len(line) <= length else line[: length - 3] + "..."
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-refusal
-_REFUSALS = { # number of the system's error: what is wrong, what to do
-    errno.ENOSPC: ("the disk is full (No space left on device)",
-                   "Free some disk space and run again: what is finished is kept."),
-    errno.EDQUOT: ("the disk is full (Disk quota exceeded)",
-                   "Free some disk space and run again: what is finished is kept."),
+_REFUSALS = {  # number of the system's error: what is wrong, what to do
+    errno.ENOSPC: (
+        "the disk is full (No space left on device)",
+        "Free some disk space and run again: what is finished is kept.",
+    ),
+    errno.EDQUOT: (
+        "the disk is full (Disk quota exceeded)",
+        "Free some disk space and run again: what is finished is kept.",
+    ),
     errno.EROFS: ("the file system can only be read", "Choose a folder that can be written to."),
     errno.EACCES: ("you have no permission to write here", "Choose another folder, or ask its owner for permission."),
     errno.EPERM: ("you have no permission to write here", "Choose another folder, or ask its owner for permission."),
@@ -104,36 +118,45 @@ _REFUSALS = { # number of the system's error: what is wrong, what to do
     errno.ESTALE: ("the network drive was lost", "Run again once it answers: what is finished is kept."),
 }
 
+
 class Refused(BadInput, OSError):
     "What the file system refused. Still an `OSError`, with its number, for no slide is to blame."
+
     def __init__(
         self,
-        path, # file or folder
-        fault: str, # what is wrong with it
-        remedy: str, # what the reader can do about it
-        errno: int, # number of the system's error
+        path,  # file or folder
+        fault: str,  # what is wrong with it
+        remedy: str,  # what the reader can do about it
+        errno: int,  # number of the system's error
     ):
         super().__init__(path, fault, remedy)
         self.errno = errno
 
-    def __reduce__(self): return Refused, (self.path, self.fault, self.remedy, self.errno)
+    def __reduce__(self):
+        return Refused, (self.path, self.fault, self.remedy, self.errno)
 
+# %% ../../nbs/00_core/01_errors.ipynb #cell-refusal-2
 def refusal(
-    error: OSError, # of writing or reading a file
-    path="", # what was being written, where the error does not name a file
-) -> Refused | None: # None for an error that is no refusal of the file system
+    error: OSError,  # of writing or reading a file
+    path="",  # what was being written, where the error does not name a file
+) -> Refused | None:  # None for an error that is no refusal of the file system
     "Say in one sentence what the file system refused, and what to do."
-    if isinstance(error, Refused): return error
-    if error.errno not in _REFUSALS: return None
+    if isinstance(error, Refused):
+        return error
+    if error.errno not in _REFUSALS:
+        return None
     return Refused(error.filename or path or "a file", *_REFUSALS[error.errno], error.errno)
+
 
 @contextlib.contextmanager
 def refusals_told(
-    path, # folder or file that is written
+    path,  # folder or file that is written
 ):
     "Turn what the file system refuses inside a `with` block into a `BadInput`."
-    try: yield
+    try:
+        yield
     except OSError as e:
         told = refusal(e, path)
-        if told is None or told is e: raise
+        if told is None or told is e:
+            raise
         raise told from e

@@ -19,7 +19,7 @@ from .errors import BadInput, foreign_errors
 # %% ../../nbs/00_core/04_files.ipynb #cell-011
 @contextlib.contextmanager
 def atomic_path(
-    path, # final name of the file; its folder is made where missing
+    path,  # final name of the file; its folder is made where missing
 ):
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any failure.
 
@@ -31,7 +31,8 @@ def atomic_path(
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield partial
-        with open(partial, "rb") as f: os.fsync(f.fileno())
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -39,46 +40,57 @@ def atomic_path(
 # %% ../../nbs/00_core/04_files.ipynb #cell-013
 def _plain(value):
     "What JSON cannot hold: numpy scalars and arrays as numbers and lists, anything else as text."
-    if hasattr(value, "tolist"): return value.tolist()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
+
 def as_json(
-    value, # dicts, lists, numbers, text; numpy values and dataclasses are converted
-): # dicts with texts as keys, lists, numbers, text
+    value,  # dicts, lists, numbers, text; numpy values and dataclasses are converted
+):  # dicts with texts as keys, lists, numbers, text
     "What would be read back if the value were written as JSON."
     return json.loads(json.dumps(value, default=_plain))
 
+
 def write_json(
-    path, # file to write, atomically
-    value, # dicts, lists, numbers, text; numpy values and dataclasses are converted
+    path,  # file to write, atomically
+    value,  # dicts, lists, numbers, text; numpy values and dataclasses are converted
 ):
     "Write `value` as indented JSON."
-    with atomic_path(path) as p: p.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
+    with atomic_path(path) as p:
+        p.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
+
 
 def read_json(
-    path, # file to read
+    path,  # file to read
 ):
     "Read a JSON file; a missing or broken one is a `BadInput`."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e: raise BadInput(path, "there is no such file", "Run the stage that writes it, or copy it again.") from e
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise BadInput(path, "there is no such file", "Run the stage that writes it, or copy it again.") from e
     except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a number of 5,000 digits, brackets without end
         raise BadInput(path, f"not valid JSON ({e})", "Delete it and run the stage that writes it again.") from e
 
+# %% ../../nbs/00_core/04_files.ipynb #cell-013-2
 def read_record(
-    path, # JSON file
-    *names: str, # that it must hold
+    path,  # JSON file
+    *names: str,  # that it must hold
 ) -> dict:
     "Read a JSON file of names and values; one of anything else, or without a name, is a `BadInput`."
-    record, remedy = read_json(path), "Copy it again, or run the stage that writes it again."
-    if not isinstance(record, dict): raise BadInput(path, "holds no names and values", remedy)
+    record = read_json(path)
+    remedy = "Copy it again, or run the stage that writes it again."
+    if not isinstance(record, dict):
+        raise BadInput(path, "holds no names and values", remedy)
     for name in names:
-        if name not in record: raise BadInput(path, f"no `{name}` in it", remedy)
+        if name not in record:
+            raise BadInput(path, f"no `{name}` in it", remedy)
     return record
 
 # %% ../../nbs/00_core/04_files.ipynb #cell-015
 def append_jsonl(
-    path, # log file, made where missing
-    row: dict, # one record
+    path,  # log file, made where missing
+    row: dict,  # one record
 ):
     "Add one record to a JSON-lines log; a last line that a crash cut short is taken out first."
     with open(path, "ab+") as f:
@@ -87,52 +99,68 @@ def append_jsonl(
             f.truncate(f.read().rfind(b"\n") + 1)
         f.write((json.dumps(row, default=_plain) + "\n").encode())
 
+
 def read_jsonl(
-    path, # log file
-) -> list: # the records, oldest first
+    path,  # log file
+) -> list:  # the records, oldest first
     "Read a JSON-lines log; a last line cut short by a crash is left out, any other broken line is a `BadInput`."
     rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
-        if not line: continue
-        try: row = json.loads(line)
-        except (ValueError, RecursionError) as e: row = e
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            row = e
         if not isinstance(row, dict):
-            raise BadInput(path, f"line {number} is not a record ({line[:40].decode(errors='replace')!r})",
-                           "Delete this line, or the whole log.")
+            raise BadInput(
+                path,
+                f"line {number} is not a record ({line[:40].decode(errors='replace')!r})",
+                "Delete this line, or the whole log.",
+            )
         rows.append(row)
     return rows
 
 # %% ../../nbs/00_core/04_files.ipynb #cell-016b
 def write_parquet(
-    path, # file to write, atomically
-    table, # pandas DataFrame; its index is not kept
+    path,  # file to write, atomically
+    table,  # pandas DataFrame; its index is not kept
 ):
     "Write a table with checksums."
-    with atomic_path(path) as p: table.to_parquet(p, index=False, write_page_checksum=True)
+    with atomic_path(path) as p:
+        table.to_parquet(p, index=False, write_page_checksum=True)
+
 
 def read_parquet(
-    path, # Parquet file
-    columns=(), # names of columns that it must have
+    path,  # Parquet file
+    columns=(),  # names of columns that it must have
     remedy: str = "Copy it again, or run the stage that writes it again.",
-    only: bool = False, # read these columns alone
-): # pandas DataFrame
+    only: bool = False,  # read these columns alone
+):  # pandas DataFrame
     "Read a table; a missing or damaged one, or one that lacks a column, is a `BadInput`."
     import pandas as pd
     import pyarrow.parquet
-    if not Path(path).is_file(): raise BadInput(path, "there is no such table", remedy)
+
+    if not Path(path).is_file():
+        raise BadInput(path, "there is no such table", remedy)
     with foreign_errors(path, remedy, "unreadable as a Parquet table"):
         names = pyarrow.parquet.read_schema(path).names
         for name in columns:
-            if name not in names: raise BadInput(path, f"no column `{name}` among {', '.join(map(str, names))}", remedy)
+            if name not in names:
+                raise BadInput(path, f"no column `{name}` among {', '.join(map(str, names))}", remedy)
         return pd.read_parquet(path, columns=[*columns] if only else None, page_checksum_verification=True)
 
 # %% ../../nbs/00_core/04_files.ipynb #cell-027
 def repo_root(
-    start=None, # folder to search from, upwards; the working folder by default
-) -> Path: # the folder that holds settings.ini and nbs/
+    start=None,  # folder to search from, upwards; the working folder by default
+) -> Path:  # the folder that holds settings.ini and nbs/
     "Find the repository: upwards from `start`, or where the library was installed from in editable mode."
     import histonb
+
     start = Path(start or os.getcwd()).resolve()
     for folder in (start, *start.parents, Path(histonb.__file__).resolve().parents[1]):
-        if (folder/"settings.ini").exists() and (folder/"nbs").is_dir(): return folder
-    raise BadInput(start, "no histonb repository here or above", "Change into a clone of it: the notebooks and studies live there.")
+        if (folder / "settings.ini").exists() and (folder / "nbs").is_dir():
+            return folder
+    raise BadInput(
+        start, "no histonb repository here or above", "Change into a clone of it: the notebooks and studies live there."
+    )

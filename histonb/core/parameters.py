@@ -13,7 +13,7 @@ import typing
 from .errors import BadInput, nearest
 
 # %% ../../nbs/00_core/02_parameters.ipynb #cell-ranges
-_WITHIN = { # words of an error -> whether a number lies within
+_WITHIN = {  # words of an error -> whether a number lies within
     "above 0": lambda x: x > 0,
     "0 or more": lambda x: x >= 0,
     "1 or more": lambda x: x >= 1,
@@ -26,8 +26,7 @@ _WITHIN = { # words of an error -> whether a number lies within
     "from 1 to 255": lambda x: 1 <= x <= 255,
     "of any size": lambda x: True,
 }
-
-RANGES = { # where the numbers of a parameter lie; of a list, each of them
+RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     "above 0": "lr student_temp teacher_temp teacher_temp_start width zoom sigma knn_every",
     "0 or more": """
         epochs min_lr weight_decay weight_decay_end clip warmup_epochs freeze_last_epochs teacher_temp_epochs
@@ -53,23 +52,34 @@ RANGES = { # where the numbers of a parameter lie; of a list, each of them
     "of any size": "class_blocks norm_blocks channel_blocks",
 }
 _RANGE_OF = {name: words for words, names in RANGES.items() for name in names.split()}
-_COUNTS = { # numbers in a list that is not empty
-    "mean": 3, "std": 3, "global_scale": 2, "local_scale": 2, "mask_share": 2, "fractions": 3}
-_RISING = ("global_scale", "local_scale", "mask_share") # least and most
+
+# %% ../../nbs/00_core/02_parameters.ipynb #cell-ranges-2
+_COUNTS = {  # numbers in a list that is not empty
+    "mean": 3,
+    "std": 3,
+    "global_scale": 2,
+    "local_scale": 2,
+    "mask_share": 2,
+    "fractions": 3,
+}
+_RISING = ("global_scale", "local_scale", "mask_share")  # least and most
+
 
 def _numbers(value):
     "The numbers of a parameter's value; none where it is no number."
     values = value if isinstance(value, (list, tuple)) else [value]
     return [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
+# %% ../../nbs/00_core/02_parameters.ipynb #cell-ranges-3
 def check_ranges(
-    values: dict, # parameters by name
-    source="parameters", # where they come from, for the error
-    **own: str, # name -> its range in this place, of the words of `RANGES`
+    values: dict,  # parameters by name
+    source="parameters",  # where they come from, for the error
+    **own: str,  # name -> its range in this place, of the words of `RANGES`
 ):
     "Refuse numbers that no run could use: out of range, not finite, too few or too many, least and most exchanged."
     for name, value in values.items():
-        numbers, words = _numbers(value), own.get(name) or _RANGE_OF.get(name, "of any size")
+        numbers = _numbers(value)
+        words = own.get(name) or _RANGE_OF.get(name, "of any size")
         if not all(abs(v) <= sys.float_info.max and _WITHIN[words](v) for v in numbers):
             raise BadInput(source, f"`{name}` is {value!r}", f"Choose a number {words}.")
         count = _COUNTS.get(name)
@@ -77,38 +87,60 @@ def check_ranges(
             raise BadInput(source, f"`{name}` is {value!r}", f"Give {count} numbers.")
         if name in _RISING and list(numbers) != sorted(numbers):
             raise BadInput(source, f"`{name}` is {value!r}", "Give the least first, then the most.")
-    least, rate = values.get("min_lr"), values.get("lr")
-    peak = rate*(values.get("batch_size") or 256)/256 if rate else None
+    least = values.get("min_lr")
+    rate = values.get("lr")
+    peak = rate * (values.get("batch_size") or 256) / 256 if rate else None
     if least and peak and least > peak:
-        raise BadInput(source, f"`min_lr` is {least:g}, above the peak lr * batch_size/256 = {peak:g}", "Lower min_lr, or raise lr.")
+        raise BadInput(
+            source,
+            f"`min_lr` is {least:g}, above the peak lr * batch_size/256 = {peak:g}",
+            "Lower min_lr, or raise lr.",
+        )
 
 # %% ../../nbs/00_core/02_parameters.ipynb #cell-021
 def _fits(value, hint) -> bool:
     "Whether `value` may stand where the annotation `hint` does; an int fits a float, a list fits a tuple."
     options = typing.get_args(hint)
     origin = typing.get_origin(hint)
-    if hint is typing.Any: return True
-    if origin is None: return type(value) in (int, float) if hint is float else (
-        type(value) is int if hint is int else isinstance(value, hint))
-    if origin in (tuple, list): return isinstance(value, (tuple, list)) and all(_fits(v, options[0]) for v in value)
-    if origin is typing.Literal: return value in options
+    if hint is typing.Any:
+        return True
+    if origin is None:
+        return (
+            type(value) in (int, float)
+            if hint is float
+            else (type(value) is int if hint is int else isinstance(value, hint))
+        )
+    if origin in (tuple, list):
+        return isinstance(value, (tuple, list)) and all(_fits(v, options[0]) for v in value)
+    if origin is typing.Literal:
+        return value in options
     return any(_fits(value, o) for o in options)
 
+# %% ../../nbs/00_core/02_parameters.ipynb #cell-021-2
 def build(
-    cls, # a dataclass
-    values: dict, # its fields by name
-    source="parameters", # where they come from, for the error
-): # the instance
+    cls,  # a dataclass
+    values: dict,  # its fields by name
+    source="parameters",  # where they come from, for the error
+):  # the instance
     "Build a dataclass from a dictionary, refusing unknown keys, values of another type and numbers out of their range."
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        if key not in hints: raise BadInput(source, f"unknown parameter `{key}`", nearest(str(key), hints))
+        if key not in hints:
+            raise BadInput(source, f"unknown parameter `{key}`", nearest(str(key), hints))
         if not _fits(value, hints[key]):
             want = getattr(hints[key], "__name__", None) if typing.get_origin(hints[key]) is None else hints[key]
             raise BadInput(source, f"`{key}` is {value!r}, not of type {want}", "Correct the value.")
     check_ranges(values, source)
-    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if lacking: raise BadInput(source, f"`{lacking[0]}` is missing", "Give it.")
-    return cls(**{k: tuple(v) if isinstance(v, list) and typing.get_origin(hints[k]) is tuple else v
-                  for k, v in values.items()})
+    lacking = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if lacking:
+        raise BadInput(source, f"`{lacking[0]}` is missing", "Give it.")
+    return cls(
+        **{
+            k: tuple(v) if isinstance(v, list) and typing.get_origin(hints[k]) is tuple else v
+            for k, v in values.items()
+        }
+    )

@@ -11,36 +11,45 @@ import sys
 import time
 
 # %% ../../nbs/00_core/03_progress.ipynb #cell-024
-def in_notebook() -> bool: # False in a batch job, where nobody looks
+def in_notebook() -> bool:  # False in a batch job, where nobody looks
     "Whether a cell of a notebook runs this, for a person to see."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel") and not os.environ.get("HISTONB_BATCH")
 
-def _in_batch(): return bool(os.environ.get("HISTONB_BATCH")) or not (sys.stderr.isatty() or in_notebook())
 
+def _in_batch():
+    return bool(os.environ.get("HISTONB_BATCH")) or not (sys.stderr.isatty() or in_notebook())
+
+# %% ../../nbs/00_core/03_progress.ipynb #cell-024-2
 class progress:
     "Iterate while showing how far it is: a bar for people, plain lines (at most one every `every` seconds) in batch logs."
+
     def __init__(
         self,
-        items=(), # what to iterate over; leave out and call `update` to drive it by hand
-        desc: str = "", # what is being done
-        total: int | None = None, # number of items where it has no length
-        unit: str = "it", # what one item is
-        every: float = 10., # seconds between lines in a batch log
+        items=(),  # what to iterate over; leave out and call `update` to drive it by hand
+        desc: str = "",  # what is being done
+        total: int | None = None,  # number of items where it has no length
+        unit: str = "it",  # what one item is
+        every: float = 10.0,  # seconds between lines in a batch log
     ):
         self.items, self.desc, self.unit, self.every = items, desc, unit, every
         self.total = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
-        self.n, self.start, self.last, self.note = 0, time.monotonic(), time.monotonic(), ""
+        self.n = 0
+        self.start = time.monotonic()
+        self.last = time.monotonic()
+        self.note = ""
         self.bar = None
         if not _in_batch():
             from tqdm.auto import tqdm
+
             self.bar = tqdm(desc=desc, total=self.total, unit=unit, leave=False)
 
     def update(self, n=1, note=""):
         "Count `n` more items; `note` is shown beside the count."
         self.n, self.note = self.n + n, note or self.note
         if self.bar is not None:
-            if note: self.bar.set_postfix_str(note, refresh=False)
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
         elif time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
@@ -48,12 +57,13 @@ class progress:
 
     def line(self):
         "The state as one line of text."
-        rate = self.n/max(time.monotonic() - self.start, 1e-9)
-        left = f", {(self.total - self.n)/rate:.0f} s left" if self.total and rate else ""
+        rate = self.n / max(time.monotonic() - self.start, 1e-9)
+        left = f", {(self.total - self.n) / rate:.0f} s left" if self.total and rate else ""
         return f"{self.desc}: {self.n}{f'/{self.total}' if self.total else ''} {self.unit}, {rate:.3g} {self.unit}/s{left} {self.note}".rstrip()
 
     def close(self):
-        if self.bar is not None: self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def __iter__(self):
         with self:
@@ -61,5 +71,8 @@ class progress:
                 yield item
                 self.update()
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

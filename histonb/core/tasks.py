@@ -12,43 +12,80 @@ import re
 from .errors import BadInput, nearest, plain
 
 # %% ../../nbs/00_core/07_tasks.ipynb #cell-005
-REGIONS = ("background", "inner", "contour") # classes of a pixel, of every task that finds instances
-TISSUES = ("background", "abnormal epithelium", "normal epithelium", "inflammatory", "muscle", "stroma", "debris", "mucous", "adipose")
+REGIONS = ("background", "inner", "contour")  # classes of a pixel, of every task that finds instances
+TISSUES = (
+    "background",
+    "abnormal epithelium",
+    "normal epithelium",
+    "inflammatory",
+    "muscle",
+    "stroma",
+    "debris",
+    "mucous",
+    "adipose",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     "One thing that the network tells of a picture at 0.5 um/px."
-    name: str # by which everything else calls it
-    kind: str # "instances", "types" or "patch"
-    classes: tuple[str, ...] = REGIONS # of the output's channels
-    of: str = "" # types: the task whose objects have these types
-    kernel: int = 0 # instances: pixels of the ellipse that erodes and dilates them
-    weight: float = 1. # of its loss among those of all tasks
-    class_weights: tuple[float, ...] = () # types: of each class but 0 in the loss; empty: all alike
 
-TASKS = {task.name: task for task in (
-    Task("gland", "instances", kernel=11, weight=1.4),
-    Task("lumen", "instances", kernel=3, weight=1.5),
-    Task("nucleus", "instances", kernel=3),
-    Task("gland-type", "types", ("none", "benign", "malignant"), of="gland"),
-    Task("gland-type-cerberus", "types", ("none", "gland", "surface epithelium"), of="gland"),
-    Task("nucleus-type", "types", ("none", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective"), of="nucleus",
-         class_weights=(12., 1., 2., 6., 12., 2.)),
-    Task("nucleus-type-consep", "types", ("none", "other", "inflammatory", "epithelial", "spindle-shaped"), of="nucleus"),
-    Task("nucleus-type-pannuke", "types", ("none", "neoplastic", "inflammatory", "connective", "dead", "epithelial"), of="nucleus"),
-    Task("tissue", "patch", TISSUES, weight=.4),
-)}
+    name: str  # by which everything else calls it
+    kind: str  # "instances", "types" or "patch"
+    classes: tuple[str, ...] = REGIONS  # of the output's channels
+    of: str = ""  # types: the task whose objects have these types
+    kernel: int = 0  # instances: pixels of the ellipse that erodes and dilates them
+    weight: float = 1.0  # of its loss among those of all tasks
+    class_weights: tuple[float, ...] = ()  # types: of each class but 0 in the loss; empty: all alike
 
+# %% ../../nbs/00_core/07_tasks.ipynb #cell-005-2
+TASKS = {
+    task.name: task
+    for task in (
+        Task("gland", "instances", kernel=11, weight=1.4),
+        Task("lumen", "instances", kernel=3, weight=1.5),
+        Task("nucleus", "instances", kernel=3),
+        Task("gland-type", "types", ("none", "benign", "malignant"), of="gland"),
+        Task("gland-type-cerberus", "types", ("none", "gland", "surface epithelium"), of="gland"),
+        Task(
+            "nucleus-type",
+            "types",
+            ("none", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective"),
+            of="nucleus",
+            class_weights=(12.0, 1.0, 2.0, 6.0, 12.0, 2.0),
+        ),
+        Task(
+            "nucleus-type-consep",
+            "types",
+            ("none", "other", "inflammatory", "epithelial", "spindle-shaped"),
+            of="nucleus",
+        ),
+        Task(
+            "nucleus-type-pannuke",
+            "types",
+            ("none", "neoplastic", "inflammatory", "connective", "dead", "epithelial"),
+            of="nucleus",
+        ),
+        Task("tissue", "patch", TISSUES, weight=0.4),
+    )
+}
+
+# %% ../../nbs/00_core/07_tasks.ipynb #cell-005-3
 def find_tasks(
-    names, # names of `TASKS`, or `Task`s of one's own
-) -> tuple[Task, ...]: # in the order given
+    names,  # names of `TASKS`, or `Task`s of one's own
+) -> tuple[Task, ...]:  # in the order given
     "The tasks of these names; an unknown or repeated one is `BadInput`."
     tasks = [name if isinstance(name, Task) else TASKS.get(name, name) for name in names]
     for task in tasks:
-        if not isinstance(task, Task): raise BadInput(task, "no such task", nearest(task, TASKS))
+        if not isinstance(task, Task):
+            raise BadInput(task, "no such task", nearest(task, TASKS))
         if not re.fullmatch(r"\w[\w -]*", task.name):
             raise BadInput(plain(task.name), "cannot be the name of a task", "Use letters, digits and hyphens.")
-        if task.kind not in ("instances", "types", "patch"): raise BadInput(task.name, f"a task of unknown kind `{task.kind}`", nearest(task.kind, ("instances", "types", "patch")))
+        if task.kind not in ("instances", "types", "patch"):
+            raise BadInput(
+                task.name, f"a task of unknown kind `{task.kind}`", nearest(task.kind, ("instances", "types", "patch"))
+            )
     twice = {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}
-    if twice or not tasks: raise BadInput(", ".join(twice) or "tasks", "named twice" if twice else "there is none", "Name each task once.")
+    if twice or not tasks:
+        raise BadInput(", ".join(twice) or "tasks", "named twice" if twice else "there is none", "Name each task once.")
     return tuple(tasks)

@@ -15,91 +15,116 @@ from ..core.errors import BadInput
 from ..core.progress import progress
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-005
-ROWS = 8192 # rows read at a time
+ROWS = 8192  # rows read at a time
+
 
 def blocks(
-    n: int, # rows
-    size: int = ROWS, # rows of a block
-) -> list[slice]: # the last may be shorter
+    n: int,  # rows
+    size: int = ROWS,  # rows of a block
+) -> list[slice]:  # the last may be shorter
     "Cut rows into blocks."
     return [slice(a, min(a + size, n)) for a in range(0, n, size)]
 
+# %% ../../nbs/09_curate/01_clusters.ipynb #cell-005-2
 class UnitRows:
     "Rows of a feature matrix, each of length 1 in float32, made when they are read: `x[rows]`. A view: nothing is copied."
+
     def __init__(
         self,
-        features, # (N,D) array or memory map of float16 or float32
-        moments=None, # mean (D,) and standard deviation (D,) to standardise by; None: as they are
-        name: str = "features", # what errors call them
-        rows=None, # row numbers to look at; None: all
+        features,  # (N,D) array or memory map of float16 or float32
+        moments=None,  # mean (D,) and standard deviation (D,) to standardise by; None: as they are
+        name: str = "features",  # what errors call them
+        rows=None,  # row numbers to look at; None: all
     ):
         self.features, self.moments, self.rows = features, moments, rows
         if getattr(features, "ndim", 0) != 2 or not len(features):
-            raise BadInput(name, f"expected an array (N,D) with at least one row, got {np.shape(features)}", "Give one feature vector a tile.")
-        if rows is None: self._check(name)
+            raise BadInput(
+                name,
+                f"expected an array (N,D) with at least one row, got {np.shape(features)}",
+                "Give one feature vector a tile.",
+            )
+        if rows is None:
+            self._check(name)
 
     def _check(self, name):
         for block in blocks(len(self.features)):
             size = np.linalg.norm(np.asarray(self.features[block], np.float32), axis=1)
             for fault, bad in (("NaN or infinite values", ~np.isfinite(size)), ("nothing but zeros", size == 0)):
                 if bad.any():
-                    raise BadInput(name, f"{fault} in row {block.start + bad.argmax()}", "Look at this tile, drop it from the table, or extract the features again.")
+                    raise BadInput(
+                        name,
+                        f"{fault} in row {block.start + bad.argmax()}",
+                        "Look at this tile, drop it from the table, or extract the features again.",
+                    )
 
     @property
-    def shape(self): return len(self), self.features.shape[1]
+    def shape(self):
+        return len(self), self.features.shape[1]
 
-    def __len__(self): return len(self.features if self.rows is None else self.rows)
+    def __len__(self):
+        return len(self.features if self.rows is None else self.rows)
 
     def __getitem__(self, i):
         x = np.asarray(self.features[i if self.rows is None else self.rows[i]], np.float32)
-        if self.moments is not None: x = (x - self.moments[0])/self.moments[1]
-        return x/np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
+        if self.moments is not None:
+            x = (x - self.moments[0]) / self.moments[1]
+        return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
 
     def take(
         self,
-        rows, # row numbers, ascending so that a file is read in its order
-    ): # a view of these rows
+        rows,  # row numbers, ascending so that a file is read in its order
+    ):  # a view of these rows
         "Some of the rows."
         return UnitRows(self.features, self.moments, rows=rows if self.rows is None else self.rows[rows])
 
+# %% ../../nbs/09_curate/01_clusters.ipynb #cell-005-3
 def unit(
-    x, # (N,D) array, or `UnitRows`
+    x,  # (N,D) array, or `UnitRows`
 ) -> UnitRows:
     "See an array as rows of length 1."
     return x if isinstance(x, UnitRows) else UnitRows(x)
 
+
 def moments(
-    features, # (N,D) array or memory map
-) -> tuple[np.ndarray, np.ndarray]: # mean (D,) and standard deviation (D,), 1 where a number does not vary; float32
+    features,  # (N,D) array or memory map
+) -> tuple[np.ndarray, np.ndarray]:  # mean (D,) and standard deviation (D,), 1 where a number does not vary; float32
     "What `UnitRows` standardises by, from one pass."
-    n, first = len(features), np.asarray(features[0], np.float64)  # offsets from one row: no digits are lost to a large mean
-    sums, squares = np.zeros_like(first), np.zeros_like(first)
+    # offsets from one row: no digits are lost to a large mean
+    n = len(features)
+    first = np.asarray(features[0], np.float64)
+    sums = np.zeros_like(first)
+    squares = np.zeros_like(first)
     for block in blocks(n):
         x = np.asarray(features[block], np.float64) - first
         sums += x.sum(0)
-        squares += (x*x).sum(0)
-    mean = sums/n
-    std = np.sqrt((squares/n - mean**2).clip(0))
-    return (first + mean).astype(np.float32), np.where(std > 1e-6*(1 + abs(first + mean)), std, 1).astype(np.float32)
+        squares += (x * x).sum(0)
+    mean = sums / n
+    std = np.sqrt((squares / n - mean**2).clip(0))
+    return (first + mean).astype(np.float32), np.where(std > 1e-6 * (1 + abs(first + mean)), std, 1).astype(np.float32)
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-009
 def neighbours(
-    queries, # (Q,D) features, or `UnitRows`
-    base, # (N,D) features, or `UnitRows`
-    k: int = 1, # neighbours wanted, at most N
-    desc: str = "neighbours", # what the progress bar says
-) -> tuple[np.ndarray, np.ndarray]: # rows of the base (Q,k) int64, nearest first; their cosines (Q,k) float32
+    queries,  # (Q,D) features, or `UnitRows`
+    base,  # (N,D) features, or `UnitRows`
+    k: int = 1,  # neighbours wanted, at most N
+    desc: str = "neighbours",  # what the progress bar says
+) -> tuple[np.ndarray, np.ndarray]:  # rows of the base (Q,k) int64, nearest first; their cosines (Q,k) float32
     "The nearest rows by cosine, exactly, without holding all pairs."
-    queries, base = unit(queries), unit(base)
+    queries = unit(queries)
+    base = unit(base)
     if queries.shape[1] != base.shape[1]:
-        raise BadInput("features", f"{queries.shape[1]} numbers a tile against {base.shape[1]}", "Take both from the same encoder.")
-    if not 1 <= k <= len(base): raise BadInput("neighbours", f"{k} are wanted of {len(base)} rows", f"Ask for 1 to {len(base)}.")
-    index, cosine = torch.zeros(len(queries), k, dtype=torch.int64), torch.full((len(queries), k), -torch.inf)
-    with progress(desc=desc, total=len(blocks(len(base)))*len(queries), unit="tiles") as bar:
+        raise BadInput(
+            "features", f"{queries.shape[1]} numbers a tile against {base.shape[1]}", "Take both from the same encoder."
+        )
+    if not 1 <= k <= len(base):
+        raise BadInput("neighbours", f"{k} are wanted of {len(base)} rows", f"Ask for 1 to {len(base)}.")
+    index = torch.zeros(len(queries), k, dtype=torch.int64)
+    cosine = torch.full((len(queries), k), -torch.inf)
+    with progress(desc=desc, total=len(blocks(len(base))) * len(queries), unit="tiles") as bar:
         for part in blocks(len(base)):
             columns = torch.from_numpy(base[part]).T
             for q in blocks(len(queries), 1024):
-                s = torch.from_numpy(queries[q])@columns
+                s = torch.from_numpy(queries[q]) @ columns
                 best, i = s.max(1, keepdim=True) if k == 1 else s.topk(min(k, s.shape[1]), 1)
                 best, order = torch.cat([cosine[q], best], 1).sort(dim=1, descending=True, stable=True)
                 index[q], cosine[q] = torch.cat([index[q], i + part.start], 1).gather(1, order)[:, :k], best[:, :k]
@@ -107,35 +132,42 @@ def neighbours(
     return index.numpy(), cosine.numpy()
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-013
-PER_CENTRE = 8 # rows of a batch, for each centre
+PER_CENTRE = 8  # rows of a batch, for each centre
 
+# %% ../../nbs/09_curate/01_clusters.ipynb #cell-013-2
 def kmeans(
-    x, # (N,D) features, or `UnitRows`
-    k: int, # centres wanted, at most N
-    seed: int = 0, # of the start and of the batches
-    steps: int = 10, # batches
-) -> np.ndarray: # centres (k,D) of length 1, float32
+    x,  # (N,D) features, or `UnitRows`
+    k: int,  # centres wanted, at most N
+    seed: int = 0,  # of the start and of the batches
+    steps: int = 10,  # batches
+) -> np.ndarray:  # centres (k,D) of length 1, float32
     "Learn centres by cosine from random batches."
-    x, rng = unit(x), np.random.default_rng(seed)
-    if not 1 <= k <= len(x): raise BadInput("clusters", f"{k} are wanted of {len(x)} tiles", "Ask for fewer clusters than there are tiles.")
-    size = min(len(x), max(PER_CENTRE*k, ROWS))
+    x = unit(x)
+    rng = np.random.default_rng(seed)
+    if not 1 <= k <= len(x):
+        raise BadInput("clusters", f"{k} are wanted of {len(x)} tiles", "Ask for fewer clusters than there are tiles.")
+    size = min(len(x), max(PER_CENTRE * k, ROWS))
 
-    def draw(): return np.sort(rng.choice(len(x), size, replace=False))
+    def draw():
+        return np.sort(rng.choice(len(x), size, replace=False))
+
     def far(rows, cosine, n):
         p = (1 - cosine[:, 0]).clip(0).astype(np.float64) + 1e-9
-        return x[np.sort(rng.choice(rows, n, replace=False, p=p/p.sum()))]
+        return x[np.sort(rng.choice(rows, n, replace=False, p=p / p.sum()))]
 
-    centres = x[np.sort(rng.choice(len(x), k - k//2, replace=False))]
+    centres = x[np.sort(rng.choice(len(x), k - k // 2, replace=False))]
     if k > 1:
         rows = draw()
-        centres = np.concatenate([centres, far(rows, neighbours(x.take(rows), centres, desc="start")[1], k//2)])
-    totals, weights = torch.zeros(k, x.shape[1]), torch.zeros(k)
+        centres = np.concatenate([centres, far(rows, neighbours(x.take(rows), centres, desc="start")[1], k // 2)])
+    totals = torch.zeros(k, x.shape[1])
+    weights = torch.zeros(k)
     for _ in progress(range(steps), f"{k} clusters", unit="steps"):
         rows = draw()
         index, cosine = neighbours(x.take(rows), centres, desc="a step")
-        totals *= .5
-        weights = weights*.5 + torch.from_numpy(np.bincount(index[:, 0], minlength=k))
-        for block in blocks(size): totals.index_add_(0, torch.from_numpy(index[block, 0]), torch.from_numpy(x[rows[block]]))
+        totals *= 0.5
+        weights = weights * 0.5 + torch.from_numpy(np.bincount(index[:, 0], minlength=k))
+        for block in blocks(size):
+            totals.index_add_(0, torch.from_numpy(index[block, 0]), torch.from_numpy(x[rows[block]]))
         lost = (weights < 1) | (totals.norm(dim=1) == 0)
         if lost.any():
             totals[lost] = torch.from_numpy(far(rows, cosine, int(lost.sum())))
@@ -145,25 +177,32 @@ def kmeans(
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-018
 def cluster_levels(
-    n: int, # tiles
-) -> tuple[int, int]: # clusters; clusters of clusters
+    n: int,  # tiles
+) -> tuple[int, int]:  # clusters; clusters of clusters
     "How many clusters suit so many tiles."
-    first = max(n//100, math.isqrt(n))
-    return first, max(first//10, 1)
+    first = max(n // 100, math.isqrt(n))
+    return first, max(first // 10, 1)
+
 
 def hierarchy(
-    x, # (N,D) features, or `UnitRows`
-    levels=(), # clusters of each level, falling, at most N; empty: `cluster_levels`
-    seed: int = 0, # of the starts and of the batches
-) -> tuple[np.ndarray, list[np.ndarray]]: # centres (K,D) of the first level; for each level the cluster of every row, (N,) int64
+    x,  # (N,D) features, or `UnitRows`
+    levels=(),  # clusters of each level, falling, at most N; empty: `cluster_levels`
+    seed: int = 0,  # of the starts and of the batches
+) -> tuple[
+    np.ndarray, list[np.ndarray]
+]:  # centres (K,D) of the first level; for each level the cluster of every row, (N,) int64
     "k-means, then k-means on its centres, and so on. None of the clusters is empty."
     x, levels = unit(x), tuple(levels) or cluster_levels(len(x))
-    if any(b > a for a, b in zip(levels, levels[1:])): raise BadInput("levels", f"{levels} do not fall", "Give each level fewer clusters than the one before.")
-    first, member, found = None, np.arange(len(x)), []
+    if any(b > a for a, b in zip(levels, levels[1:])):
+        raise BadInput("levels", f"{levels} do not fall", "Give each level fewer clusters than the one before.")
+    first = None
+    member = np.arange(len(x))
+    found = []
     for k in levels:
         centres = kmeans(x, min(k, len(x)) if found else k, seed)  # a level before it may have lost empty clusters
         used, cluster = np.unique(neighbours(x, centres, desc="assignment")[0][:, 0], return_inverse=True)
-        x, member = centres[used], cluster[member]
+        x = centres[used]
+        member = cluster[member]
         first = x if first is None else first
         found.append(member)
     return first, found

@@ -20,90 +20,110 @@ from ..core.progress import progress
 from .clusters import UnitRows, blocks, hierarchy, kmeans, moments, neighbours, unit
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-005
-PAIRS = 1 << 24 # cosines held at once: 64 MB
+PAIRS = 1 << 24  # cosines held at once: 64 MB
+
 
 def _cut(threshold, name="threshold"):
     "The threshold, less what float32 loses: equal rows reach 1."
-    if not -1 < threshold <= 1: raise BadInput(name, f"{threshold} is no cosine to cut at", "Give a number above -1 and at most 1, such as .95.")
+    if not -1 < threshold <= 1:
+        raise BadInput(
+            name, f"{threshold} is no cosine to cut at", "Give a number above -1 and at most 1, such as .95."
+        )
     return threshold - 1e-6
+
 
 def _join(n, i, j):
     "Connected components, (n,) ids, of the links i-j."
     return connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), (n, n)), directed=False)[1]
 
+
 def linked(
-    x: np.ndarray, # (M,D) rows of length 1, float32
-    cut: float, # cosine from which two are linked
-) -> np.ndarray: # (M,) id of the set each row is in
+    x: np.ndarray,  # (M,D) rows of length 1, float32
+    cut: float,  # cosine from which two are linked
+) -> np.ndarray:  # (M,) id of the set each row is in
     "Sets of linked rows, from all pairs."
-    rows, label = torch.from_numpy(x), np.arange(len(x))
-    for part in blocks(len(x), max(1, PAIRS//len(x))):
-        i, j = torch.nonzero(rows[part]@rows[part.start:].T >= cut, as_tuple=True)
+    rows = torch.from_numpy(x)
+    label = np.arange(len(x))
+    for part in blocks(len(x), max(1, PAIRS // len(x))):
+        i, j = torch.nonzero(rows[part] @ rows[part.start :].T >= cut, as_tuple=True)
         i, j = part.start + i[i < j].numpy(), part.start + j[i < j].numpy()
-        if len(i): label = _join(len(x), label[i], label[j])[label]
+        if len(i):
+            label = _join(len(x), label[i], label[j])[label]
     return label
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-009
-EXACT = 20_000 # tiles up to which all pairs are searched
+EXACT = 20_000  # tiles up to which all pairs are searched
+
 
 def components(
-    x, # (N,D) features, or `UnitRows`
-    threshold: float, # cosine from which two are linked
-    cells: int = 0, # cells to search in; 1: all pairs; 0: by the number of tiles
-    seed: int = 0, # of the cells
-) -> np.ndarray: # (N,) id of the set each row is in
+    x,  # (N,D) features, or `UnitRows`
+    threshold: float,  # cosine from which two are linked
+    cells: int = 0,  # cells to search in; 1: all pairs; 0: by the number of tiles
+    seed: int = 0,  # of the cells
+) -> np.ndarray:  # (N,) id of the set each row is in
     "Sets of rows that are linked directly or through others."
-    x, cut = unit(x), _cut(threshold)
-    cells = cells or (1 if len(x) <= EXACT else 2*math.isqrt(len(x)))
-    if cells == 1: return linked(x[:], cut)
+    x = unit(x)
+    cut = _cut(threshold)
+    cells = cells or (1 if len(x) <= EXACT else 2 * math.isqrt(len(x)))
+    if cells == 1:
+        return linked(x[:], cut)
     near = neighbours(x, kmeans(x, cells, seed), 2, "cells")[0].ravel()
     order = np.argsort(near, kind="stable")
-    bounds, links = np.searchsorted(near[order], np.arange(cells + 1)), []
+    bounds = np.searchsorted(near[order], np.arange(cells + 1))
+    links = []
     for a, b in progress(list(zip(bounds, bounds[1:])), "near-duplicates", unit="cells"):
-        if b - a < 2: continue
-        rows = order[a:b]//2
+        if b - a < 2:
+            continue
+        rows = order[a:b] // 2
         _, first, which = np.unique(linked(x[rows], cut), return_index=True, return_inverse=True)
         links.append(np.stack([rows, rows[first][which]])[:, first[which] != np.arange(b - a)])
     return _join(len(x), *np.concatenate(links, 1))
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-014
 def thin(
-    x, # (N,D) features, or `UnitRows`
-    component: np.ndarray, # (N,) id of the set each row is in
-    threshold: float, # cosine to a kept row from which a row of its set is dropped
-) -> tuple[np.ndarray, np.ndarray]: # (N,) row that a dropped one resembles, -1 where it is kept; their cosine, NaN where it is kept
+    x,  # (N,D) features, or `UnitRows`
+    component: np.ndarray,  # (N,) id of the set each row is in
+    threshold: float,  # cosine to a kept row from which a row of its set is dropped
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (N,) row that a dropped one resembles, -1 where it is kept; their cosine, NaN where it is kept
     "Keep the most central row of each set, drop what resembles it, and repeat with what is left."
-    x, cut = unit(x), _cut(threshold)
-    of, cosine = np.full(len(x), -1), np.full(len(x), np.nan, np.float32)
-    order, counts = np.argsort(component, kind="stable"), np.bincount(component)
+    x = unit(x)
+    cut = _cut(threshold)
+    of = np.full(len(x), -1)
+    cosine = np.full(len(x), np.nan, np.float32)
+    order = np.argsort(component, kind="stable")
+    counts = np.bincount(component)
     ends = counts.cumsum()
     for c in progress(np.flatnonzero(counts > 1), "choosing", unit="sets"):
-        rows = order[ends[c] - counts[c]:ends[c]]
+        rows = order[ends[c] - counts[c] : ends[c]]
         left = x[rows]
         while len(rows) > 1:
-            centre = (left@left.mean(0)).argmax()
-            s = left@left[centre]
+            centre = (left @ left.mean(0)).argmax()
+            s = left @ left[centre]
             alike = s >= cut
             alike[centre] = False
             of[rows[alike]], cosine[rows[alike]] = rows[centre], s[alike]
             alike[centre] = True
-            rows, left = rows[~alike], left[~alike]
+            rows = rows[~alike]
+            left = left[~alike]
     return of, cosine
 
+
 def near_duplicates(
-    x, # (N,D) features, or `UnitRows`
-    threshold: float = .95, # cosine from which a tile counts as the same
-    cells: int = 0, # as for `components`
-    seed: int = 0, # of the cells
-) -> tuple[np.ndarray, np.ndarray]: # as of `thin`
+    x,  # (N,D) features, or `UnitRows`
+    threshold: float = 0.95,  # cosine from which a tile counts as the same
+    cells: int = 0,  # as for `components`
+    seed: int = 0,  # of the cells
+) -> tuple[np.ndarray, np.ndarray]:  # as of `thin`
     "Which rows to drop because a kept one is all but the same."
     return thin(x, components(x, threshold, cells, seed), threshold)
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-019
 def turns(
-    group: np.ndarray, # (N,) id of the group of each row
-    before: np.ndarray, # (N,) whoever has less comes first; ties by row
-) -> np.ndarray: # (N,) 0 for the first of each group, 1 for the second, ...
+    group: np.ndarray,  # (N,) id of the group of each row
+    before: np.ndarray,  # (N,) whoever has less comes first; ties by row
+) -> np.ndarray:  # (N,) 0 for the first of each group, 1 for the second, ...
     "The turn of each row in its group."
     order = np.lexsort((before, group))
     first = np.r_[True, group[order][1:] != group[order][:-1]]
@@ -111,80 +131,103 @@ def turns(
     out[order] = np.arange(len(group)) - np.flatnonzero(first)[first.cumsum() - 1]
     return out
 
+
 def _ranks(*keys):
     "Rank of each row by the first key, ties by the next."
     out = np.empty(len(keys[0]), np.int64)
     out[np.lexsort(keys[::-1])] = np.arange(len(out))
     return out
 
+
 def cap_slides(
-    slide: np.ndarray, # (N,) id of the slide of each row
-    cluster: np.ndarray, # (N,) its cluster
-    per_slide: int = 0, # most rows of a slide; 0: no cap
-    per_cluster: int = 0, # most rows of a slide in one cluster; 0: no cap
-    seed: int = 0, # of the lot
-) -> np.ndarray: # (N,) whether the row stays
+    slide: np.ndarray,  # (N,) id of the slide of each row
+    cluster: np.ndarray,  # (N,) its cluster
+    per_slide: int = 0,  # most rows of a slide; 0: no cap
+    per_cluster: int = 0,  # most rows of a slide in one cluster; 0: no cap
+    seed: int = 0,  # of the lot
+) -> np.ndarray:  # (N,) whether the row stays
     "Limit what one slide gives, in all and to any one cluster."
     lot = np.random.default_rng(seed).permutation(len(slide))
-    turn = turns(slide*(cluster.max() + 1) + cluster, lot)
+    turn = turns(slide * (cluster.max() + 1) + cluster, lot)
     keep = turn < (per_cluster or np.inf)
     return keep & (turns(slide, _ranks(~keep, turn, lot)) < (per_slide or np.inf))
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-022
 def balance(
-    levels: list, # of each level, finest first, the cluster (N,) of every row
-    target: int, # rows wanted; where there are no more, all stay
-    seed: int = 0, # of the lot
-) -> np.ndarray: # (N,) whether the row stays
+    levels: list,  # of each level, finest first, the cluster (N,) of every row
+    target: int,  # rows wanted; where there are no more, all stay
+    seed: int = 0,  # of the lot
+) -> np.ndarray:  # (N,) whether the row stays
     "Take rows evenly from the clusters of the top level, there evenly from theirs, and so on."
     rank = lot = np.random.default_rng(seed).permutation(len(levels[0]))
-    for cluster in levels: rank = _ranks(turns(cluster, rank), lot)
+    for cluster in levels:
+        rank = _ranks(turns(cluster, rank), lot)
     return rank < target
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-026
 REASONS = ("near evaluation", "duplicate", "slide cap", "balanced away")
 
+
 def _candidates(table, features, slide):
     "The rows to curate and those to protect, by number."
-    if len(table) == 0: raise BadInput("tile table", "it has no rows", "Check what was dropped before.")
-    if len(features) != len(table): raise BadInput("features", f"{len(features)} rows, the table has {len(table)}", "Extract the features of this tile table.")
-    if slide not in table: raise BadInput("tile table", f"no column `{slide}`", nearest(slide, table.columns))
+    if len(table) == 0:
+        raise BadInput("tile table", "it has no rows", "Check what was dropped before.")
+    if len(features) != len(table):
+        raise BadInput(
+            "features", f"{len(features)} rows, the table has {len(table)}", "Extract the features of this tile table."
+        )
+    if slide not in table:
+        raise BadInput("tile table", f"no column `{slide}`", nearest(slide, table.columns))
     kept = table["kept"].to_numpy(bool) if "kept" in table else np.ones(len(table), bool)
     tested = table["split"].isin(["val", "test"]).to_numpy() if "split" in table else np.zeros(len(table), bool)
-    if not (kept & ~tested).any(): raise BadInput("tile table", "no kept tile is for training", "Leave some of `split` as train.")
+    if not (kept & ~tested).any():
+        raise BadInput("tile table", "no kept tile is for training", "Leave some of `split` as train.")
     return np.flatnonzero(kept & ~tested), np.flatnonzero(kept & tested)
 
+# %% ../../nbs/09_curate/02_curation.ipynb #cell-026-2
 def curate(
-    table: pd.DataFrame, # N tiles; `kept` and `split` count where they are there
-    features, # (N,D) array or memory map of float16 or float32, row by row
-    evaluation=None, # (E,D) features of further tiles to keep training away from
-    slide: str = "slide", # column whose values are capped; `case` caps patients
-    duplicate: float | None = .95, # cosine from which two training tiles are the same; None: not asked
-    leak: float | None = .9, # cosine to an evaluation tile from which a training tile is dropped; None: not asked
-    per_slide: int = 0, # most tiles of a slide; 0: no cap
-    per_cluster: int = 0, # most tiles of a slide in one cluster; 0: no cap
-    target: int = 0, # tiles to take evenly from the clusters; 0: all
-    levels=(), # clusters of each level, falling; empty: by the number of tiles
-    standardise: bool = False, # take the mean off the features and divide by their standard deviation, before all
-    seed: int = 0, # of clusters and lots
-) -> pd.DataFrame: # the table with `kept`; `dropped`: one of `REASONS` or empty; `duplicate_of`: position of the row it resembles, -1: none; `similarity` to it; `cluster`, `cluster1` ..., -1: not asked
+    table: pd.DataFrame,  # N tiles; `kept` and `split` count where they are there
+    features,  # (N,D) array or memory map of float16 or float32, row by row
+    evaluation=None,  # (E,D) features of further tiles to keep training away from
+    slide: str = "slide",  # column whose values are capped; `case` caps patients
+    duplicate: float | None = 0.95,  # cosine from which two training tiles are the same; None: not asked
+    leak: float | None = 0.9,  # cosine to an evaluation tile from which a training tile is dropped; None: not asked
+    per_slide: int = 0,  # most tiles of a slide; 0: no cap
+    per_cluster: int = 0,  # most tiles of a slide in one cluster; 0: no cap
+    target: int = 0,  # tiles to take evenly from the clusters; 0: all
+    levels=(),  # clusters of each level, falling; empty: by the number of tiles
+    standardise: bool = False,  # take the mean off the features and divide by their standard deviation, before all
+    seed: int = 0,  # of clusters and lots
+) -> pd.DataFrame:  # the table with `kept`; `dropped`: one of `REASONS` or empty; `duplicate_of`: position of the row it resembles, -1: none; `similarity` to it; `cluster`, `cluster1` ..., -1: not asked
     "Decide which training tiles to keep. An evaluation tile given apart counts in `duplicate_of` from N on."
     todo, tested = _candidates(table, features, slide)
-    if min(per_slide, per_cluster, target) < 0: raise BadInput("curate", f"caps {per_slide} and {per_cluster}, target {target}", "Give numbers from 0 up; 0 is no limit.")
-    for name, threshold in (("duplicate", duplicate), ("leak", leak)): _cut(0 if threshold is None else threshold, name)
+    if min(per_slide, per_cluster, target) < 0:
+        raise BadInput(
+            "curate", f"caps {per_slide} and {per_cluster}, target {target}", "Give numbers from 0 up; 0 is no limit."
+        )
+    for name, threshold in (("duplicate", duplicate), ("leak", leak)):
+        _cut(0 if threshold is None else threshold, name)
     scale = moments(features) if standardise else None
     x = UnitRows(features, scale)
-    dropped, of, cosine = np.full(len(table), "", object), np.full(len(table), -1), np.full(len(table), np.nan, np.float32)
+    dropped = np.full(len(table), "", object)
+    of = np.full(len(table), -1)
+    cosine = np.full(len(table), np.nan, np.float32)
 
     def drop(reason, rows, like=-1, s=np.nan):
         dropped[rows], of[rows], cosine[rows] = reason, like, s
         left = todo[dropped[todo] == ""]
-        if not len(left): raise BadInput("curate", f"nothing is left: {dict(pd.Series(dropped[todo]).value_counts())}", "Raise the threshold, and look at the similarities.")
+        if not len(left):
+            raise BadInput(
+                "curate",
+                f"nothing is left: {dict(pd.Series(dropped[todo]).value_counts())}",
+                "Raise the threshold, and look at the similarities.",
+            )
         return left
 
     left = todo
     protected = [(x.take(tested), tested)] if len(tested) else []
-    if evaluation is not None: protected.append((UnitRows(evaluation, scale, "evaluation"), len(table) + np.arange(len(evaluation))))
+    if evaluation is not None:
+        protected.append((UnitRows(evaluation, scale, "evaluation"), len(table) + np.arange(len(evaluation))))
     for base, numbers in protected if leak is not None else ():
         index, s = neighbours(x.take(left), base, desc="near evaluation")
         near = s[:, 0] >= _cut(leak)
@@ -197,11 +240,19 @@ def curate(
     cluster[:, left] = member
     slides = pd.factorize(table[slide])[0]
     left = drop("slide cap", left[~cap_slides(slides[left], cluster[0, left], per_slide, per_cluster, seed)])
-    if target: left = drop("balanced away", left[~balance(list(cluster[:, left]), target, seed)])
+    if target:
+        left = drop("balanced away", left[~balance(list(cluster[:, left]), target, seed)])
     rest = np.setdiff1d(np.r_[todo, tested], np.flatnonzero(cluster[0] >= 0))
     if len(rest):
         parents = np.stack([m[np.unique(member[0], return_index=True)[1]] for m in member])
         cluster[:, rest] = parents[:, neighbours(x.take(rest), centres)[0][:, 0]]
     keep = np.isin(np.arange(len(table)), np.r_[left, tested])
     why = {"why": np.where(dropped != "", "curated", table["why"])} if "why" in table else {}
-    return table.assign(kept=keep, **why, dropped=dropped, duplicate_of=of, similarity=cosine, **{f"cluster{i or ''}": c for i, c in enumerate(cluster)})
+    return table.assign(
+        kept=keep,
+        **why,
+        dropped=dropped,
+        duplicate_of=of,
+        similarity=cosine,
+        **{f"cluster{i or ''}": c for i, c in enumerate(cluster)},
+    )

@@ -21,143 +21,239 @@ from PIL import Image
 
 from ..core.digests import digest
 from ..core.errors import BadInput, foreign_errors, nearest
-from .cohorts import identifiers, lost_files, read_csv
-from ..slides.cohort import QUARANTINE_COLUMNS
 from ..core.tasks import TASKS
-from .regions import Field, Fields, clean_instances
+from .cohorts import identifiers, lost_files, read_csv
 from .images import by_stem, find_pictures, picture_size, visible_files
+from .regions import Field, Fields, clean_instances
+from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.labels import IGNORE
 from ..slides.slides import open_slide
 
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-005
 def read_image(
-    path, # picture: TIFF, BMP, PNG or JPEG
-) -> np.ndarray: # (h, w, 3) uint8
+    path,  # picture: TIFF, BMP, PNG or JPEG
+) -> np.ndarray:  # (h, w, 3) uint8
     "Read a picture. Raises `BadInput` where it is damaged or has one channel."
-    with open_slide(path) as slide: return slide.level(0)
+    with open_slide(path) as slide:
+        return slide.level(0)
 
-_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "TIFF_JPEG") # formats, and compressions of a TIFF, as Pillow calls them
+
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "TIFF_JPEG")  # formats, and compressions of a TIFF, as Pillow calls them
+
 
 def read_map(
-    path, # picture with a number a pixel
-) -> np.ndarray: # (h, w); of colours (h, w, channels), which `clean_instances` refuses
+    path,  # picture with a number a pixel
+) -> np.ndarray:  # (h, w); of colours (h, w, channels), which `clean_instances` refuses
     "Read a map of numbers. Raises `BadInput` where it is damaged, or stored in a way that changes numbers."
     with foreign_errors(path, "Copy or download it again.", "unreadable as a map"), Image.open(path) as image:
         for how in (image.format, str(image.info.get("compression")).upper()):
-            if how in _LOSSY: raise BadInput(path, f"stored as {how}, which changes numbers", "Give the map as it was drawn, in PNG, BMP or plain TIFF.")
-        if image.format == "TIFF": return tifffile.imread(path, key=0)  # numbers as stored, and its checksums looked at
+            if how in _LOSSY:
+                raise BadInput(
+                    path,
+                    f"stored as {how}, which changes numbers",
+                    "Give the map as it was drawn, in PNG, BMP or plain TIFF.",
+                )
+        if image.format == "TIFF":
+            return tifffile.imread(path, key=0)  # numbers as stored, and its checksums looked at
         if image.format == "PNG":
-            with Image.open(path) as copy: copy.verify()  # likewise
+            with Image.open(path) as copy:
+                copy.verify()  # likewise
         return np.asarray(image)
 
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-005b
-_STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"} # type of an element -> numbers
-_ARRAYS = dict(zip(range(6, 16), ("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), strict=True)) # class of an array -> its numbers
+_STORED = {
+    1: "i1",
+    2: "u1",
+    3: "i2",
+    4: "u2",
+    5: "i4",
+    6: "u4",
+    7: "f4",
+    9: "f8",
+    12: "i8",
+    13: "u8",
+}  # type of an element -> numbers
+_ARRAYS = dict(
+    zip(range(6, 16), ("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), strict=True)
+)  # class of an array -> its numbers
 _MATRIX, _PACKED, _OPAQUE, _COMPLEX = 14, 15, 17, 0x800
-_MOST = 2**29 # bytes of an element, unpacked
+_MOST = 2**29  # bytes of an element, unpacked
+
 
 def _elements(data, order):
     "Yield type and content of the elements of a MATLAB file. Raises `ValueError` for one that reaches beyond the end."
     at = 0
     while at < len(data):
         kind, size = struct.unpack_from(f"{order}II", data.ljust(at + 8, b"\0"), at)
-        begin, after = at + 8, at + 8 + size + (-size % 8)*(kind != _PACKED)
-        if kind >> 16: kind, size, begin, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
-        if begin + size > min(after, len(data)): raise ValueError(f"an element of {size} bytes in the last {len(data) - begin}")
-        yield kind, data[begin:begin + size]
+        begin = at + 8
+        after = at + 8 + size + (-size % 8) * (kind != _PACKED)
+        if kind >> 16:
+            kind, size, begin, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        if begin + size > min(after, len(data)):
+            raise ValueError(f"an element of {size} bytes in the last {len(data) - begin}")
+        yield kind, data[begin : begin + size]
         at = after
 
+# %% ../../nbs/03_datasets/08_annotations.ipynb #cell-005b-2
 def _unpacked(data):
     "The content of a packed element."
     stream = zlib.decompressobj()
     found = stream.decompress(data, _MOST)
-    if not stream.eof: raise ValueError(f"a packed element is cut short, or has more than {_MOST} bytes")
+    if not stream.eof:
+        raise ValueError(f"a packed element is cut short, or has more than {_MOST} bytes")
     return found
+
 
 def _variable(data, order):
     "Name and array of a variable; None where it is no array of real numbers."
     (_, flags), *content = _elements(data, order)
     flags = struct.unpack_from(f"{order}I", flags)[0]
-    if flags & 0xFF == _OPAQUE: return content[0][1].decode("ascii"), None
+    if flags & 0xFF == _OPAQUE:
+        return content[0][1].decode("ascii"), None
     (_, shape), (_, name), *content = content
-    shape, name = np.frombuffer(shape, f"{order}i4").tolist(), name.decode("ascii")
-    if flags & 0xFF not in _ARRAYS or flags & _COMPLEX: return name, None
+    shape = np.frombuffer(shape, f"{order}i4").tolist()
+    name = name.decode("ascii")
+    if flags & 0xFF not in _ARRAYS or flags & _COMPLEX:
+        return name, None
     kind, numbers = content[0] if content else (2, b"")
     array = np.frombuffer(numbers, order + _STORED[kind])
-    if min(shape, default=0) < 0 or len(array) != math.prod(shape): raise ValueError(f"{len(array)} numbers of an array of {shape}")
+    if min(shape, default=0) < 0 or len(array) != math.prod(shape):
+        raise ValueError(f"{len(array)} numbers of an array of {shape}")
     return name, array.astype(_ARRAYS[flags & 0xFF]).reshape(shape, order="F")
 
+# %% ../../nbs/03_datasets/08_annotations.ipynb #cell-005b-3
 def _variables(path):
     "Names and arrays of all variables of a MATLAB file."
     data = Path(path).read_bytes()
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
-    if order is None or struct.unpack_from(f"{order}H", data, 124)[0] != 0x100: raise ValueError("not of version 5 to 7")
+    if order is None or struct.unpack_from(f"{order}H", data, 124)[0] != 0x100:
+        raise ValueError("not of version 5 to 7")
     found = {}
     for kind, content in _elements(data[128:], order):
         for inner, matrix in _elements(_unpacked(content), order) if kind == _PACKED else [(kind, content)]:
-            if inner != _MATRIX: raise ValueError(f"an element of type {inner} in place of a variable")
+            if inner != _MATRIX:
+                raise ValueError(f"an element of type {inner} in place of a variable")
             name, array = _variable(matrix, order)
-            if name in found and name: raise ValueError(f"two variables `{name}`")
+            if name in found and name:
+                raise ValueError(f"two variables `{name}`")
             found[name] = array
     return found
 
+# %% ../../nbs/03_datasets/08_annotations.ipynb #cell-005b-4
 def read_mat(
-    path, # MATLAB file, of a version before 7.3
-    *keys: str, # names of the arrays
-) -> list[np.ndarray]: # the arrays
+    path,  # MATLAB file, of a version before 7.3
+    *keys: str,  # names of the arrays
+) -> list[np.ndarray]:  # the arrays
     "Read arrays of a MATLAB file. Raises `BadInput` where it is damaged or lacks one."
-    with foreign_errors(path, "Copy or download it again, or save it as MATLAB version 7.", "unreadable as a MATLAB file"): found = _variables(path)
+    with foreign_errors(
+        path, "Copy or download it again, or save it as MATLAB version 7.", "unreadable as a MATLAB file"
+    ):
+        found = _variables(path)
     here = [*found]
     for key in keys:
-        if key not in here: raise BadInput(path, f"no `{key}` in it, but {', '.join(here) or 'nothing'}", nearest(key, here) if here else "Download it again.")
-        if found[key] is None: raise BadInput(path, f"`{key}` in it is no array of numbers", "Download it again, or save it as an array of numbers.")
+        if key not in here:
+            raise BadInput(
+                path,
+                f"no `{key}` in it, but {', '.join(here) or 'nothing'}",
+                nearest(key, here) if here else "Download it again.",
+            )
+        if found[key] is None:
+            raise BadInput(
+                path, f"`{key}` in it is no array of numbers", "Download it again, or save it as an array of numbers."
+            )
     return [found[key] for key in keys]
 
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-007
 def pair_up(
-    pictures: dict, # name of a field -> its picture
-    maps: dict, # name of a field -> its annotation
-    root, # folder of the set, for the error
-    mpp: float, # um per pixel
-) -> tuple[pd.DataFrame, list]: # the fields that have both: FIELD_COLUMNS, each its own case, without split; rows of a quarantine
+    pictures: dict,  # name of a field -> its picture
+    maps: dict,  # name of a field -> its annotation
+    root,  # folder of the set, for the error
+    mpp: float,  # um per pixel
+) -> tuple[
+    pd.DataFrame, list
+]:  # the fields that have both: FIELD_COLUMNS, each its own case, without split; rows of a quarantine
     "Pair pictures and annotations. Raises `BadInput` where there are none."
-    if not pictures: raise BadInput(root, "no pictures here", "Give the folder that the publisher's archive makes.")
+    if not pictures:
+        raise BadInput(root, "no pictures here", "Give the folder that the publisher's archive makes.")
     names = [name for name in pictures if name in maps]
-    if not names: raise BadInput(root, f"none of {len(pictures)} pictures has a map, {next(iter(pictures))} for example", "Put the annotations where their publisher has them.")
+    if not names:
+        raise BadInput(
+            root,
+            f"none of {len(pictures)} pictures has a map, {next(iter(pictures))} for example",
+            "Put the annotations where their publisher has them.",
+        )
     again = "Copy or download it again."
-    quarantine = [(name, str(path), "a picture without map", again) for name, path in pictures.items() if name not in maps]
-    quarantine += [(name, str(path), "a map without picture", again) for name, path in maps.items() if name not in pictures]
+    quarantine = [
+        (name, str(path), "a picture without map", again) for name, path in pictures.items() if name not in maps
+    ]
+    quarantine += [
+        (name, str(path), "a map without picture", again) for name, path in maps.items() if name not in pictures
+    ]
     sizes = {name: (picture_size(pictures[name]), picture_size(maps[name])) for name in names}
     unequal = [name for name, (a, b) in sizes.items() if a and b and a != b]
-    quarantine += [(name, str(maps[name]), "{}x{} pixels, its picture {}x{}".format(*sizes[name][1], *sizes[name][0]), "Find the map of this picture.") for name in unequal]
+    quarantine += [
+        (
+            name,
+            str(maps[name]),
+            "{}x{} pixels, its picture {}x{}".format(*sizes[name][1], *sizes[name][0]),
+            "Find the map of this picture.",
+        )
+        for name in unequal
+    ]
     names = [name for name in names if name not in unequal]
     copies = _copies({name: maps[name] for name in names})
-    quarantine += [(name, str(maps[name]), f"its map is, byte for byte, that of {other}: one of the two is another picture's", "Look at both, and delete the wrong map.") for name, other in copies.items()]
+    quarantine += [
+        (
+            name,
+            str(maps[name]),
+            f"its map is, byte for byte, that of {other}: one of the two is another picture's",
+            "Look at both, and delete the wrong map.",
+        )
+        for name, other in copies.items()
+    ]
     names = [name for name in names if name not in copies]
-    table = pd.DataFrame({"field": pd.Series(names, dtype=str), "image": [str(pictures[n]) for n in names], "map": [str(maps[n]) for n in names],
-                          "case": names, "split": "", "mpp": mpp})
+    table = pd.DataFrame(
+        {
+            "field": pd.Series(names, dtype=str),
+            "image": [str(pictures[n]) for n in names],
+            "map": [str(maps[n]) for n in names],
+            "case": names,
+            "split": "",
+            "mpp": mpp,
+        }
+    )
     return table, quarantine
 
+# %% ../../nbs/03_datasets/08_annotations.ipynb #cell-007-2
 def _copies(maps):
     "Names whose maps are also another's, with that other: no two fields are drawn alike, unless nothing is in them."
     pictures = {name: path for name, path in maps.items() if picture_size(path)}
     table = pd.DataFrame({"name": list(pictures), "size": [p.stat().st_size for p in pictures.values()]})
     table = table[table.duplicated("size", keep=False)]
     alike = table.groupby([digest(maps[name]) for name in table["name"]])["name"].agg(list) if len(table) else []
-    return {name: names[int(name == names[0])] for names in alike if len(names) > 1 and _drawn(maps[names[0]]) for name in names}
+    return {
+        name: names[int(name == names[0])]
+        for names in alike
+        if len(names) > 1 and _drawn(maps[names[0]])
+        for name in names
+    }
+
 
 def _drawn(path):
-    try: return bool(read_map(path).any())
-    except BadInput: return False  # said when it is read
+    try:
+        return bool(read_map(path).any())
+    except BadInput:
+        return False  # said when it is read
+
 
 def listed(
-    name: str, # of the set
-    root, # folder of the set, for the error
-    table: pd.DataFrame, # the usable fields
-    quarantine: list, # rows of those left out
+    name: str,  # of the set
+    root,  # folder of the set, for the error
+    table: pd.DataFrame,  # the usable fields
+    quarantine: list,  # rows of those left out
     truths: tuple[str, ...],
-    read, # called with a row of the table: the Field
-    **counts: int, # what else was found
+    read,  # called with a row of the table: the Field
+    **counts: int,  # what else was found
 ) -> Fields:
     "A set of fields. Raises `BadInput` where none can be used."
     if not len(table):
@@ -169,70 +265,116 @@ def listed(
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-009
 def _read_glas(row):
     ids = clean_instances(read_map(row["map"]), row["map"])
-    return Field(read_image(row["image"]), {"gland": ids, "gland-type": ((ids > 0)*row["grade"]).astype(np.uint8)}, float(row["mpp"]))
+    return Field(
+        read_image(row["image"]),
+        {"gland": ids, "gland-type": ((ids > 0) * row["grade"]).astype(np.uint8)},
+        float(row["mpp"]),
+    )
+
 
 def _grades(path):
     "Grade.csv by the name of the picture."
     table = read_csv(path, ["name", "patient ID", "grade (GlaS)"], key="name")
     return table.assign(**{"patient ID": identifiers(table["patient ID"])}).set_index("name")
 
+# %% ../../nbs/03_datasets/08_annotations.ipynb #cell-009-2
 def glas(
-    root, # folder with train_1.bmp, train_1_anno.bmp, ... and Grade.csv
-) -> Fields: # truths gland and gland-type; splits train, testA and testB
+    root,  # folder with train_1.bmp, train_1_anno.bmp, ... and Grade.csv
+) -> Fields:  # truths gland and gland-type; splits train, testA and testB
     "Read GlaS as published. Raises `BadInput` for a broken table or a folder without pictures."
     root = Path(root).expanduser().resolve()
-    grades = _grades(root/"Grade.csv")
-    maps = {name.removesuffix("_anno"): path for name, path in by_stem(find_pictures(root, masks=True), root).items() if name.endswith("_anno")}
-    table, quarantine = pair_up(by_stem(find_pictures(root), root), maps, root, .62)
+    grades = _grades(root / "Grade.csv")
+    maps = {
+        name.removesuffix("_anno"): path
+        for name, path in by_stem(find_pictures(root, masks=True), root).items()
+        if name.endswith("_anno")
+    }
+    table, quarantine = pair_up(by_stem(find_pictures(root), root), maps, root, 0.62)
     names = table["field"]
-    table = table.assign(case=names.map(grades["patient ID"]).map("patient {}".format, na_action="ignore"), split=names.str.extract(r"^(train|testA|testB)_\d+$", expand=False),
-                         grade=names.map(grades["grade (GlaS)"].str.lower()).map({g: i for i, g in enumerate(TASKS["gland-type"].classes) if i}))
+    table = table.assign(
+        case=names.map(grades["patient ID"]).map("patient {}".format, na_action="ignore"),
+        split=names.str.extract(r"^(train|testA|testB)_\d+$", expand=False),
+        grade=names.map(grades["grade (GlaS)"].str.lower()).map(
+            {g: i for i, g in enumerate(TASKS["gland-type"].classes) if i}
+        ),
+    )
     lost = table[["case", "split", "grade"]].isna().any(axis=1)
-    quarantine += [(r.field, r.image, "Grade.csv does not give its patient and grade, or its name no split", "Correct its name, or its row.") for r in table[lost].itertuples()]
+    quarantine += [
+        (
+            r.field,
+            r.image,
+            "Grade.csv does not give its patient and grade, or its name no split",
+            "Correct its name, or its row.",
+        )
+        for r in table[lost].itertuples()
+    ]
     known = grades.index.to_series()
-    quarantine += lost_files(known, known.isin([*names, *(row[0] for row in quarantine)]), lambda name: root/f"{name}.bmp", "Grade.csv")
+    quarantine += lost_files(
+        known, known.isin([*names, *(row[0] for row in quarantine)]), lambda name: root / f"{name}.bmp", "Grade.csv"
+    )
     return listed("GlaS", root, table[~lost].astype({"grade": int}), quarantine, ("gland", "gland-type"), _read_glas)
 
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-017
 def _read_instances(row, truth):
-    return Field(read_image(row["image"]), {truth: clean_instances(read_map(row["map"]), row["map"])}, float(row["mpp"]))
+    return Field(
+        read_image(row["image"]), {truth: clean_instances(read_map(row["map"]), row["map"])}, float(row["mpp"])
+    )
+
 
 def crag(
-    root, # folder with train and valid, each with Images and Annotation
-) -> Fields: # truth gland; splits train and val
+    root,  # folder with train and valid, each with Images and Annotation
+) -> Fields:  # truth gland; splits train and val
     "Read CRAG as published; a slide may be in several cases, because the names do not tell it. Raises `BadInput` where a folder is missing."
     root = Path(root).expanduser().resolve()
-    pictures, maps = ({f"{part}/{name}": path for part in ("train", "valid") for name, path in by_stem(find_pictures(root/part/kind, masks=True), root/part/kind).items()}
-                      for kind in ("Images", "Annotation"))
-    table, quarantine = pair_up(pictures, maps, root, .5)
+    pictures, maps = (
+        {
+            f"{part}/{name}": path
+            for part in ("train", "valid")
+            for name, path in by_stem(find_pictures(root / part / kind, masks=True), root / part / kind).items()
+        }
+        for kind in ("Images", "Annotation")
+    )
+    table, quarantine = pair_up(pictures, maps, root, 0.5)
     table["split"] = table["field"].str.split("/").str[0].replace("valid", "val")
     return listed("CRAG", root, table, quarantine, ("gland",), partial(_read_instances, truth="gland"))
 
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-020
 def type_map(
-    types: np.ndarray, # (h, w) class of each pixel
-    ids: np.ndarray, # (h, w) instances, clean
-    truth: str, # one of `TASKS`
-    path, # of the annotation, for the error
-) -> np.ndarray: # (h, w) uint8: 0 outside of instances, 255 in those without class
+    types: np.ndarray,  # (h, w) class of each pixel
+    ids: np.ndarray,  # (h, w) instances, clean
+    truth: str,  # one of `TASKS`
+    path,  # of the annotation, for the error
+) -> np.ndarray:  # (h, w) uint8: 0 outside of instances, 255 in those without class
     "Classes of pixels as a truth. Raises `BadInput` for ones that the truth does not have, and for maps of unequal size."
-    if types.shape != ids.shape: raise BadInput(path, f"types of shape {types.shape}, instances of {ids.shape}", "Download it again.")
+    if types.shape != ids.shape:
+        raise BadInput(path, f"types of shape {types.shape}, instances of {ids.shape}", "Download it again.")
     wrong = np.setdiff1d(types, [*range(len(TASKS[truth].classes)), IGNORE])
-    if len(wrong): raise BadInput(path, f"type {wrong[0]:g} is none of {truth}", f"Give {', '.join(f'{i} {name}' for i, name in enumerate(TASKS[truth].classes))}.")
+    if len(wrong):
+        raise BadInput(
+            path,
+            f"type {wrong[0]:g} is none of {truth}",
+            f"Give {', '.join(f'{i} {name}' for i, name in enumerate(TASKS[truth].classes))}.",
+        )
     return np.where(ids > 0, np.where(types == 0, IGNORE, types), 0).astype(np.uint8)
 
+
 def types_by_id(
-    ids: np.ndarray, # (h, w) instances as published
-    numbers: np.ndarray, # (n,) their numbers, in any order
-    types: np.ndarray, # (n,) their types
-    path, # of the annotation, for the error
-) -> np.ndarray: # (h, w): the type of each pixel, 0 where nobody says
+    ids: np.ndarray,  # (h, w) instances as published
+    numbers: np.ndarray,  # (n,) their numbers, in any order
+    types: np.ndarray,  # (n,) their types
+    path,  # of the annotation, for the error
+) -> np.ndarray:  # (h, w): the type of each pixel, 0 where nobody says
     "Give pixels the types of their instances, by the numbers of these."
-    numbers, types = np.ravel(numbers), np.ravel(types)
-    if len(numbers) != len(types): raise BadInput(path, f"{len(types)} types for {len(numbers)} instances", "Find the types of this map.")
+    numbers = np.ravel(numbers)
+    types = np.ravel(types)
+    if len(numbers) != len(types):
+        raise BadInput(path, f"{len(types)} types for {len(numbers)} instances", "Find the types of this map.")
     here, place = np.unique(ids, return_inverse=True)
     known = pd.Series(types, index=numbers).drop(0, errors="ignore")
-    if known.index.duplicated().any(): raise BadInput(path, f"instance {known.index[known.index.duplicated()][0]} is listed twice", "Keep one row of each.")
+    if known.index.duplicated().any():
+        raise BadInput(
+            path, f"instance {known.index[known.index.duplicated()][0]} is listed twice", "Keep one row of each."
+        )
     return known.reindex(here).fillna(0).to_numpy()[place].reshape(ids.shape)
 
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-023
@@ -245,59 +387,103 @@ def _read_folder(row, truth, type_truth):
         field.truth[type_truth] = type_map(types, field.truth[truth], type_truth, row["types"])
     return field
 
+
 def find_mats(
-    root, # folder, searched at any depth
-) -> dict[str, Path]: # path from the folder, without ending -> file
+    root,  # folder, searched at any depth
+) -> dict[str, Path]:  # path from the folder, without ending -> file
     "Find the MATLAB files of a folder, without hidden ones."
     return by_stem((path for path in visible_files(root) if path.suffix.lower() == ".mat"), root)
 
+
 def _known(parameter, name, kind):
     names = [task.name for task in TASKS.values() if task.kind == kind]
-    if name not in names: raise BadInput(parameter, f"`{name}` is no truth of the kind {kind}", nearest(name, names))
+    if name not in names:
+        raise BadInput(parameter, f"`{name}` is no truth of the kind {kind}", nearest(name, names))
 
+# %% ../../nbs/03_datasets/08_annotations.ipynb #cell-023-2
 def folders(
-    root, # folder with images and the folders named below
-    truth: str, # what the maps number: gland, lumen or nucleus
-    maps: str = "instances", # folder of the maps
-    types: str = "", # folder of MATLAB files with `inst_type`; empty: there are no types
-    type_truth: str = "nucleus-type-consep", # what these types are: one of `TASKS`
-    mpp: float = .25, # um per pixel of all pictures
-    case: str = "(.+)_", # expression whose group is the case in the name of a field, from its first letter
+    root,  # folder with images and the folders named below
+    truth: str,  # what the maps number: gland, lumen or nucleus
+    maps: str = "instances",  # folder of the maps
+    types: str = "",  # folder of MATLAB files with `inst_type`; empty: there are no types
+    type_truth: str = "nucleus-type-consep",  # what these types are: one of `TASKS`
+    mpp: float = 0.25,  # um per pixel of all pictures
+    case: str = "(.+)_",  # expression whose group is the case in the name of a field, from its first letter
 ) -> Fields:
     "Read pictures and their maps of instances. Raises `BadInput` for unknown truths, a broken expression and folders that do not fit each other."
     root = Path(root).expanduser().resolve()
     _known("truth", truth, "instances")
-    if types: _known("type_truth", type_truth, "types")
-    else: type_truth = ""
-    try: groups = re.compile(case).groups
-    except re.error as e: raise BadInput("case", f"`{case}` is no regular expression ({e})", "Correct it.") from e
-    if groups != 1: raise BadInput("case", f"`{case}` has {groups} groups", "Put one pair of brackets around the case.")
-    pictures, masks = (by_stem(find_pictures(root/f, masks=True), root/f) for f in ("images", maps))
+    if types:
+        _known("type_truth", type_truth, "types")
+    else:
+        type_truth = ""
+    try:
+        groups = re.compile(case).groups
+    except re.error as e:
+        raise BadInput("case", f"`{case}` is no regular expression ({e})", "Correct it.") from e
+    if groups != 1:
+        raise BadInput("case", f"`{case}` has {groups} groups", "Put one pair of brackets around the case.")
+    pictures, masks = (by_stem(find_pictures(root / f, masks=True), root / f) for f in ("images", maps))
     table, quarantine = pair_up(pictures, masks, root, mpp)
     told = table["field"].str.extract(f"^(?:{case})", expand=False)
     table["case"] = told.fillna(table["field"])
     if types:
-        mats = find_mats(root/types)
-        quarantine += [(name, str(root/types/f"{name}.mat"), "a picture without types", "Copy or download it again.") for name in table["field"] if name not in mats]
+        mats = find_mats(root / types)
+        quarantine += [
+            (name, str(root / types / f"{name}.mat"), "a picture without types", "Copy or download it again.")
+            for name in table["field"]
+            if name not in mats
+        ]
         table = table.assign(types=[str(mats.get(name, "")) for name in table["field"]])
         table = table[table["types"] != ""]
-    return listed(root.name, root, table, quarantine, (truth, type_truth) if types else (truth,),
-                  partial(_read_folder, truth=truth, type_truth=type_truth), **{"with a name that tells no case": int(told.isna().sum())})
+    return listed(
+        root.name,
+        root,
+        table,
+        quarantine,
+        (truth, type_truth) if types else (truth,),
+        partial(_read_folder, truth=truth, type_truth=type_truth),
+        **{"with a name that tells no case": int(told.isna().sum())},
+    )
 
 # %% ../../nbs/03_datasets/08_annotations.ipynb #cell-026
-NCT = {"BACK": 0, "TUM": 1, "NORM": 2, "LYM": 3, "MUS": 4, "STR": 5, "DEB": 6, "MUC": 7, "ADI": 8} # class folder -> its place in `TISSUES`
+NCT = {
+    "BACK": 0,
+    "TUM": 1,
+    "NORM": 2,
+    "LYM": 3,
+    "MUS": 4,
+    "STR": 5,
+    "DEB": 6,
+    "MUC": 7,
+    "ADI": 8,
+}  # class folder -> its place in `TISSUES`
 
-def _read_patch(row): return Field(read_image(row["image"]), {"tissue": int(row["tissue"])}, float(row["mpp"]))
 
+def _read_patch(row):
+    return Field(read_image(row["image"]), {"tissue": int(row["tissue"])}, float(row["mpp"]))
+
+# %% ../../nbs/03_datasets/08_annotations.ipynb #cell-026-2
 def patch_folders(
-    root, # folder with a folder for each class, named as in `NCT`
-) -> Fields: # truth tissue; no splits, and each patch its own case
+    root,  # folder with a folder for each class, named as in `NCT`
+) -> Fields:  # truth tissue; no splits, and each patch its own case
     "Read NCT-CRC-HE as published. Raises `BadInput` for a class of another name, and where there are none."
     root = Path(root).expanduser().resolve()
     pictures = by_stem(find_pictures(root), root)
-    if not pictures: raise BadInput(root, "no pictures here", f"Give the folder that holds {', '.join(NCT)}.")
-    table = pd.DataFrame({"field": [*pictures], "image": [str(path) for path in pictures.values()], "map": "", "case": [*pictures], "split": "", "mpp": .5})
+    if not pictures:
+        raise BadInput(root, "no pictures here", f"Give the folder that holds {', '.join(NCT)}.")
+    table = pd.DataFrame(
+        {
+            "field": [*pictures],
+            "image": [str(path) for path in pictures.values()],
+            "map": "",
+            "case": [*pictures],
+            "split": "",
+            "mpp": 0.5,
+        }
+    )
     folder = table["field"].str.split("/").str[:-1].str.join("/")
     for name in folder.unique():
-        if name not in NCT: raise BadInput(root/name, "not the folder of a class", nearest(name, NCT))
+        if name not in NCT:
+            raise BadInput(root / name, "not the folder of a class", nearest(name, NCT))
     return listed(root.name, root, table.assign(tissue=folder.map(NCT)), [], ("tissue",), _read_patch)

@@ -14,129 +14,194 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import BadInput, foreign_errors, nearest
-from ..slides.labels import CODES
 from ..slides.cohort import QUARANTINE_COLUMNS, SLIDE_COLUMNS, Cohort
+from ..slides.labels import CODES
 
 # %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-008
 def composed(
-    text: str, # name or cell
-) -> str: # the same in one spelling
+    text: str,  # name or cell
+) -> str:  # the same in one spelling
     "Compose letters and their accents: some systems write them apart, and two spellings of a name are not equal."
     return unicodedata.normalize("NFC", text)
 
+
 def is_text(
-    path, # file or its name
+    path,  # file or its name
 ) -> bool:
     "Tell whether a name can stand in a table: names from other systems may hold bytes that are no letters."
-    try: str(path).encode().decode()  # an array of NumPy may hold numbers beyond all letters
-    except UnicodeError: return False
+    try:
+        str(path).encode().decode()  # an array of NumPy may hold numbers beyond all letters
+    except UnicodeError:
+        return False
     return True
 
+# %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-008-2
 def _strict(path, read, kind, remedy, columns, key):
-    "The table that `read` makes of a file, checked: its cells as text without spaces around, "" where empty."
+    "The table that `read` makes of a file, checked: its cells as text without spaces around,  where empty."
     path = Path(path)
     with foreign_errors(path, "Correct the path.", "cannot be found"):
-        if not path.is_file(): raise BadInput(path, "there is no such file", "Correct the path.")
+        if not path.is_file():
+            raise BadInput(path, "there is no such file", "Correct the path.")
     with foreign_errors(path, remedy, f"unreadable as {kind}"):
         table = read(path).fillna("").rename(columns=lambda name: str(name).strip())
         table = table.map(lambda cell: composed(str(cell)).strip())
     for column in columns:
-        if column not in table: raise BadInput(path, f"no column `{column}` among {', '.join(table)}", f"Name it `{column}`. {nearest(column, table)}")
-        if list(table).count(column) > 1: raise BadInput(path, f"two columns `{column}`", "Name one of them otherwise.")
+        if column not in table:
+            raise BadInput(
+                path, f"no column `{column}` among {', '.join(table)}", f"Name it `{column}`. {nearest(column, table)}"
+            )
+        if list(table).count(column) > 1:
+            raise BadInput(path, f"two columns `{column}`", "Name one of them otherwise.")
     table = table.loc[(table != "").any(axis=1)]
     if key and len(twice := table.loc[table[key].duplicated(), key].unique()):
-        raise BadInput(path, f"{len(twice)} values of `{key}` occur more than once ({', '.join(twice[:3])})", "Keep one row of each.")
+        raise BadInput(
+            path,
+            f"{len(twice)} values of `{key}` occur more than once ({', '.join(twice[:3])})",
+            "Keep one row of each.",
+        )
     return table.reset_index(drop=True)
+
 
 def _read_csv(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be shifted, or cut
         return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
 
+
 def read_csv(
-    path, # CSV file with a header
-    columns: list[str], # columns it must have
-    key: str | None = None, # column whose values may occur only once
-) -> pd.DataFrame: # all columns, as text; "" where empty, without empty rows
+    path,  # CSV file with a header
+    columns: list[str],  # columns it must have
+    key: str | None = None,  # column whose values may occur only once
+) -> pd.DataFrame:  # all columns, as text; "" where empty, without empty rows
     "Read a CSV as text. Raises `BadInput` where it cannot be read, lacks a column, or repeats a key."
     return _strict(path, _read_csv, "CSV", "Save it as UTF-8 text with commas, or download it again.", columns, key)
 
+# %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-008-3
 def read_xlsx(
-    path, # Excel workbook whose first sheet begins with a header
-    columns: list[str], # columns it must have
-    key: str | None = None, # column whose values may occur only once
-) -> pd.DataFrame: # all columns of the first sheet, as text; "" where empty, without empty rows
+    path,  # Excel workbook whose first sheet begins with a header
+    columns: list[str],  # columns it must have
+    key: str | None = None,  # column whose values may occur only once
+) -> pd.DataFrame:  # all columns of the first sheet, as text; "" where empty, without empty rows
     "Read an Excel workbook as text. Raises `BadInput` as `read_csv` does."
-    return _strict(path, lambda p: pd.read_excel(p, dtype=str, keep_default_na=False, engine="openpyxl"),
-                   "Excel workbook", "Save it as .xlsx, or download it again.", columns, key)
+    return _strict(
+        path,
+        lambda p: pd.read_excel(p, dtype=str, keep_default_na=False, engine="openpyxl"),
+        "Excel workbook",
+        "Save it as .xlsx, or download it again.",
+        columns,
+        key,
+    )
+_UNKNOWN = ("", "-", "nan", "na", "n/a", "<na>", "none", "null")  # what programs write where nothing is known
 
-_UNKNOWN = ("", "-", "nan", "na", "n/a", "<na>", "none", "null") # what programs write where nothing is known
 
 def identifiers(
-    column: pd.Series, # of a table of `read_csv`: text
-) -> pd.Series: # 7.0 as 7, and NaN where nothing is known
+    column: pd.Series,  # of a table of `read_csv`: text
+) -> pd.Series:  # 7.0 as 7, and NaN where nothing is known
     "Read a column of numbers or names of patients, groups and folds, as any program may have written it."
     return column.str.replace(r"^(\d+)\.0+$", r"\1", regex=True).mask(column.str.lower().isin(_UNKNOWN))
 
 # %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-011
 PROVIDERS = ("karolinska", "radboud")  # of PANDA; each has its table in CODES
 
+
 def _names(folder, suffix):
     "Names in a folder that end in `suffix`, in capitals too, without it, and their files: one directory listing, not one question per slide."
-    if not folder.is_dir(): return {}
-    with foreign_errors(folder, "Check its permissions.", "cannot be listed"): names = sorted(e.name for e in os.scandir(folder))
-    return {composed(name[:-len(suffix)]): folder/name for name in names if name.lower().endswith(suffix) and not name.startswith(".")}
+    if not folder.is_dir():
+        return {}
+    with foreign_errors(folder, "Check its permissions.", "cannot be listed"):
+        names = sorted(e.name for e in os.scandir(folder))
+    return {
+        composed(name[: -len(suffix)]): folder / name
+        for name in names
+        if name.lower().endswith(suffix) and not name.startswith(".")
+    }
+
 
 def _panda_table(path):
     "train.csv with its values checked."
     table = read_csv(path, ["image_id", "data_provider", "isup_grade", "gleason_score"], key="image_id")
     table["isup_grade"] = identifiers(table["isup_grade"]).fillna("")
-    for column, good, what in [("data_provider", table["data_provider"].isin(PROVIDERS), f"one of {', '.join(PROVIDERS)}"),
-                               ("isup_grade", table["isup_grade"].isin(list("012345")), "a number from 0 to 5"),
-                               ("gleason_score", table["gleason_score"].str.fullmatch(r"negative|0\+0|[345]\+[345]"), "`negative` or a sum such as 3+4")]:
+    for column, good, what in [
+        ("data_provider", table["data_provider"].isin(PROVIDERS), f"one of {', '.join(PROVIDERS)}"),
+        ("isup_grade", table["isup_grade"].isin(list("012345")), "a number from 0 to 5"),
+        (
+            "gleason_score",
+            table["gleason_score"].str.fullmatch(r"negative|0\+0|[345]\+[345]"),
+            "`negative` or a sum such as 3+4",
+        ),
+    ]:
         if not good.all():
             bad = table[~good].iloc[0]
-            raise BadInput(path, f"{(~good).sum()} rows have a `{column}` that is not {what}: `{bad[column]}` for {bad['image_id']}",
-                           nearest(bad[column], PROVIDERS) if column == "data_provider" else "Correct the rows, or download the file again.")
+            raise BadInput(
+                path,
+                f"{(~good).sum()} rows have a `{column}` that is not {what}: `{bad[column]}` for {bad['image_id']}",
+                nearest(bad[column], PROVIDERS)
+                if column == "data_provider"
+                else "Correct the rows, or download the file again.",
+            )
     return table
 
+# %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-011-2
 def lost_files(
-    ids: pd.Series, # what a table lists
-    here: pd.Series, # whether each has a file
-    path, # called with an id: where its file should be
-    table: str, # name of the table
-) -> list: # rows of a quarantine
+    ids: pd.Series,  # what a table lists
+    here: pd.Series,  # whether each has a file
+    path,  # called with an id: where its file should be
+    table: str,  # name of the table
+) -> list:  # rows of a quarantine
     "Name the listed files that are missing, where at least nine in ten are there; fewer are a part of the cohort, and none is lost."
-    if here.mean() < .9: return []
+    if here.mean() < 0.9:
+        return []
     return [(i, str(path(i)), f"listed in {table} but not in the folder", "Download it again.") for i in ids[~here]]
 
+# %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-011-3
 def panda(
-    root, # folder with train.csv, train_images and train_label_masks
-    suspicious=None, # CSV `image_id,reason` of slides to leave out
-    duplicates=None, # CSV `image_id,group` of slides that show the same biopsy
-    limit: int | None = None, # take only the first so many usable slides
-    provider: str | None = None, # take only the slides of one hospital: karolinska or radboud
+    root,  # folder with train.csv, train_images and train_label_masks
+    suspicious=None,  # CSV `image_id,reason` of slides to leave out
+    duplicates=None,  # CSV `image_id,group` of slides that show the same biopsy
+    limit: int | None = None,  # take only the first so many usable slides
+    provider: str | None = None,  # take only the slides of one hospital: karolinska or radboud
 ) -> Cohort:
     "Read PANDA (Bulten et al. 2022) as published. Raises `BadInput` for a broken table or a folder without slides."
     root = Path(root).expanduser().resolve()
-    images, masks = root/"train_images", root/"train_label_masks"
-    if not (root/"train.csv").is_file():
-        raise BadInput(root, "there is no train.csv here", "Give the folder that holds train.csv, train_images and train_label_masks.")
-    listed = _panda_table(root/"train.csv")
-    if provider is not None and provider not in PROVIDERS: raise BadInput("provider", f"unknown provider `{provider}`", nearest(provider, PROVIDERS))
+    images = root / "train_images"
+    masks = root / "train_label_masks"
+    if not (root / "train.csv").is_file():
+        raise BadInput(
+            root,
+            "there is no train.csv here",
+            "Give the folder that holds train.csv, train_images and train_label_masks.",
+        )
+    listed = _panda_table(root / "train.csv")
+    if provider is not None and provider not in PROVIDERS:
+        raise BadInput("provider", f"unknown provider `{provider}`", nearest(provider, PROVIDERS))
     others = listed["image_id"][listed["data_provider"] != provider] if provider else []
     listed = listed[~listed["image_id"].isin(others)]
-    have, masked = _names(images, ".tiff"), _names(masks, "_mask.tiff")
+    have = _names(images, ".tiff")
+    masked = _names(masks, "_mask.tiff")
     here = listed["image_id"].isin(have)
     if not here.any():
-        raise BadInput(images, f"none of the {len(listed)} slides of train.csv{f' from {provider}' if provider else ''} is here", "Put the slides here as <image_id>.tiff.")
+        raise BadInput(
+            images,
+            f"none of the {len(listed)} slides of train.csv{f' from {provider}' if provider else ''} is here",
+            "Put the slides here as <image_id>.tiff.",
+        )
 
     table = listed[here]
-    quarantine = lost_files(listed["image_id"], here, lambda i: images/f"{i}.tiff", "train.csv")
+    quarantine = lost_files(listed["image_id"], here, lambda i: images / f"{i}.tiff", "train.csv")
     if suspicious is not None:
-        reasons = read_csv(suspicious, ["image_id", "reason"]).drop_duplicates("image_id").set_index("image_id")["reason"]
+        reasons = (
+            read_csv(suspicious, ["image_id", "reason"]).drop_duplicates("image_id").set_index("image_id")["reason"]
+        )
         out = table["image_id"].isin(reasons.index)
-        quarantine += [(i, str(images/f"{i}.tiff"), f"listed as suspicious: {reasons[i]}", f"Take it off {Path(suspicious).name} to use it.") for i in table["image_id"][out]]
+        quarantine += [
+            (
+                i,
+                str(images / f"{i}.tiff"),
+                f"listed as suspicious: {reasons[i]}",
+                f"Take it off {Path(suspicious).name} to use it.",
+            )
+            for i in table["image_id"][out]
+        ]
         table = table[~out]
     case = table["image_id"]
     if duplicates is not None:
@@ -145,12 +210,29 @@ def panda(
     left = max(len(table) - limit, 0) if limit is not None else 0
 
     ids = table["image_id"]
-    slides = pd.DataFrame({
-        "slide": ids, "image": [str(have[i]) for i in ids], "mask": [str(masked.get(i, "")) for i in ids],
-        "codes": table["data_provider"], "cohort": "panda", "case": case, "provider": table["data_provider"],
-        "isup": table["isup_grade"].astype(int), "gleason": table["gleason_score"].replace("negative", "0+0"),
-    })[SLIDE_COLUMNS].head(limit if limit is not None else len(table)).reset_index(drop=True)
-    counts = {"without mask": int((slides["mask"] == "").sum()), "left out": len(quarantine), "beyond the limit": left,
-              "of another provider": len(have.keys() & set(others)),
-              "listed but not in the folder": int((~here).sum()), "in the folder but not listed": len(have.keys() - set(listed["image_id"]) - set(others))}
+    slides = (
+        pd.DataFrame(
+            {
+                "slide": ids,
+                "image": [str(have[i]) for i in ids],
+                "mask": [str(masked.get(i, "")) for i in ids],
+                "codes": table["data_provider"],
+                "cohort": "panda",
+                "case": case,
+                "provider": table["data_provider"],
+                "isup": table["isup_grade"].astype(int),
+                "gleason": table["gleason_score"].replace("negative", "0+0"),
+            }
+        )[SLIDE_COLUMNS]
+        .head(limit if limit is not None else len(table))
+        .reset_index(drop=True)
+    )
+    counts = {
+        "without mask": int((slides["mask"] == "").sum()),
+        "left out": len(quarantine),
+        "beyond the limit": left,
+        "of another provider": len(have.keys() & set(others)),
+        "listed but not in the folder": int((~here).sum()),
+        "in the folder but not listed": len(have.keys() - set(listed["image_id"]) - set(others)),
+    }
     return Cohort("panda", slides, pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)

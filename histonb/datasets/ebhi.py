@@ -10,8 +10,8 @@ __all__ = ['CLASSES', 'SIDE', 'THRESHOLD', 'DIVISIONS', 'PUBLISHED', 'GLANDS', '
 import re
 from pathlib import Path, PurePosixPath
 
-import imagecodecs
 import cv2
+import imagecodecs
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -21,34 +21,55 @@ from skimage.measure import label
 from ..core.digests import digest
 from ..core.errors import BadInput, foreign_errors, nearest
 from .cohorts import composed, read_csv
+from .images import Images, by_stem, find_pictures
+from .regions import FIELD_COLUMNS, Field, Fields
+from .splits import SPLITS, check_leak, grouped_split, random_tile_split
 from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.tile_quality import check_bright
-from .regions import FIELD_COLUMNS, Field, Fields
-from .images import Images, by_stem, find_pictures
-from .splits import SPLITS, check_leak, grouped_split, random_tile_split
 
 # %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-007
-CLASSES = ("Adenocarcinoma", "High-grade IN", "Low-grade IN", "Normal", "Polyp", "Serrated adenoma")  # IN: intraepithelial neoplasia
+CLASSES = (
+    "Adenocarcinoma",
+    "High-grade IN",
+    "Low-grade IN",
+    "Normal",
+    "Polyp",
+    "Serrated adenoma",
+)  # IN: intraepithelial neoplasia
 
-def _letters(name): return re.sub("[^a-z]", "", name.lower())
+
+def _letters(name):
+    return re.sub("[^a-z]", "", name.lower())
+
 
 def _class_folders(root):
     "The folder of each class that is there."
-    names, found = {_letters(c): c for c in CLASSES}, {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []:
-        name, parts = names.get(_letters(folder.name)), [part for part in ("image", "label") if (folder/part).is_dir()]
-        if name is None and not parts: continue
-        if name is None: raise BadInput(folder, "unknown class", nearest(folder.name, CLASSES))
-        if "image" not in parts: raise BadInput(folder, "there is no folder `image` in it", "Download it again.")
-        if name in found: raise BadInput(folder, f"{found[name].name} beside it is the same class", "Put their pictures into one folder.")
+    names = {_letters(c): c for c in CLASSES}
+    found = {}
+    for folder in (
+        sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+    ):
+        name = names.get(_letters(folder.name))
+        parts = [part for part in ("image", "label") if (folder / part).is_dir()]
+        if name is None and not parts:
+            continue
+        if name is None:
+            raise BadInput(folder, "unknown class", nearest(folder.name, CLASSES))
+        if "image" not in parts:
+            raise BadInput(folder, "there is no folder `image` in it", "Download it again.")
+        if name in found:
+            raise BadInput(
+                folder, f"{found[name].name} beside it is the same class", "Put their pictures into one folder."
+            )
         found[name] = folder
-    if not found: raise BadInput(root, "no class has a folder here", f"Give the folder that holds {', '.join(CLASSES)}.")
+    if not found:
+        raise BadInput(root, "no class has a folder here", f"Give the folder that holds {', '.join(CLASSES)}.")
     return found
 
 # %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-010
 def cases(
-    names: pd.Series, # of pictures, without ending
-) -> pd.Series: # the case of each; NaN where the name does not tell
+    names: pd.Series,  # of pictures, without ending
+) -> pd.Series:  # the case of each; NaN where the name does not tell
     "What the names of pictures tell."
     found = names.str.extract(r"^(?:GT)*(GT[a-z]*\d+)-", flags=re.IGNORECASE)[0]
     return found.groupby(found.str.upper()).transform("min")
@@ -56,35 +77,50 @@ def cases(
 # %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-013
 SIDE, THRESHOLD = 224, 127
 
+
 def _pixels(path, shape):
     "Decode a PNG and check its shape."
-    with foreign_errors(path, "Download it again.", "cannot be decoded"): pixels = imagecodecs.png_decode(Path(path).read_bytes())
-    if pixels.shape != shape: raise BadInput(path, f"of shape {'x'.join(map(str, pixels.shape))}, not {'x'.join(map(str, shape))}", "Download it again.")
-    if pixels.dtype != np.uint8: raise BadInput(path, f"{pixels.dtype} in place of 8 bits", "Download it again.")
+    with foreign_errors(path, "Download it again.", "cannot be decoded"):
+        pixels = imagecodecs.png_decode(Path(path).read_bytes())
+    if pixels.shape != shape:
+        raise BadInput(
+            path, f"of shape {'x'.join(map(str, pixels.shape))}, not {'x'.join(map(str, shape))}", "Download it again."
+        )
+    if pixels.dtype != np.uint8:
+        raise BadInput(path, f"{pixels.dtype} in place of 8 bits", "Download it again.")
     return pixels
+
 
 def _mask(path):
     shades = _pixels(path, (SIDE, SIDE))
     if 0 < shades.max() <= THRESHOLD:
-        raise BadInput(path, f"no value is above {shades.max()}: all would be background", "Give a mask from 0 to 255, as it was published.")
+        raise BadInput(
+            path,
+            f"no value is above {shades.max()}: all would be background",
+            "Give a mask from 0 to 255, as it was published.",
+        )
     return (shades > THRESHOLD).view(np.uint8)
+
 
 def _picture(path):
     pixels = _pixels(path, (SIDE, SIDE, 3))
     check_bright(pixels.max(), path)
     return pixels
 
+
 def read_image(
-    row, # of a cohort's `slides`: anything with `image`
-) -> np.ndarray: # the picture (224, 224, 3) uint8
+    row,  # of a cohort's `slides`: anything with `image`
+) -> np.ndarray:  # the picture (224, 224, 3) uint8
     "A picture. Raises `BadInput` where it cannot be read."
     return _picture(row.image)
 
+# %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-013-2
 def read(
-    row, # of a cohort's `slides`: anything with `image` and `label`
-) -> tuple[np.ndarray, np.ndarray]: # the picture (224, 224, 3) uint8; its mask (224, 224) uint8, 1 is foreground
+    row,  # of a cohort's `slides`: anything with `image` and `label`
+) -> tuple[np.ndarray, np.ndarray]:  # the picture (224, 224, 3) uint8; its mask (224, 224) uint8, 1 is foreground
     "A picture and its mask. Raises `BadInput` where there is no mask, or one of the two cannot be read."
-    if not row.label: raise BadInput(row.image, "it has no mask", "Leave out the rows whose `label` is empty.")
+    if not row.label:
+        raise BadInput(row.image, "it has no mask", "Leave out the rows whose `label` is empty.")
     return read_image(row), _mask(row.label)
 
 # %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-016
@@ -92,108 +128,193 @@ def _check_picture(path):
     "Raise `BadInput` for a picture that `read_image` would refuse, without keeping it."
     with foreign_errors(path, "Download it again.", "cannot be decoded"), Image.open(path) as image:
         seen = f"{image.width}x{image.height} {image.mode}"
-    if seen != f"{SIDE}x{SIDE} RGB": raise BadInput(path, f"{seen}, not {SIDE}x{SIDE} RGB", "Download it again.")
+    if seen != f"{SIDE}x{SIDE} RGB":
+        raise BadInput(path, f"{seen}, not {SIDE}x{SIDE} RGB", "Download it again.")
     _picture(path)
+
 
 def _checked(row):
     "The mask's share of foreground, NaN where there is none; fault and remedy, empty where the picture can be used."
-    try: _check_picture(row.image)
-    except BadInput as e: return np.nan, e.fault, e.remedy
-    if not isinstance(row.case, str): return np.nan, "its name does not tell its case", "Call it GT<case>-<block>-400-<index>.png."
-    try: return _mask(row.label).mean() if row.label else np.nan, "", ""
-    except BadInput as e: return np.nan, f"its mask {Path(row.label).name} {e.fault}", e.remedy
+    try:
+        _check_picture(row.image)
+    except BadInput as e:
+        return np.nan, e.fault, e.remedy
+    if not isinstance(row.case, str):
+        return np.nan, "its name does not tell its case", "Call it GT<case>-<block>-400-<index>.png."
+    try:
+        return _mask(row.label).mean() if row.label else np.nan, "", ""
+    except BadInput as e:
+        return np.nan, f"its mask {Path(row.label).name} {e.fault}", e.remedy
+
 
 def _twins(slides):
     "The pictures that repeat another byte for byte: which one."
     size = slides["image"].map(lambda p: Path(p).stat().st_size)
     alike = slides[size.duplicated(keep=False)]
-    order = pd.DataFrame({"bytes": alike["image"].map(lambda p: digest(Path(p))), "doubled": alike["slide"].str.contains("/GTGT", case=False),
-                          "bare": alike["label"] == "", "slide": alike["slide"]}).sort_values(["doubled", "bare", "slide"])
+    order = pd.DataFrame(
+        {
+            "bytes": alike["image"].map(lambda p: digest(Path(p))),
+            "doubled": alike["slide"].str.contains("/GTGT", case=False),
+            "bare": alike["label"] == "",
+            "slide": alike["slide"],
+        }
+    ).sort_values(["doubled", "bare", "slide"])
     first = order.groupby("bytes")["slide"].transform("first")
     return first[first != order["slide"]]
 
+# %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-016-2
 def _found(root):
     "All pictures of all classes; and rows of the quarantine."
-    rows, aside = [], []
+    rows = []
+    aside = []
     for name, folder in _class_folders(root).items():
-        pictures = by_stem(find_pictures(folder/"image"), folder/"image")
-        labels = by_stem(find_pictures(folder/"label", masks=True), folder/"label")
+        pictures = by_stem(find_pictures(folder / "image"), folder / "image")
+        labels = by_stem(find_pictures(folder / "label", masks=True), folder / "label")
         other = {k.casefold(): k for k in labels if k not in pictures}  # spelt in other capitals
         for key, path in pictures.items():
             label = labels.pop(key if key in labels else other.get(key.casefold()), "")
             rows.append((path.relative_to(root).as_posix(), str(path), str(label), name, PurePosixPath(key).name))
-        aside += [(p.relative_to(root).as_posix(), str(p), "a mask without picture", "Put its picture there, or take it away.") for p in labels.values()]
-    if not rows: raise BadInput(root, "no pictures in any class", "Download it again.")
+        aside += [
+            (
+                p.relative_to(root).as_posix(),
+                str(p),
+                "a mask without picture",
+                "Put its picture there, or take it away.",
+            )
+            for p in labels.values()
+        ]
+    if not rows:
+        raise BadInput(root, "no pictures in any class", "Download it again.")
     return pd.DataFrame(rows, columns=["slide", "image", "label", "class", "name"]), aside
 
 # %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-018
 DIVISIONS = ("grouped", "random", "table")
-PUBLISHED = (.4, .4, .2)  # train, val, test
+PUBLISHED = (0.4, 0.4, 0.2)  # train, val, test
+
 
 def _from_table(slides, path):
     "The split that a table gives each picture, empty where it names none; and how many of its pictures are not here."
     table = read_csv(path, ["image", "split"], key="image")
     wrong = table["split"][~table["split"].isin(SPLITS)]
-    if len(wrong): raise BadInput(path, f"`{wrong.iloc[0]}` is not a split", "Call them train, val and test.")
-    key, own = table["image"].map(lambda name: "/".join(PurePosixPath(name).parts[-3:])), slides["slide"].map(composed)
-    if key.duplicated().any(): raise BadInput(path, f"it names {key[key.duplicated()].iloc[0]} twice", "Keep one row of each picture.")
+    if len(wrong):
+        raise BadInput(path, f"`{wrong.iloc[0]}` is not a split", "Call them train, val and test.")
+    key = table["image"].map(lambda name: "/".join(PurePosixPath(name).parts[-3:]))
+    own = slides["slide"].map(composed)
+    if key.duplicated().any():
+        raise BadInput(path, f"it names {key[key.duplicated()].iloc[0]} twice", "Keep one row of each picture.")
     here = key.isin(own)
-    if not here.any(): raise BadInput(path, f"none of its {len(table)} pictures is here", "Name them as EBHI-SEG/<class>/image/<name>.png.")
+    if not here.any():
+        raise BadInput(
+            path, f"none of its {len(table)} pictures is here", "Name them as EBHI-SEG/<class>/image/<name>.png."
+        )
     return own.map(table["split"].set_axis(key)).fillna(""), int((~here).sum())
 
+# %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-018-2
 def ebhi_seg(
-    root, # folder that holds the folders of the classes
-    split: str = "grouped", # by case; "random": as published, by picture; "table": as splits.csv in the root says
-    fractions=PUBLISHED, # of train, val and test, for the first two
-    seed: int = 0, # of the division
-) -> Images: # its `slides` also have `label`, the mask's path or "", `cls`, the number of the class, and `foreground`, the mask's share of it
+    root,  # folder that holds the folders of the classes
+    split: str = "grouped",  # by case; "random": as published, by picture; "table": as splits.csv in the root says
+    fractions=PUBLISHED,  # of train, val and test, for the first two
+    seed: int = 0,  # of the division
+) -> Images:  # its `slides` also have `label`, the mask's path or "", `cls`, the number of the class, and `foreground`, the mask's share of it
     "Read EBHI-Seg as published. Raises `BadInput` for a folder, class or table that cannot be right."
-    if split not in DIVISIONS: raise BadInput("split", f"unknown division `{split}`", nearest(split, DIVISIONS))
+    if split not in DIVISIONS:
+        raise BadInput("split", f"unknown division `{split}`", nearest(split, DIVISIONS))
     root = Path(root).expanduser().resolve()
     slides, aside = _found(root)
     slides["case"] = cases(slides["name"])
     slides["foreground"], slides["fault"], slides["remedy"] = zip(*map(_checked, slides.itertuples()), strict=True)
     twin = _twins(slides[slides["fault"] == ""])
-    slides.loc[twin.index, "fault"], slides.loc[twin.index, "remedy"] = "byte for byte " + twin, "Take one of the two away."
+    slides.loc[twin.index, "fault"], slides.loc[twin.index, "remedy"] = (
+        "byte for byte " + twin,
+        "Take one of the two away.",
+    )
     aside += slides.loc[slides["fault"] != "", ["slide", "image", "fault", "remedy"]].values.tolist()
     slides = slides[slides["fault"] == ""].reset_index(drop=True)
     missing = 0
-    if split == "grouped": slides = grouped_split(slides, fractions, label="class", seed=seed)
-    elif split == "random": slides = random_tile_split(slides, fractions, seed)
-    else: slides["split"], missing = _from_table(slides, root/"splits.csv")
-    slides = slides.assign(cls=slides["class"].map(CLASSES.index), mask="", codes="histonb", mpp=None, cohort="ebhi_seg")
-    counts = {"without mask": int((slides["label"] == "").sum()), "with a mask that is foreground all over": int((slides["foreground"] == 1).sum()), "set aside": len(aside),
-              "in cases that are in train as well": check_leak(slides, strict=False)["leaking_rows"], "listed but not in the folder": missing, "without split": int((slides["split"] == "").sum())}
-    columns = ["slide", "image", "label", "mask", "codes", "mpp", "cohort", "case", "class", "cls", "split", "foreground"]
+    if split == "grouped":
+        slides = grouped_split(slides, fractions, label="class", seed=seed)
+    elif split == "random":
+        slides = random_tile_split(slides, fractions, seed)
+    else:
+        slides["split"], missing = _from_table(slides, root / "splits.csv")
+    slides = slides.assign(
+        cls=slides["class"].map(CLASSES.index), mask="", codes="histonb", mpp=None, cohort="ebhi_seg"
+    )
+    counts = {
+        "without mask": int((slides["label"] == "").sum()),
+        "with a mask that is foreground all over": int((slides["foreground"] == 1).sum()),
+        "set aside": len(aside),
+        "in cases that are in train as well": check_leak(slides, strict=False)["leaking_rows"],
+        "listed but not in the folder": missing,
+        "without split": int((slides["split"] == "").sum()),
+    }
+    columns = [
+        "slide",
+        "image",
+        "label",
+        "mask",
+        "codes",
+        "mpp",
+        "cohort",
+        "case",
+        "class",
+        "cls",
+        "split",
+        "foreground",
+    ]
     return Images("ebhi_seg", slides[columns], pd.DataFrame(aside, columns=QUARANTINE_COLUMNS, dtype=str), counts)
 
 # %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-029
 def listing(
-    cohort: Images, # from `ebhi_seg`
-) -> pd.DataFrame: # `image, label, cls, case, split`: paths from the folder above the root, the class by name
+    cohort: Images,  # from `ebhi_seg`
+) -> pd.DataFrame:  # `image, label, cls, case, split`: paths from the folder above the root, the class by name
     "The table that `ebhi_seg(root, 'table')` reads, to be saved as `splits.csv`."
     slides = cohort.slides
-    above = [Path(image.removesuffix(slide)).parent for image, slide in zip(slides["image"], slides["slide"], strict=True)]
-    def short(paths): return [Path(p).relative_to(a).as_posix() if p else "" for p, a in zip(paths, above, strict=True)]
-    return pd.DataFrame({"image": short(slides["image"]), "label": short(slides["label"]), "cls": slides["class"], "case": slides["case"], "split": slides["split"]})
+    above = [
+        Path(image.removesuffix(slide)).parent for image, slide in zip(slides["image"], slides["slide"], strict=True)
+    ]
+
+    def short(paths):
+        return [Path(p).relative_to(a).as_posix() if p else "" for p, a in zip(paths, above, strict=True)]
+
+    return pd.DataFrame(
+        {
+            "image": short(slides["image"]),
+            "label": short(slides["label"]),
+            "cls": slides["class"],
+            "case": slides["case"],
+            "split": slides["split"],
+        }
+    )
 
 # %% ../../nbs/03_datasets/10_ebhi.ipynb #cell-040
-GLANDS = ("Normal", "Polyp", "Low-grade IN") # classes whose masks outline glands
-SQUEEZE, GLAND_MPP = 4/3, 1. # what a picture's width lost when it was made square; um per pixel of its height, by the size of glands
+GLANDS = ("Normal", "Polyp", "Low-grade IN")  # classes whose masks outline glands
+# what a picture's width lost when it was made square; um per pixel of its height, by the size of glands
+SQUEEZE = 4 / 3
+GLAND_MPP = 1.0
+
 
 def _read_glands(row):
-    size = round(SIDE*SQUEEZE), SIDE
+    size = round(SIDE * SQUEEZE), SIDE
     glands = label(binary_fill_holes(_mask(row["map"])), connectivity=1).astype(np.int32)
-    return Field(cv2.resize(_picture(row["image"]), size), {"gland": cv2.resize(glands, size, interpolation=cv2.INTER_NEAREST_EXACT)}, row["mpp"])
+    return Field(
+        cv2.resize(_picture(row["image"]), size),
+        {"gland": cv2.resize(glands, size, interpolation=cv2.INTER_NEAREST_EXACT)},
+        row["mpp"],
+    )
+
 
 def ebhi_glands(
-    root, # folder that holds the folders of the classes
-    classes=GLANDS, # to take glands from
-) -> Fields: # with gland; not divided
+    root,  # folder that holds the folders of the classes
+    classes=GLANDS,  # to take glands from
+) -> Fields:  # with gland; not divided
     "The pictures of EBHI-Seg as fields of glands. What learnt from them cannot be judged on EBHI-Seg."
     for name in classes:
-        if name not in CLASSES: raise BadInput("classes", f"no class `{name}`", nearest(name, CLASSES))
+        if name not in CLASSES:
+            raise BadInput("classes", f"no class `{name}`", nearest(name, CLASSES))
     cohort = ebhi_seg(root)
     slides = cohort.slides[cohort.slides["class"].isin(classes) & (cohort.slides["label"] != "")]
-    table = slides.assign(field=slides["slide"], map=slides["label"], split="", mpp=GLAND_MPP)[FIELD_COLUMNS].reset_index(drop=True)
+    table = slides.assign(field=slides["slide"], map=slides["label"], split="", mpp=GLAND_MPP)[
+        FIELD_COLUMNS
+    ].reset_index(drop=True)
     return Fields("EBHI-Seg", table, cohort.quarantine, ("gland",), _read_glands)

@@ -10,23 +10,23 @@ from pathlib import Path
 
 from ..core.files import write_parquet
 from .cohorts import panda
-from ..synthetic.phantom import write_cohort
-from ..slides.tile_store import TileShards
 from .splits import grouped_split
+from ..slides.tile_store import TileShards
 from ..slides.tiling import tile_cohort
+from ..synthetic.phantom import write_cohort
 
 # %% ../../nbs/03_datasets/04_example.ipynb #cell-004
 def example_tiles(
-    folder, # folder to write to: `cohort/` with the slides, `tiles/` with the tile store
-    n_slides: int = 8, # synthetic slides
-    shape: tuple[int, int] = (2048, 1536), # (h, w) of each slide in pixels
-    seed: int = 0, # of the slides and of the split
-    workers: int = 2, # processes
-) -> Path: # the tile store, its table with a grouped split of .6/.2/.2
+    folder,  # folder to write to: `cohort/` with the slides, `tiles/` with the tile store
+    n_slides: int = 8,  # synthetic slides
+    shape: tuple[int, int] = (2048, 1536),  # (h, w) of each slide in pixels
+    seed: int = 0,  # of the slides and of the split
+    workers: int = 2,  # processes
+) -> Path:  # the tile store, its table with a grouped split of .6/.2/.2
     "Draw slides, cut them, split them by slide."
     folder = Path(folder)
-    cohort = panda(write_cohort(folder/"cohort", n_slides, seed, shape, workers))
-    table = tile_cohort(cohort, folder/"tiles", workers=workers)
-    split = grouped_split(table[table.kept], (.6, .2, .2), seed=seed).split
-    write_parquet(folder/"tiles/tiles.parquet", table.assign(split=split.reindex(table.index).fillna("")))
-    return folder/"tiles"
+    cohort = panda(write_cohort(folder / "cohort", n_slides, seed, shape, workers))
+    table = tile_cohort(cohort, folder / "tiles", workers=workers)
+    split = grouped_split(table[table.kept], (0.6, 0.2, 0.2), seed=seed).split
+    write_parquet(folder / "tiles/tiles.parquet", table.assign(split=split.reindex(table.index).fillna("")))
+    return folder / "tiles"

@@ -28,13 +28,16 @@ from ..slides.tiling import TileRule, tile_cohort
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _MASKS = re.compile(r"(^|[-_ ])(masks?|labels?|annotations?|anno|instances?)$", re.IGNORECASE)
 
-def _refuse(error): # of a folder that is there
-    if os.path.lexists(error.filename): raise BadInput(error.filename, f"cannot be listed ({error.strerror})", "Check its permissions.") from error
+
+def _refuse(error):  # of a folder that is there
+    if os.path.lexists(error.filename):
+        raise BadInput(error.filename, f"cannot be listed ({error.strerror})", "Check its permissions.") from error
+
 
 def visible_files(
-    root, # folder, searched at any depth
-    folder_counts=lambda name: True, # called with the name of a folder in it: whether to look there
-) -> list[Path]: # in the order of their names
+    root,  # folder, searched at any depth
+    folder_counts=lambda name: True,  # called with the name of a folder in it: whether to look there
+) -> list[Path]:  # in the order of their names
     "Find the files of a folder, without hidden ones and without hidden folders. Raises `BadInput` where it cannot be listed."
     found = []
     for folder, folders, names in os.walk(Path(root), onerror=_refuse):
@@ -42,40 +45,53 @@ def visible_files(
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
+
 def find_pictures(
-    root, # folder, searched at any depth
-    masks: bool = False, # masks too: everything that ends like a picture
-) -> list[Path]: # the pictures, in the order of their names
+    root,  # folder, searched at any depth
+    masks: bool = False,  # masks too: everything that ends like a picture
+) -> list[Path]:  # the pictures, in the order of their names
     "Find the pictures of a folder, without masks and hidden files."
-    def counts(name): return masks or not _MASKS.search(name)
+
+    def counts(name):
+        return masks or not _MASKS.search(name)
+
     return [path for path in visible_files(root, counts) if path.suffix.lower() in PICTURES and counts(stem(path))]
 
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-005-2
 def stem(
-    path, # a picture or a MATLAB file, or its name in a table
-) -> str: # its file name without the ending; `.ome.tif` is one ending
+    path,  # a picture or a MATLAB file, or its name in a table
+) -> str:  # its file name without the ending; `.ome.tif` is one ending
     "Tell what a picture is called."
-    return composed(re.sub(rf"(\.ome)?({'|'.join(map(re.escape, (*PICTURES, '.mat')))})$", "", Path(path).name, flags=re.IGNORECASE))
+    return composed(
+        re.sub(rf"(\.ome)?({'|'.join(map(re.escape, (*PICTURES, '.mat')))})$", "", Path(path).name, flags=re.IGNORECASE)
+    )
+
 
 def by_stem(
-    paths, # files
-    root, # the folder they are in
-) -> dict[str, Path]: # path from the folder, without ending, its letters composed -> file
+    paths,  # files
+    root,  # the folder they are in
+) -> dict[str, Path]:  # path from the folder, without ending, its letters composed -> file
     "Find files by their names. Raises `BadInput` where two differ by their endings only."
     found = {}
     for path in paths:
-        if not is_text(path): raise BadInput(printable(path), "its name is not UTF-8 text", "Rename it.")
+        if not is_text(path):
+            raise BadInput(printable(path), "its name is not UTF-8 text", "Rename it.")
         name = composed(path.relative_to(root).with_name(stem(path)).as_posix())
-        if name in found: raise BadInput(path, f"{found[name].name} beside it has the same name", "Keep one of the two.")
+        if name in found:
+            raise BadInput(path, f"{found[name].name} beside it has the same name", "Keep one of the two.")
         found[name] = path
     return found
 
+
 def picture_size(
-    path, # file
-) -> tuple[int, int] | None: # width and height as its first bytes say; None where they do not
+    path,  # file
+) -> tuple[int, int] | None:  # width and height as its first bytes say; None where they do not
     "Tell the size of a picture without decoding it."
     try:
-        with foreign_errors(path), Image.open(path) as image: return image.size
-    except BadInput: return None
+        with foreign_errors(path), Image.open(path) as image:
+            return image.size
+    except BadInput:
+        return None
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-009
 def _aliases(picture, root):
@@ -84,126 +100,192 @@ def _aliases(picture, root):
     names = {p.as_posix() for p in paths} | {p.with_name(stem(p)).as_posix() for p in paths}
     return {composed(name).strip() for name in names}
 
+
 def _listed(table, root, pictures, columns):
     "The table's rows, a picture each, as `picture, class, case, split`; and the names that no picture has."
     rows = read_csv(table, [c for c in columns.values() if c], key=columns["picture"])
     named = {}
     for picture in pictures:
-        for alias in _aliases(picture, root): named.setdefault(alias, []).append(picture)
+        for alias in _aliases(picture, root):
+            named.setdefault(alias, []).append(picture)
     rows = pd.DataFrame({k: rows[c] if c else "" for k, c in columns.items()})
     found = rows["picture"].map(lambda name: named.get(name, []))
     unclear = rows["picture"][found.str.len() > 1]
-    if len(unclear): raise BadInput(table, f"`{unclear.iloc[0]}` names {len(named[unclear.iloc[0]])} pictures", "Give the path from the folder.")
+    if len(unclear):
+        raise BadInput(
+            table, f"`{unclear.iloc[0]}` names {len(named[unclear.iloc[0]])} pictures", "Give the path from the folder."
+        )
     here = found.str.len() == 1
-    if not here.any(): raise BadInput(table, f"none of its {len(rows)} pictures is in {root}", f"It names, for example, `{rows['picture'].iloc[0]}`." if len(rows) else "It is empty.")
+    if not here.any():
+        raise BadInput(
+            table,
+            f"none of its {len(rows)} pictures is in {root}",
+            f"It names, for example, `{rows['picture'].iloc[0]}`." if len(rows) else "It is empty.",
+        )
     missing = rows["picture"][~here].tolist()
     rows = rows[here].assign(picture=found[here].str[0])
     twice = rows["picture"][rows["picture"].duplicated()]
-    if len(twice): raise BadInput(table, f"it names {twice.iloc[0].name} twice", "Keep one row of each picture.")
+    if len(twice):
+        raise BadInput(table, f"it names {twice.iloc[0].name} twice", "Keep one row of each picture.")
     return rows, missing
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-011
 class Images(Cohort):
     "A cohort of pictures; its `slides` also have `class` and `split`, empty where unknown."
+
     def grades(self):
         "Number of pictures by class (rows) and split (columns)."
         known = self.slides[["class", "split"]].replace("", "-")
         return pd.crosstab(known["class"], known["split"], margins=True, margins_name="all")
 
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-011-2
 def images(
-    root, # folder with pictures, at any depth
-    table=None, # CSV with a row a picture; None: only the pictures are known
-    picture: str = "image", # its column of names
-    label: str = "", # its column of classes; empty: there is none
-    case: str = "", # its column of cases; empty: each picture is a case
-    split: str = "", # its column of splits: train, val or test; empty: there is none
-    size: int = 224, # side of a tile in pixels: smaller pictures are set aside
-    mpp: float | None = None, # um/px of all pictures; needed only where tiles are cut at another resolution
+    root,  # folder with pictures, at any depth
+    table=None,  # CSV with a row a picture; None: only the pictures are known
+    picture: str = "image",  # its column of names
+    label: str = "",  # its column of classes; empty: there is none
+    case: str = "",  # its column of cases; empty: each picture is a case
+    split: str = "",  # its column of splits: train, val or test; empty: there is none
+    size: int = 224,  # side of a tile in pixels: smaller pictures are set aside
+    mpp: float | None = None,  # um/px of all pictures; needed only where tiles are cut at another resolution
 ) -> Images:
     "Read a folder of pictures. Raises `BadInput` for one without pictures, and for a table that does not fit it."
     root = Path(root).expanduser().resolve()
     found = find_pictures(root)
     pictures = [path for path in found if is_text(path)]
-    if not pictures: raise BadInput(root, "no pictures here", f"Give a folder with files that end in {', '.join(PICTURES)}.")
+    if not pictures:
+        raise BadInput(root, "no pictures here", f"Give a folder with files that end in {', '.join(PICTURES)}.")
     ids = [p.relative_to(root).as_posix() for p in pictures]
-    slides = pd.DataFrame({"slide": ids, "image": [str(p) for p in pictures], "mask": "", "codes": "histonb", "mpp": mpp,
-                           "cohort": root.name, "case": ids, "class": "", "split": ""})
+    slides = pd.DataFrame(
+        {
+            "slide": ids,
+            "image": [str(p) for p in pictures],
+            "mask": "",
+            "codes": "histonb",
+            "mpp": mpp,
+            "cohort": root.name,
+            "case": ids,
+            "class": "",
+            "split": "",
+        }
+    )
     missing = []
     if table is not None:
-        rows, missing = _listed(Path(table), root, pictures, {"picture": picture, "class": label, "case": case, "split": split})
+        rows, missing = _listed(
+            Path(table), root, pictures, {"picture": picture, "class": label, "case": case, "split": split}
+        )
         rows = rows.assign(slide=[p.relative_to(root).as_posix() for p in rows["picture"]]).set_index("slide")
         wrong = rows["split"][~rows["split"].isin(["", "train", "val", "test"])]
-        if len(wrong): raise BadInput(table, f"`{wrong.iloc[0]}` is not a split", "Call them train, val and test.")
+        if len(wrong):
+            raise BadInput(table, f"`{wrong.iloc[0]}` is not a split", "Call them train, val and test.")
         rows["case"] = identifiers(rows["case"])
-        if case and rows["case"].isna().any(): raise BadInput(table, f"{rows['case'].isna().sum()} pictures have no `{case}`", "Give every picture its case.")
+        if case and rows["case"].isna().any():
+            raise BadInput(
+                table, f"{rows['case'].isna().sum()} pictures have no `{case}`", "Give every picture its case."
+            )
         for column in ("class", "case", "split"):
             known = slides["slide"].map(rows[column]).fillna("")
             slides[column] = known.where(known != "", slides[column])
-    quarantine = [(name, str(root/name), f"listed in {Path(table).name} but not in the folder", "Download it again.") for name in missing]
-    quarantine += [(printable(path.relative_to(root)), printable(path), "its name is not UTF-8 text", "Rename it.") for path in found if not is_text(path)]
+    quarantine = [
+        (name, str(root / name), f"listed in {Path(table).name} but not in the folder", "Download it again.")
+        for name in missing
+    ]
+    quarantine += [
+        (printable(path.relative_to(root)), printable(path), "its name is not UTF-8 text", "Rename it.")
+        for path in found
+        if not is_text(path)
+    ]
     small = pd.Series([_too_small(p, size) for p in pictures])
-    quarantine += [(slides["slide"][i], slides["image"][i], small[i], "Give larger pictures, or cut smaller tiles.") for i in slides.index[small != ""]]
+    quarantine += [
+        (slides["slide"][i], slides["image"][i], small[i], "Give larger pictures, or cut smaller tiles.")
+        for i in slides.index[small != ""]
+    ]
     counts = {"set aside": len(quarantine), "without class": int((slides["class"] == "").sum())}
-    return Images(root.name, slides[small == ""].reset_index(drop=True), pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)
+    return Images(
+        root.name,
+        slides[small == ""].reset_index(drop=True),
+        pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str),
+        counts,
+    )
 
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-011-3
 def _too_small(path, size):
     "The fault of a picture that no tile fits in; empty where one does, or where its size cannot be told from its first bytes."
     width, height = picture_size(path) or (size, size)
     return f"{width}x{height} pixels, smaller than a tile of {size}x{size}" if min(width, height) < size else ""
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-017
-KEEP_ALL = TileRule(max_emptiness=.999, background=1., min_edges=0., max_homogeneity=1.)
+KEEP_ALL = TileRule(max_emptiness=0.999, background=1.0, min_edges=0.0, max_homogeneity=1.0)
+
 
 def class_names(
-    store, # folder of a tile store
-) -> dict[int, str]: # label -> name
+    store,  # folder of a tile store
+) -> dict[int, str]:  # label -> name
     "Read what the labels of a tile store are called. Raises `BadInput` for a file that is no list of names."
-    path = Path(store)/"classes.json"
-    if not path.exists(): return dict(LABELS)
+    path = Path(store) / "classes.json"
+    if not path.exists():
+        return dict(LABELS)
     names = read_json(path)
-    if not isinstance(names, list) or not all(isinstance(name, str) and is_text(name) for name in names) or len({*names}) < len(names):
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str) and is_text(name) for name in names)
+        or len({*names}) < len(names)
+    ):
         raise BadInput(path, "not a list of different names", "Copy it again, or cut the pictures again.")
     return dict(enumerate(names))
 
+
 def tile_images(
-    cohort: Images, # from `images`
-    out, # folder of the tile store
+    cohort: Images,  # from `images`
+    out,  # folder of the tile store
     rule: TileRule = KEEP_ALL,
-    workers: int = 2, # as for `tile_cohort`
-) -> pd.DataFrame: # the tile table, with `label` and `split` of the pictures
+    workers: int = 2,  # as for `tile_cohort`
+) -> pd.DataFrame:  # the tile table, with `label` and `split` of the pictures
     "Cut pictures that somebody has chosen: `tile_cohort` with a rule that keeps them."
     return tile_cohort(cohort, out, rule, workers)
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-024
 def _tile_size(store):
     "The side of a store's tiles, as its rule says."
-    rule = read_json(store/"rule.json")
+    rule = read_json(store / "rule.json")
     size = rule.get("size") if isinstance(rule, dict) else None
-    if not isinstance(size, int): raise BadInput(store/"rule.json", "it tells no `size` of tiles", "Copy it again, or tile again.")
+    if not isinstance(size, int):
+        raise BadInput(store / "rule.json", "it tells no `size` of tiles", "Copy it again, or tile again.")
     return size
+
 
 def _quarantined(store):
     "What a store's tiling left out."
-    path = store/"quarantine.csv"
+    path = store / "quarantine.csv"
     return read_csv(path, QUARANTINE_COLUMNS) if path.exists() else pd.DataFrame(columns=QUARANTINE_COLUMNS, dtype=str)
 
+
 def join_stores(
-    stores, # folders of tile stores
-    out, # folder of the joined store
-    labelled="", # the one whose labels and split count; empty: none has labels
-) -> pd.DataFrame: # the tile table
+    stores,  # folders of tile stores
+    out,  # folder of the joined store
+    labelled="",  # the one whose labels and split count; empty: none has labels
+) -> pd.DataFrame:  # the tile table
     "Join tile stores to one. Raises `BadInput` for stores of one name, tiles of two sizes, and a labelled store that is not among them."
-    stores, out, labelled = [Path(s) for s in stores], Path(out), Path(labelled) if str(labelled) else None
+    stores = [Path(s) for s in stores]
+    out = Path(out)
+    labelled = Path(labelled) if str(labelled) else None
     names = [s.name for s in stores]
-    if not stores: raise BadInput("stores", "none to join", "Name the folders of at least one tile store.")
-    if out.resolve() in {s.resolve() for s in stores}: raise BadInput(out, "is one of the stores", "Choose another folder: their own tables stay as they are.")
-    if len({*names}) < len(names): raise BadInput("stores", f"two have the same name: {', '.join(names)}", "Rename a folder.")
-    if labelled and labelled not in stores: raise BadInput("labelled", f"{labelled} is not among the stores", nearest(labelled, stores))
+    if not stores:
+        raise BadInput("stores", "none to join", "Name the folders of at least one tile store.")
+    if out.resolve() in {s.resolve() for s in stores}:
+        raise BadInput(out, "is one of the stores", "Choose another folder: their own tables stay as they are.")
+    if len({*names}) < len(names):
+        raise BadInput("stores", f"two have the same name: {', '.join(names)}", "Rename a folder.")
+    if labelled and labelled not in stores:
+        raise BadInput("labelled", f"{labelled} is not among the stores", nearest(labelled, stores))
     found = [read_tiles(s, ("slide", "case", "split")) for s in stores]
     sizes = {s.name: _tile_size(s) for s in stores}
-    if len({*sizes.values()}) > 1: raise BadInput("stores", f"their tiles differ in size: {sizes}", "Cut them with one size.")
-    with hold(out): return _join(dict(zip(stores, found, strict=True)), out, labelled, sizes[stores[0].name])
+    if len({*sizes.values()}) > 1:
+        raise BadInput("stores", f"their tiles differ in size: {sizes}", "Cut them with one size.")
+    with hold(out):
+        return _join(dict(zip(stores, found, strict=True)), out, labelled, sizes[stores[0].name])
 
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-024-2
 def _account(path):
     "What became of a store's candidate tiles."
     account = read_parquet(path, ["slide", "label"])
@@ -212,46 +294,63 @@ def _account(path):
             raise BadInput(path, f"its column `{name}` does not hold whole numbers", "Copy it again, or tile again.")
     return account
 
+
 def _join(stores, out, labelled, size):
     "Link the shards, then write the tables."
-    tables, accounts, first = [], [], 0
+    tables = []
+    accounts = []
+    first = 0
     for s, table in stores.items():
-        account = _account(s/"account.parquet")
+        account = _account(s / "account.parquet")
         stored = table["shard"] >= 0
-        for shard in table["shard"][stored].unique(): _link(shard_path(s, shard), shard_path(out, first + shard))
+        for shard in table["shard"][stored].unique():
+            _link(shard_path(s, shard), shard_path(out, first + shard))
         table["shard"] = table["shard"].where(~stored, table["shard"] + first)
-        for column in ("slide", "case"): table[column] = s.name + "/" + table[column].astype(str)
-        if s != labelled: table, account = table.assign(label=-1, split="train"), account.assign(label=-1)
+        for column in ("slide", "case"):
+            table[column] = s.name + "/" + table[column].astype(str)
+        if s != labelled:
+            table = table.assign(label=-1, split="train")
+            account = account.assign(label=-1)
         tables.append(table.astype({"label": "int16"}))
         accounts.append(account.assign(slide=s.name + "/" + account["slide"].astype(str)))
         first = max(first, table["shard"].max() + 1)
-    if labelled: write_json(out/"classes.json", list(class_names(labelled).values()))
-    write_json(out/"rule.json", {"size": size})
-    with atomic_path(out/"quarantine.csv") as p: pd.concat([_quarantined(s) for s in stores]).to_csv(p, index=False)
-    write_parquet(out/"account.parquet", pd.concat(accounts, ignore_index=True))
+    if labelled:
+        write_json(out / "classes.json", list(class_names(labelled).values()))
+    write_json(out / "rule.json", {"size": size})
+    with atomic_path(out / "quarantine.csv") as p:
+        pd.concat([_quarantined(s) for s in stores]).to_csv(p, index=False)
+    write_parquet(out / "account.parquet", pd.concat(accounts, ignore_index=True))
     table = pd.concat(tables, ignore_index=True)
-    write_parquet(out/"tiles.parquet", table)
+    write_parquet(out / "tiles.parquet", table)
     return table
 
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-024-3
 def _link(source, target):
     "A second name for a file; a copy where the disk has no links."
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try: os.link(source, target)
-    except OSError: shutil.copyfile(source, target)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-table
 def store_with(
-    table: pd.DataFrame, # the new tile table: rows of the store's, with any change but where their pixels lie
-    store, # folder of the tile store
-    out, # folder of the new one
+    table: pd.DataFrame,  # the new tile table: rows of the store's, with any change but where their pixels lie
+    store,  # folder of the tile store
+    out,  # folder of the new one
 ):
     "Write a store with the tiles of another and a table of its own. Raises `BadInput` where both are one folder."
-    store, out = Path(store), Path(out)
-    if store.resolve() == out.resolve(): raise BadInput(out, "is the store itself", "Choose another folder: the store's own table stays as it is.")
+    store = Path(store)
+    out = Path(out)
+    if store.resolve() == out.resolve():
+        raise BadInput(out, "is the store itself", "Choose another folder: the store's own table stays as it is.")
     with hold(out):
-        for shard in table["shard"][table["shard"] >= 0].unique(): _link(shard_path(store, shard), shard_path(out, shard))
+        for shard in table["shard"][table["shard"] >= 0].unique():
+            _link(shard_path(store, shard), shard_path(out, shard))
         for name in ("rule.json", "classes.json", "quarantine.csv", "account.parquet"):
-            if not (store/name).exists(): continue
-            with atomic_path(out/name) as p: shutil.copyfile(store/name, p)
-        write_parquet(out/"tiles.parquet", table)
+            if not (store / name).exists():
+                continue
+            with atomic_path(out / name) as p:
+                shutil.copyfile(store / name, p)
+        write_parquet(out / "tiles.parquet", table)

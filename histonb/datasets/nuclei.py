@@ -15,30 +15,37 @@ import pandas as pd
 from ..core.errors import BadInput, foreign_errors
 from .annotations import find_mats, listed, pair_up, read_image, read_mat, type_map, types_by_id
 from .cohorts import identifiers, is_text, lost_files, read_csv
-from .regions import Field, Fields, clean_instances
 from .images import by_stem, find_pictures, stem, visible_files
+from .regions import Field, Fields, clean_instances
 
 # %% ../../nbs/03_datasets/09_nuclei.ipynb #cell-005
-MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4], np.uint8) # type as published -> type in `CLASSES`
+MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4], np.uint8)  # type as published -> type in `CLASSES`
+
 
 def _read_consep(row):
     path = row["map"]
     ids, types = read_mat(path, "inst_map", "type_map")
     nuclei = clean_instances(ids, path)
     wrong = np.setdiff1d(types, range(len(MERGED)))
-    if len(wrong): raise BadInput(path, f"type {wrong[0]:g} is none of CoNSeP's seven", "Give the labels as published.")
+    if len(wrong):
+        raise BadInput(path, f"type {wrong[0]:g} is none of CoNSeP's seven", "Give the labels as published.")
     types = type_map(MERGED[types.astype(int)], nuclei, "nucleus-type-consep", path)
     return Field(read_image(row["image"]), {"nucleus": nuclei, "nucleus-type-consep": types}, float(row["mpp"]))
 
+
 def consep(
-    root, # folder with Train and Test, each with Images and Labels
-) -> Fields: # truths nucleus and nucleus-type-consep; splits train and test
+    root,  # folder with Train and Test, each with Images and Labels
+) -> Fields:  # truths nucleus and nucleus-type-consep; splits train and test
     "Read CoNSeP as published; a patient may be in several cases, because the names do not tell it. Raises `BadInput` where a folder is missing."
     root = Path(root).expanduser().resolve()
-    parts = [(f"{part}/", root/part) for part in ("Train", "Test")]
-    pictures = {part + name: path for part, folder in parts for name, path in by_stem(find_pictures(folder/"Images"), folder/"Images").items()}
-    maps = {part + name: path for part, folder in parts for name, path in find_mats(folder/"Labels").items()}
-    table, quarantine = pair_up(pictures, maps, root, .25)
+    parts = [(f"{part}/", root / part) for part in ("Train", "Test")]
+    pictures = {
+        part + name: path
+        for part, folder in parts
+        for name, path in by_stem(find_pictures(folder / "Images"), folder / "Images").items()
+    }
+    maps = {part + name: path for part, folder in parts for name, path in find_mats(folder / "Labels").items()}
+    table, quarantine = pair_up(pictures, maps, root, 0.25)
     table["split"] = table["field"].str.split("/").str[0].str.lower()
     return listed("CoNSeP", root, table, quarantine, ("nucleus", "nucleus-type-consep"), _read_consep)
 
@@ -50,63 +57,98 @@ def _read_lizard(row):
     types = type_map(types_by_id(ids, numbers, types, path), nuclei, "nucleus-type", path)
     return Field(read_image(row["image"]), {"nucleus": nuclei, "nucleus-type": types}, float(row["mpp"]))
 
+
 def _by_name(paths, root):
     "Files by their names, wherever they lie. Raises `BadInput` for two of one name."
     names = [stem(path) for path in paths]
     twice = [path for path, name in zip(paths, names, strict=True) if names.count(name) > 1]
-    if twice: raise BadInput(root, f"{twice[0].relative_to(root)} and {twice[1].relative_to(root)} have one name", "Keep one of the two.")
+    if twice:
+        raise BadInput(
+            root, f"{twice[0].relative_to(root)} and {twice[1].relative_to(root)} have one name", "Keep one of the two."
+        )
     return dict(zip(names, paths, strict=True))
 
+# %% ../../nbs/03_datasets/09_nuclei.ipynb #cell-009-2
 def lizard(
-    root, # folder with the three archives unpacked, at any depth: Lizard_Images1, Lizard_Images2, and Labels and info.csv
-) -> Fields: # truths nucleus and nucleus-type; splits fold1 to fold3; the table also has `source`
+    root,  # folder with the three archives unpacked, at any depth: Lizard_Images1, Lizard_Images2, and Labels and info.csv
+) -> Fields:  # truths nucleus and nucleus-type; splits fold1 to fold3; the table also has `source`
     "Read Lizard as published. Raises `BadInput` for a folder without info.csv, and for a broken table."
     root = Path(root).expanduser().resolve()
-    info = next((path for path in visible_files(root) if path.name.lower() == "info.csv"), root/"info.csv")
+    info = next((path for path in visible_files(root) if path.name.lower() == "info.csv"), root / "info.csv")
     table = read_csv(info, ["Filename", "Source", "Split"], key="Filename")
     known = table.assign(Filename=table["Filename"].map(stem)).set_index("Filename")
     pictures = find_pictures(root)
     inside = [path for path in pictures if re.search("lizard_images", path.relative_to(root).as_posix(), re.IGNORECASE)]
-    table, quarantine = pair_up(_by_name(inside or pictures, root), _by_name(find_mats(root).values(), root), root, .5)
-    fold = table["field"].map(identifiers(known["Split"]).str.extract(r"^(?:fold|split)?[ _-]*([123])$", re.IGNORECASE, expand=False))
+    table, quarantine = pair_up(_by_name(inside or pictures, root), _by_name(find_mats(root).values(), root), root, 0.5)
+    fold = table["field"].map(
+        identifiers(known["Split"]).str.extract(r"^(?:fold|split)?[ _-]*([123])$", re.IGNORECASE, expand=False)
+    )
     lost = fold.isna()
-    quarantine += [(r.field, r.image, f"{info.name} does not give its fold", "Correct its row, or leave it out.") for r in table[lost].itertuples()]
+    quarantine += [
+        (r.field, r.image, f"{info.name} does not give its fold", "Correct its row, or leave it out.")
+        for r in table[lost].itertuples()
+    ]
     names = known.index.to_series()
-    quarantine += lost_files(names, names.isin([*table["field"], *(row[0] for row in quarantine)]), lambda name: root/f"Lizard_Images1/{name}.png", info.name)
-    table, fold = table[~lost], fold[~lost]
+    quarantine += lost_files(
+        names,
+        names.isin([*table["field"], *(row[0] for row in quarantine)]),
+        lambda name: root / f"Lizard_Images1/{name}.png",
+        info.name,
+    )
+    table = table[~lost]
+    fold = fold[~lost]
     table = table.assign(split="fold" + fold.astype(str), source=table["field"].map(known["Source"]))
     return listed("Lizard", root, table, quarantine, ("nucleus", "nucleus-type"), _read_lizard)
 
 # %% ../../nbs/03_datasets/09_nuclei.ipynb #cell-013
 def _array(path, channels):
     "An array of patches that stays on disk."
-    with foreign_errors(path, "Copy or download it again.", "unreadable as an array"): array = np.lib.format.open_memmap(path, mode="r")
+    with foreign_errors(path, "Copy or download it again.", "unreadable as an array"):
+        array = np.lib.format.open_memmap(path, mode="r")
     if array.ndim != 4 or array.shape[3] != channels or array.dtype.kind not in "uif":
-        raise BadInput(path, f"{array.dtype} of shape {array.shape}, not numbers of (n, h, w, {channels})", "Give the arrays as published.")
+        raise BadInput(
+            path,
+            f"{array.dtype} of shape {array.shape}, not numbers of (n, h, w, {channels})",
+            "Give the arrays as published.",
+        )
     return array
 
+
 def _read_pannuke(row):
-    number, path = int(row["number"]), row["map"]
-    image, masks = np.asarray(_array(row["image"], 3)[number]), np.asarray(_array(path, 6)[number])
-    if not ((image >= 0) & (image <= 255)).all(): raise BadInput(row["image"], f"patch {number} has values beyond 0 and 255", "Copy or download it again.")
-    ids, types = np.zeros(masks.shape[:2], np.int32), np.zeros(masks.shape[:2], np.uint8)
+    number = int(row["number"])
+    path = row["map"]
+    image = np.asarray(_array(row["image"], 3)[number])
+    masks = np.asarray(_array(path, 6)[number])
+    if not ((image >= 0) & (image <= 255)).all():
+        raise BadInput(row["image"], f"patch {number} has values beyond 0 and 255", "Copy or download it again.")
+    ids = np.zeros(masks.shape[:2], np.int32)
+    types = np.zeros(masks.shape[:2], np.uint8)
     for i in range(5):
         mine = clean_instances(masks[..., i], path)
-        ids, types = np.where(mine > 0, mine + ids.max(), ids), np.where(mine > 0, i + 1, types)
+        ids = np.where(mine > 0, mine + ids.max(), ids)
+        types = np.where(mine > 0, i + 1, types)
     nuclei = clean_instances(ids, path)
-    return Field(np.rint(image).astype(np.uint8), {"nucleus": nuclei, "nucleus-type-pannuke": type_map(types, nuclei, "nucleus-type-pannuke", path)}, float(row["mpp"]))
+    return Field(
+        np.rint(image).astype(np.uint8),
+        {"nucleus": nuclei, "nucleus-type-pannuke": type_map(types, nuclei, "nucleus-type-pannuke", path)},
+        float(row["mpp"]),
+    )
 
+# %% ../../nbs/03_datasets/09_nuclei.ipynb #cell-013-2
 def _organs(path, n):
     "The organs of a fold's patches; empty where there is no file, or one that only unpickling would open."
-    if path is None: return [""]*n
+    if path is None:
+        return [""] * n
     try:
-        with foreign_errors(path): organs = np.load(path, allow_pickle=False).tolist()
-    except BadInput: return [""]*n
+        with foreign_errors(path):
+            organs = np.load(path, allow_pickle=False).tolist()
+    except BadInput:
+        return [""] * n
     whole = isinstance(organs, list) and len(organs) == n and all(isinstance(o, str) and is_text(o) for o in organs)
-    return organs if whole else [""]*n
-
+    return organs if whole else [""] * n
 _KIND = re.compile("(image|mask|type)s?", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:fold|part|images?|masks?|types?)[ _-]?(\d+)", re.IGNORECASE)
+
 
 def _arrays(root):
     "The arrays that belong together: their path without the words for images, masks and types -> kind -> file."
@@ -114,47 +156,80 @@ def _arrays(root):
     for path in visible_files(root):
         name = path.relative_to(root).as_posix()
         kinds = _KIND.findall(name)
-        if path.suffix.lower() == ".npy" and kinds: folds.setdefault(_KIND.sub("*", name.lower()), {})[kinds[-1].lower()] = path
+        if path.suffix.lower() == ".npy" and kinds:
+            folds.setdefault(_KIND.sub("*", name.lower()), {})[kinds[-1].lower()] = path
     return {place: fold for place, fold in folds.items() if "image" in fold}
+
 
 def _fold(path, root):
     "The fold that a path names, or else the folder."
     name = path.relative_to(root).as_posix()
     numbers = {int(n) for n in _NUMBER.findall(name) or _NUMBER.findall(root.name)}
-    if len(numbers) > 1: raise BadInput(path, f"its path names the folds {' and '.join(map(str, sorted(numbers)))}", "Rename the folder that is wrong.")
+    if len(numbers) > 1:
+        raise BadInput(
+            path,
+            f"its path names the folds {' and '.join(map(str, sorted(numbers)))}",
+            "Rename the folder that is wrong.",
+        )
     words = [part for part in path.relative_to(root).parent.parts if not _KIND.fullmatch(part)]
     return f"fold{numbers.pop()}" if numbers else "/".join(words) or root.name
 
+# %% ../../nbs/03_datasets/09_nuclei.ipynb #cell-013-3
 def _read_fold(fold, arrays, root):
     "A row for each patch of a fold."
-    path, masks = arrays["image"], arrays.get("mask")
-    if masks is None: raise BadInput(path, "a fold without masks", f"Put them to {_twin(path, root)}.")
+    path = arrays["image"]
+    masks = arrays.get("mask")
+    if masks is None:
+        raise BadInput(path, "a fold without masks", f"Put them to {_twin(path, root)}.")
     shapes = _array(path, 3).shape[:3], _array(masks, 6).shape[:3]
-    if shapes[0] != shapes[1]: raise BadInput(masks, f"masks of shape {shapes[1]}, pictures of {shapes[0]}", "Download the fold again.")
+    if shapes[0] != shapes[1]:
+        raise BadInput(masks, f"masks of shape {shapes[1]}, pictures of {shapes[0]}", "Download the fold again.")
     n = shapes[0][0]
-    if not n: raise BadInput(path, "no patch in it", "Download the fold again.")
+    if not n:
+        raise BadInput(path, "no patch in it", "Download the fold again.")
     names = [f"{fold}_{i:04d}" for i in range(n)]
-    return pd.DataFrame({"field": names, "image": str(path), "map": str(masks), "case": names, "split": fold, "mpp": .25,
-                         "number": range(n), "organ": _organs(arrays.get("type"), n)})
+    return pd.DataFrame(
+        {
+            "field": names,
+            "image": str(path),
+            "map": str(masks),
+            "case": names,
+            "split": fold,
+            "mpp": 0.25,
+            "number": range(n),
+            "organ": _organs(arrays.get("type"), n),
+        }
+    )
+
 
 def _twin(path, root):
     "Where the masks of pictures should be."
-    return re.sub("image", lambda word: "Mask" if word[0][0] == "I" else "mask", path.relative_to(root).as_posix(), flags=re.IGNORECASE)
+    return re.sub(
+        "image",
+        lambda word: "Mask" if word[0][0] == "I" else "mask",
+        path.relative_to(root).as_posix(),
+        flags=re.IGNORECASE,
+    )
 
+# %% ../../nbs/03_datasets/09_nuclei.ipynb #cell-013-4
 def pannuke(
-    root, # folder with the folds unpacked, at any depth: images/fold1/images.npy, masks/fold1/masks.npy, or all in one folder a fold
-) -> Fields: # truths nucleus and nucleus-type-pannuke; splits fold1 to fold3; the table also has `organ`
+    root,  # folder with the folds unpacked, at any depth: images/fold1/images.npy, masks/fold1/masks.npy, or all in one folder a fold
+) -> Fields:  # truths nucleus and nucleus-type-pannuke; splits fold1 to fold3; the table also has `organ`
     "Read PanNuke. It names no patients or slides, so each patch is its own case. Folds whose arrays do not fit each other are set aside."
     root = Path(root).expanduser().resolve()
-    tables, quarantine = {}, []
+    tables = {}
+    quarantine = []
     for arrays in _arrays(root).values():
         path = arrays["image"]
         fold = path.relative_to(root).as_posix()
         try:
             fold = _fold(path, root)
-            if fold in tables: raise BadInput(path, "this fold is here twice", "Keep one of the two.")
+            if fold in tables:
+                raise BadInput(path, "this fold is here twice", "Keep one of the two.")
             tables[fold] = _read_fold(fold, arrays, root)
-        except BadInput as e: quarantine.append((fold, e.path, e.fault, e.remedy))
-    if not tables and not quarantine: raise BadInput(root, "no images.npy here", "Give the folder that holds the unpacked folds.")
+        except BadInput as e:
+            quarantine.append((fold, e.path, e.fault, e.remedy))
+    if not tables and not quarantine:
+        raise BadInput(root, "no images.npy here", "Give the folder that holds the unpacked folds.")
     table = pd.concat(tables.values()) if tables else pd.DataFrame()
     return listed("PanNuke", root, table, quarantine, ("nucleus", "nucleus-type-pannuke"), _read_pannuke)

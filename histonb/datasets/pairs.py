@@ -14,60 +14,103 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from .cohorts import composed
-from ..slides.cohort import QUARANTINE_COLUMNS
 from .images import Images, by_stem, find_pictures, images, stem
+from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.labels import code_table
 
 # %% ../../nbs/03_datasets/06_pairs.ipynb #cell-005
 def mask_name(
-    name: str, # of a picture, without ending
-    rule: str = "*", # "*_mask", or "*_image -> *_mask"
-) -> str: # the name of its mask, without ending; "" where the rule does not fit the picture
+    name: str,  # of a picture, without ending
+    rule: str = "*",  # "*_mask", or "*_image -> *_mask"
+) -> str:  # the name of its mask, without ending; "" where the rule does not fit the picture
     "Apply a name rule. Raises `BadInput` for a rule without a star."
     parts = [part.strip().replace("{stem}", "*") for part in rule.split("->")]
     if not 1 <= len(parts) <= 2 or any(part.count("*") != 1 for part in parts):
-        raise BadInput("rule", f"`{rule}` is no name rule", "Write one star for the name of the picture: `*_mask`, or `*_image -> *_mask`.")
+        raise BadInput(
+            "rule",
+            f"`{rule}` is no name rule",
+            "Write one star for the name of the picture: `*_mask`, or `*_image -> *_mask`.",
+        )
     before, after = parts[0].split("*") if len(parts) == 2 else ("", "")
     found = re.fullmatch(f"{re.escape(before)}(.+){re.escape(after)}", name)
     return parts[-1].replace("*", found[1]) if found else ""
 
 # %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008
 def pairs(
-    images_dir, # folder of pictures, at any depth
-    masks_dir, # folder of masks, laid out alike; it may be the same
-    codes: str | dict[int, int] = "histonb", # what mask values mean, as `code_table` takes it: "0: gleason3, 3: healthy"
-    rule: str = "*", # what masks are called, for `mask_name`
-    table=None, # CSV with a row a picture, as for `images`
-    picture: str = "image", # its column of names
-    label: str = "", # its column of classes; empty: there is none
-    case: str = "", # its column of cases; empty: each picture is a case
-    split: str = "", # its column of splits: train, val or test; empty: there is none
-    size: int = 224, # side of a tile in pixels: smaller pictures are set aside
-    mpp: float | None = None, # um/px of all pictures, in place of what the files say
+    images_dir,  # folder of pictures, at any depth
+    masks_dir,  # folder of masks, laid out alike; it may be the same
+    codes: str
+    | dict[int, int] = "histonb",  # what mask values mean, as `code_table` takes it: "0: gleason3, 3: healthy"
+    rule: str = "*",  # what masks are called, for `mask_name`
+    table=None,  # CSV with a row a picture, as for `images`
+    picture: str = "image",  # its column of names
+    label: str = "",  # its column of classes; empty: there is none
+    case: str = "",  # its column of cases; empty: each picture is a case
+    split: str = "",  # its column of splits: train, val or test; empty: there is none
+    size: int = 224,  # side of a tile in pixels: smaller pictures are set aside
+    mpp: float | None = None,  # um/px of all pictures, in place of what the files say
 ) -> Images:
     "Read pictures and their masks. Raises `BadInput` for a broken rule or code table, and where no picture has a mask."
-    codes, masks_dir = code_table(codes), Path(masks_dir).expanduser().resolve()
+    codes = code_table(codes)
+    masks_dir = Path(masks_dir).expanduser().resolve()
     cohort = images(images_dir, table, picture, label, case, split, size, mpp)
     masks = by_stem(find_pictures(masks_dir, masks=True), masks_dir)
     asked = {name: _asked(name, rule) for name in [*cohort.slides["slide"], *cohort.quarantine["slide"]]}
-    slides = cohort.slides.assign(mask=[str(masks.get(asked[name], "")) for name in cohort.slides["slide"]], cohort="pairs")
-    slides["codes"] = pd.Series([codes]*len(slides), index=slides.index, dtype=object)
+    slides = cohort.slides.assign(
+        mask=[str(masks.get(asked[name], "")) for name in cohort.slides["slide"]], cohort="pairs"
+    )
+    slides["codes"] = pd.Series([codes] * len(slides), index=slides.index, dtype=object)
     if (slides["mask"] == slides["image"]).any():
-        raise BadInput(masks_dir, f"by the rule `{rule}` a picture is its own mask", "Give the folder of the masks, or a rule such as `*_mask`.")
+        raise BadInput(
+            masks_dir,
+            f"by the rule `{rule}` a picture is its own mask",
+            "Give the folder of the masks, or a rule such as `*_mask`.",
+        )
     used = {str(masks[name]) for name in asked.values() if name in masks}
     slides = slides[~slides["image"].isin(used)]  # masks beside the pictures
     paired = slides["mask"] != ""
     if len(slides) and not paired.any():
         first = slides.iloc[0]
-        raise BadInput(masks_dir, f"none of {len(slides)} pictures has a mask here: {first['slide']} asks for `{asked[first['slide']] or 'nothing'}`",
-                       f"Correct the rule `{rule}`: there is, for example, {next(iter(masks.values())).name}." if masks else "Give the folder of the masks.")
-    lone = [(r.slide, r.image, f"no mask called `{asked[r.slide]}`" if asked[r.slide] else f"the rule `{rule}` does not fit its name",
-             "Put its mask there, or correct the rule.") for r in slides[~paired].itertuples()]
-    left = sorted({str(p) for p in masks.values()} - used - set(cohort.slides["image"]) - set(cohort.quarantine["path"]))
-    lone += [(Path(p).relative_to(masks_dir).as_posix(), p, "a mask without picture", "Put its picture there, or take it away.") for p in left]
-    quarantine = pd.concat([cohort.quarantine, pd.DataFrame(lone, columns=QUARANTINE_COLUMNS, dtype=str)], ignore_index=True)
-    return replace(cohort, name="pairs", slides=slides[paired].reset_index(drop=True), quarantine=quarantine, counts={"set aside": len(quarantine)})
+        raise BadInput(
+            masks_dir,
+            f"none of {len(slides)} pictures has a mask here: {first['slide']} asks for `{asked[first['slide']] or 'nothing'}`",
+            f"Correct the rule `{rule}`: there is, for example, {next(iter(masks.values())).name}."
+            if masks
+            else "Give the folder of the masks.",
+        )
+    lone = [
+        (
+            r.slide,
+            r.image,
+            f"no mask called `{asked[r.slide]}`" if asked[r.slide] else f"the rule `{rule}` does not fit its name",
+            "Put its mask there, or correct the rule.",
+        )
+        for r in slides[~paired].itertuples()
+    ]
+    left = sorted(
+        {str(p) for p in masks.values()} - used - set(cohort.slides["image"]) - set(cohort.quarantine["path"])
+    )
+    lone += [
+        (
+            Path(p).relative_to(masks_dir).as_posix(),
+            p,
+            "a mask without picture",
+            "Put its picture there, or take it away.",
+        )
+        for p in left
+    ]
+    quarantine = pd.concat(
+        [cohort.quarantine, pd.DataFrame(lone, columns=QUARANTINE_COLUMNS, dtype=str)], ignore_index=True
+    )
+    return replace(
+        cohort,
+        name="pairs",
+        slides=slides[paired].reset_index(drop=True),
+        quarantine=quarantine,
+        counts={"set aside": len(quarantine)},
+    )
 
+# %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008-2
 def _asked(name, rule):
     "Where the mask of a picture should be: a path from the folder of masks, without ending."
     path = PurePosixPath(name)

@@ -14,86 +14,129 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput, foreign_errors, nearest
-from .ebhi import ebhi_glands, ebhi_seg
+from ..core.tasks import find_tasks
 from .annotations import crag, folders, glas, patch_folders
 from .cohorts import panda
+from .ebhi import ebhi_glands, ebhi_seg
 from .images import images
+from .nuclei import consep, lizard, pannuke
 from .pairs import pairs
 from .regions import Fields, phantom_fields
 from .sicapv2 import sicapv2
-from .nuclei import consep, lizard, pannuke
 from .splits import check_leak, grouped_split
-from ..core.tasks import find_tasks
 
 # %% ../../nbs/03_datasets/11_readers.ipynb #cell-005
-READERS = {reader.__name__: reader for reader in (
-    panda, sicapv2, images, pairs, ebhi_seg, # cohorts: slides or pictures to tile, and their labels
-    glas, crag, consep, lizard, pannuke, patch_folders, folders, ebhi_glands, phantom_fields)} # annotated fields
+READERS = {
+    reader.__name__: reader
+    for reader in (
+        panda,
+        sicapv2,
+        images,
+        pairs,
+        ebhi_seg,  # cohorts: slides or pictures to tile, and their labels
+        glas,
+        crag,
+        consep,
+        lizard,
+        pannuke,
+        patch_folders,
+        folders,
+        ebhi_glands,
+        phantom_fields,
+    )
+}  # annotated fields
 _ANNOTATED = {name: reader for name, reader in READERS.items() if inspect.signature(reader).return_annotation is Fields}
 
+# %% ../../nbs/03_datasets/11_readers.ipynb #cell-005-2
 def read_set(
-    said: dict, # reader: a key of `READERS`; truths: names, all by default; test: cases held out, by the reader's or `divide`'s choice by default (`read_sets` holds none out where it is empty); what else the reader takes
+    said: dict,  # reader: a key of `READERS`; truths: names, all by default; test: cases held out, by the reader's or `divide`'s choice by default (`read_sets` holds none out where it is empty); what else the reader takes
 ) -> Fields:
     "The fields of one set. Unknown readers, arguments, truths and cases are `BadInput` that names the nearest."
     said = dict(said)
-    name, truths, held = said.pop("reader", ""), said.pop("truths", None), said.pop("test", ())
-    if name not in _ANNOTATED: raise BadInput("sets", f"no reader `{name}` of annotated regions", nearest(name, _ANNOTATED))
+    name = said.pop("reader", "")
+    truths = said.pop("truths", None)
+    held = said.pop("test", ())
+    if name not in _ANNOTATED:
+        raise BadInput("sets", f"no reader `{name}` of annotated regions", nearest(name, _ANNOTATED))
     takes = inspect.signature(READERS[name]).parameters
     for key in said:
-        if key not in takes: raise BadInput(f"sets, {name}", f"its reader takes no `{key}`", nearest(key, takes))
+        if key not in takes:
+            raise BadInput(f"sets, {name}", f"its reader takes no `{key}`", nearest(key, takes))
     lost = [key for key, p in takes.items() if p.default is p.empty and key not in said]
-    if lost: raise BadInput(f"sets, {name}", f"lacks `{lost[0]}`", "Say it beside `reader`.")
+    if lost:
+        raise BadInput(f"sets, {name}", f"lacks `{lost[0]}`", "Say it beside `reader`.")
     fields = READERS[name](**said)
-    if len(fields) == 0: raise BadInput(f"sets, {name}", "no field in it can be used", "Look at its quarantine: the reader says what was wrong.")
+    if len(fields) == 0:
+        raise BadInput(
+            f"sets, {name}", "no field in it can be used", "Look at its quarantine: the reader says what was wrong."
+        )
     for truth in truths or ():
-        if truth not in fields.truths: raise BadInput(f"sets, {name}", f"has no `{truth}`", nearest(truth, fields.truths))
+        if truth not in fields.truths:
+            raise BadInput(f"sets, {name}", f"has no `{truth}`", nearest(truth, fields.truths))
     for case in held:
-        if case not in set(fields.table["case"]): raise BadInput(f"sets, {name}", f"has no case `{case}`", nearest(case, fields.table["case"].unique()))
-    if held: fields = replace(fields, table=fields.table.assign(split=np.where(fields.table["case"].isin(held), "test", "train")))
+        if case not in set(fields.table["case"]):
+            raise BadInput(f"sets, {name}", f"has no case `{case}`", nearest(case, fields.table["case"].unique()))
+    if held:
+        fields = replace(
+            fields, table=fields.table.assign(split=np.where(fields.table["case"].isin(held), "test", "train"))
+        )
     return fields if truths is None else replace(fields, truths=tuple(truths))
 
 # %% ../../nbs/03_datasets/11_readers.ipynb #cell-008
 def divide(
-    fields: Fields, # of one set
-    val: float = .1, # share of the cases
-    test: float = .2, # share of the cases, where the publisher has none
-    seed: int = 0, # another seed gives another division
-) -> Fields: # whose table has splits train, val and test, none of which shares a case with another
+    fields: Fields,  # of one set
+    val: float = 0.1,  # share of the cases
+    test: float = 0.2,  # share of the cases, where the publisher has none
+    seed: int = 0,  # another seed gives another division
+) -> Fields:  # whose table has splits train, val and test, none of which shares a case with another
     "Divide a set by its publisher's split, and by case where that says nothing."
-    table, own = fields.table, fields.table["split"].replace("", "train")
+    table = fields.table
+    own = fields.table["split"].replace("", "train")
     held = ~own.isin(["train", "val"])
     split = pd.Series(np.where(held, "test", own), index=table.index)
     if not (held.any() and (own == "val").any()):
-        rest, shares = ~held & (own == "train"), (0. if (own == "val").any() else val, 0. if held.any() else test)
+        rest = ~held & (own == "train")
+        shares = (0.0 if (own == "val").any() else val, 0.0 if held.any() else test)
         parts = grouped_split(table[rest].assign(label=0), (1 - sum(shares), *shares), seed=seed)
         split[rest] = parts["split"]
     divided = replace(fields, table=table.assign(split=split))
     check_leak(divided.table)
     return divided
 
+
 def taught(
-    folder, # of a training, with its `fields.csv`
-) -> dict: # name of a set -> the cases that were learnt from
+    folder,  # of a training, with its `fields.csv`
+) -> dict:  # name of a set -> the cases that were learnt from
     "Which cases a network has seen."
-    path = Path(folder)/"fields.csv"
+    path = Path(folder) / "fields.csv"
     with foreign_errors(path, "Run the training again, or copy the file again.", "unreadable as CSV"):
         fields = pd.read_csv(path, dtype=str, keep_default_na=False)  # names exactly as they were written
     for column in ("set", "case", "split"):
-        if column not in fields: raise BadInput(path, f"no column `{column}`", "Run the training again, or copy the file again.")
+        if column not in fields:
+            raise BadInput(path, f"no column `{column}`", "Run the training again, or copy the file again.")
     return fields[fields["split"] == "train"].groupby("set")["case"].agg(set).to_dict()
 
+# %% ../../nbs/03_datasets/11_readers.ipynb #cell-008-2
 def read_sets(
-    sets, # dictionaries for `read_set`
-    tasks=(), # names or `Task`s; empty: every task that some set has truth of
-    val: float = .1, # for `divide`
-    test: float = .2,
+    sets,  # dictionaries for `read_set`
+    tasks=(),  # names or `Task`s; empty: every task that some set has truth of
+    val: float = 0.1,  # for `divide`
+    test: float = 0.2,
     seed: int = 0,
-) -> tuple[list[Fields], tuple]: # the divided sets that any task needs; the tasks
+) -> tuple[list[Fields], tuple]:  # the divided sets that any task needs; the tasks
     "Read and divide the sets of a run. A task without data is `BadInput`."
-    found = [divide(read_set(said), val, test if said.get("test", True) else 0., seed) for said in sets]
-    if not found: raise BadInput("sets", "there is none", f"Name at least one, such as {{reader: {next(iter(_ANNOTATED))}, root: ...}}.")
+    found = [divide(read_set(said), val, test if said.get("test", True) else 0.0, seed) for said in sets]
+    if not found:
+        raise BadInput(
+            "sets", "there is none", f"Name at least one, such as {{reader: {next(iter(_ANNOTATED))}, root: ...}}."
+        )
     there = list(dict.fromkeys(name for fields in found for name in fields.truths))
     tasks = find_tasks(tasks or there)
     for task in tasks:
-        if task.name not in there: raise BadInput(task.name, "no set has data of this task", f"Add a set, or leave the task out: there is {', '.join(there)}.")
+        if task.name not in there:
+            raise BadInput(
+                task.name,
+                "no set has data of this task",
+                f"Add a set, or leave the task out: there is {', '.join(there)}.",
+            )
     return [f for f in found if {t.name for t in tasks} & set(f.truths)], tasks

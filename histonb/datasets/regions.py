@@ -27,32 +27,44 @@ from ..synthetic.tissue import MPP
 # %% ../../nbs/03_datasets/07_regions.ipynb #cell-008
 FIELD_COLUMNS = ["field", "image", "map", "case", "split", "mpp"]
 
+
 @dataclass(repr=False)
 class Field:
     "One annotated picture."
-    image: np.ndarray # (h, w, 3) uint8
-    truth: dict # name of a truth -> (h, w) int32 instances 0..n without gaps, (h, w) uint8 classes (0 none, 255 not annotated), or an int
-    mpp: float # um per pixel
+
+    image: np.ndarray  # (h, w, 3) uint8
+    truth: dict  # name of a truth -> (h, w) int32 instances 0..n without gaps, (h, w) uint8 classes (0 none, 255 not annotated), or an int
+    mpp: float  # um per pixel
 
     def __repr__(self):
         def told(name, truth):
-            return f"{truth.max()} {name}" if TASKS[name].kind == "instances" else name if TASKS[name].kind == "types" else f"{name} {TASKS[name].classes[truth]}"
+            return (
+                f"{truth.max()} {name}"
+                if TASKS[name].kind == "instances"
+                else name
+                if TASKS[name].kind == "types"
+                else f"{name} {TASKS[name].classes[truth]}"
+            )
+
         h, w = self.image.shape[:2]
         return f"Field {w}x{h} at {self.mpp:g} um/px: {', '.join(told(*item) for item in self.truth.items())}"
 
+# %% ../../nbs/03_datasets/07_regions.ipynb #cell-008-2
 @dataclass(repr=False)
 class Fields:
     "The usable fields of a data set, and what was left out of it; `fields[i]` reads one."
-    name: str # of the data set
-    table: pd.DataFrame # one row per field: FIELD_COLUMNS, and what its reader needs; `image` and `map` are "" where there is no such file
-    quarantine: pd.DataFrame # one row per field left out: QUARANTINE_COLUMNS
-    truths: tuple[str, ...] # names of the truths that every field carries
-    read: Callable # called with a row of the table: the Field
-    counts: dict = default(default_factory=dict) # what was found: name -> number of fields
 
-    def __len__(self): return len(self.table)
+    name: str  # of the data set
+    table: pd.DataFrame  # one row per field: FIELD_COLUMNS, and what its reader needs; `image` and `map` are "" where there is no such file
+    quarantine: pd.DataFrame  # one row per field left out: QUARANTINE_COLUMNS
+    truths: tuple[str, ...]  # names of the truths that every field carries
+    read: Callable  # called with a row of the table: the Field
+    counts: dict = default(default_factory=dict)  # what was found: name -> number of fields
 
-    def __getitem__(self, i): # position in the table
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, i):  # position in the table
         row = self.table.iloc[int(i)]
         with foreign_errors(row["map"] or row["image"] or row["field"]):
             field = self.read(row)
@@ -60,28 +72,39 @@ class Fields:
             _check(field, row)
         return field
 
-    def take(self, rows): # positions, or a boolean for every row
+    def take(self, rows):  # positions, or a boolean for every row
         "The same set with only some of its fields."
         return replace(self, table=self.table.iloc[list(rows)].reset_index(drop=True))
 
     def __repr__(self):
-        fields, cases = len(self), self.table["case"].nunique()
-        return f"{self.name}: {fields} field{'s'*(fields != 1)} in {cases} case{'s'*(cases != 1)} ({', '.join(self.truths)})" + "".join(
-            f", {number} {what}" for what, number in self.counts.items() if number)
+        fields = len(self)
+        cases = self.table["case"].nunique()
+        return (
+            f"{self.name}: {fields} field{'s' * (fields != 1)} in {cases} case{'s' * (cases != 1)} ({', '.join(self.truths)})"
+            + "".join(f", {number} {what}" for what, number in self.counts.items() if number)
+        )
 
+# %% ../../nbs/03_datasets/07_regions.ipynb #cell-008-3
 def _check(field, row):
     "Raise `BadInput` for a map that is not of the size of its picture, and for a black picture with something in it."
     for name, truth in field.truth.items():
         if TASKS[name].kind != "patch" and truth.shape != field.image.shape[:2]:
-            raise BadInput(row["map"] or row["field"], f"{_size(truth.shape)} pixels, its picture {_size(field.image.shape)}", "Find the map of this picture.")
-    if any(np.any(truth) for truth in field.truth.values()): check_bright(field.image.max(), row["image"] or row["field"])
+            raise BadInput(
+                row["map"] or row["field"],
+                f"{_size(truth.shape)} pixels, its picture {_size(field.image.shape)}",
+                "Find the map of this picture.",
+            )
+    if any(np.any(truth) for truth in field.truth.values()):
+        check_bright(field.image.max(), row["image"] or row["field"])
 
-def _size(shape): return f"{shape[1]}x{shape[0]}"
+
+def _size(shape):
+    return f"{shape[1]}x{shape[0]}"
 
 # %% ../../nbs/03_datasets/07_regions.ipynb #cell-010
-SLIVER = 10 # pixels: a smaller piece beside a larger one of the same instance is dropped
+SLIVER = 10  # pixels: a smaller piece beside a larger one of the same instance is dropped
+LOSSY, LOSSY_PIECES = 0.4, 4  # a map is refused from this share, and this number, of thin pieces among other instances
 
-LOSSY, LOSSY_PIECES = .4, 4 # a map is refused from this share, and this number, of thin pieces among other instances
 
 def _refuse_lossy(pieces, path):
     "Raise `BadInput` where many pieces are specks and lines that touch another instance: no hand draws these, but JPEG and smoothing do."
@@ -92,22 +115,38 @@ def _refuse_lossy(pieces, path):
     corner = pieces[:-1, :-1]
     solid[corner[(corner == pieces[1:, 1:]) & (corner == pieces[:-1, 1:]) & (corner == pieces[1:, :-1])]] = True
     thin = int((touching & ~solid).sum())
-    if thin >= LOSSY_PIECES and thin > LOSSY*pieces.max():
-        raise BadInput(path, f"{thin} of {pieces.max()} pieces are specks and lines between other instances: its numbers were lost to JPEG or to smoothing",
-                       "Give the map as it was drawn, in PNG, BMP or plain TIFF; resize maps by the nearest pixel only.")
+    if thin >= LOSSY_PIECES and thin > LOSSY * pieces.max():
+        raise BadInput(
+            path,
+            f"{thin} of {pieces.max()} pieces are specks and lines between other instances: its numbers were lost to JPEG or to smoothing",
+            "Give the map as it was drawn, in PNG, BMP or plain TIFF; resize maps by the nearest pixel only.",
+        )
 
+# %% ../../nbs/03_datasets/07_regions.ipynb #cell-010-2
 def clean_instances(
-    ids: np.ndarray, # (h, w) numbers of instances, 0 = none
-    path, # of the map, for the error
-) -> np.ndarray: # (h, w) int32, 0..n without gaps
+    ids: np.ndarray,  # (h, w) numbers of instances, 0 = none
+    path,  # of the map, for the error
+) -> np.ndarray:  # (h, w) int32, 0..n without gaps
     "Number instances without gaps, separate pieces of one as instances of their own; the order of the numbers stays. Pieces below `SLIVER` pixels are dropped."
-    if ids.ndim != 2: raise BadInput(path, f"an array of shape {ids.shape}, not a map with one number a pixel", "Give instance numbers, not colours.")
-    with np.errstate(invalid="ignore"): whole = ids.astype(np.int64)
+    if ids.ndim != 2:
+        raise BadInput(
+            path,
+            f"an array of shape {ids.shape}, not a map with one number a pixel",
+            "Give instance numbers, not colours.",
+        )
+    with np.errstate(invalid="ignore"):
+        whole = ids.astype(np.int64)
     wrong = (whole != ids) | (whole < 0)
-    if wrong.any(): raise BadInput(path, f"`{ids[wrong][0]}` is not the number of an instance", "Give whole numbers: 0 for none, 1 and more for instances.")
+    if wrong.any():
+        raise BadInput(
+            path,
+            f"`{ids[wrong][0]}` is not the number of an instance",
+            "Give whole numbers: 0 for none, 1 and more for instances.",
+        )
     pieces = label(whole, background=0, connectivity=2)
     _refuse_lossy(pieces, path)
-    size, owner = np.bincount(pieces.ravel()), np.zeros(pieces.max() + 1, np.int64)
+    size = np.bincount(pieces.ravel())
+    owner = np.zeros(pieces.max() + 1, np.int64)
     owner[pieces.ravel()] = whole.ravel()
     whose = np.unique(owner, return_inverse=True)[1]
     largest = np.zeros(whose.max() + 1, np.int64)
@@ -120,35 +159,64 @@ def clean_instances(
     return number[pieces]
 
 # %% ../../nbs/03_datasets/07_regions.ipynb #cell-014
-_PHANTOM_TYPES = np.array([0, 2, 3, 6], np.uint8) # epithelial, lymphocyte and stromal as Lizard's types
+_PHANTOM_TYPES = np.array([0, 2, 3, 6], np.uint8)  # epithelial, lymphocyte and stromal as Lizard's types
+
 
 def _read_phantom(row):
     name = row["field"]
     drawn = draw_field((int(row["seed"]), int(row["number"])), int(row["pattern"]), int(row["size"]))
     nuclei = clean_instances(drawn.nuclei, name)
     types = np.where(nuclei > 0, _PHANTOM_TYPES[drawn.types][drawn.nuclei], 0).astype(np.uint8)
-    return Field(drawn.image, {"gland": clean_instances(drawn.glands, name), "lumen": clean_instances(drawn.lumens, name),
-                               "nucleus": nuclei, "nucleus-type": types}, float(row["mpp"]))
+    return Field(
+        drawn.image,
+        {
+            "gland": clean_instances(drawn.glands, name),
+            "lumen": clean_instances(drawn.lumens, name),
+            "nucleus": nuclei,
+            "nucleus-type": types,
+        },
+        float(row["mpp"]),
+    )
 
+# %% ../../nbs/03_datasets/07_regions.ipynb #cell-014-2
 def phantom_fields(
-    n: int, # number of fields
+    n: int,  # number of fields
     seed: int = 0,
-    size: int = 512, # side in pixels of 0.48 um
+    size: int = 512,  # side in pixels of 0.48 um
 ) -> Fields:
     "Synthetic fields of benign glands and of Gleason patterns 3 and 4, drawn when they are read: about a second for each of 512 pixels."
-    if n < 1 or seed < 0: raise BadInput("n, seed", f"{n} fields from seed {seed}", "Ask for at least one field, and give a seed from 0.")
+    if n < 1 or seed < 0:
+        raise BadInput("n, seed", f"{n} fields from seed {seed}", "Ask for at least one field, and give a seed from 0.")
     patterns = [(2, 3, 4)[np.random.default_rng((seed, i)).integers(3)] for i in range(n)]
     names = [f"phantom{seed}_{i:03d}" for i in range(n)]
-    table = pd.DataFrame({"field": names, "image": "", "map": "", "case": names, "split": "", "mpp": MPP,
-                          "seed": seed, "number": range(n), "pattern": patterns, "size": size})
-    return Fields("phantom", table, pd.DataFrame(columns=QUARANTINE_COLUMNS, dtype=str), ("gland", "lumen", "nucleus", "nucleus-type"), _read_phantom)
+    table = pd.DataFrame(
+        {
+            "field": names,
+            "image": "",
+            "map": "",
+            "case": names,
+            "split": "",
+            "mpp": MPP,
+            "seed": seed,
+            "number": range(n),
+            "pattern": patterns,
+            "size": size,
+        }
+    )
+    return Fields(
+        "phantom",
+        table,
+        pd.DataFrame(columns=QUARANTINE_COLUMNS, dtype=str),
+        ("gland", "lumen", "nucleus", "nucleus-type"),
+        _read_phantom,
+    )
 
 # %% ../../nbs/03_datasets/07_regions.ipynb #cell-018
 def outline(
-    image: np.ndarray, # (h, w, 3) uint8
-    ids: np.ndarray, # (h, w) instances
-    color=(255, 230, 0), # red, green, blue
-) -> np.ndarray: # a copy with the outlines on it
+    image: np.ndarray,  # (h, w, 3) uint8
+    ids: np.ndarray,  # (h, w) instances
+    color=(255, 230, 0),  # red, green, blue
+) -> np.ndarray:  # a copy with the outlines on it
     "Draw the outlines of instances on a picture."
     drawn = image.copy()
     drawn[find_boundaries(ids, mode="inner")] = color
@@ -157,14 +225,22 @@ def outline(
 # %% ../../nbs/03_datasets/07_regions.ipynb #cell-021
 def at_mpp(
     field: Field,
-    mpp: float, # um per pixel of the result
+    mpp: float,  # um per pixel of the result
 ) -> Field:
     "Resample a field: pictures by area, or linearly where they grow, maps by the nearest pixel. Instances that vanish leave no gap in the numbers."
-    if not 0 < mpp < np.inf: raise BadInput("mpp", f"{mpp} um per pixel", "Give a positive number, such as 0.5.")
-    (h, w), scale = field.image.shape[:2], field.mpp/mpp
-    size = max(round(w*scale), 1), max(round(h*scale), 1)
-    if size == (w, h): return replace(field, mpp=mpp)
-    def resize(array, how): return cv2.resize(array, size, interpolation=how)
-    truth = {name: t if TASKS[name].kind == "patch" else resize(t, cv2.INTER_NEAREST_EXACT) for name, t in field.truth.items()}
+    if not 0 < mpp < np.inf:
+        raise BadInput("mpp", f"{mpp} um per pixel", "Give a positive number, such as 0.5.")
+    (h, w), scale = field.image.shape[:2], field.mpp / mpp
+    size = max(round(w * scale), 1), max(round(h * scale), 1)
+    if size == (w, h):
+        return replace(field, mpp=mpp)
+
+    def resize(array, how):
+        return cv2.resize(array, size, interpolation=how)
+
+    truth = {
+        name: t if TASKS[name].kind == "patch" else resize(t, cv2.INTER_NEAREST_EXACT)
+        for name, t in field.truth.items()
+    }
     truth = {name: relabel_sequential(t)[0] if TASKS[name].kind == "instances" else t for name, t in truth.items()}
     return Field(resize(field.image, cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR), truth, mpp)

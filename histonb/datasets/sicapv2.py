@@ -14,18 +14,19 @@ import pandas as pd
 
 from ..core.errors import BadInput, foreign_errors, nearest
 from .cohorts import identifiers, lost_files, read_xlsx
+from .images import Images, by_stem, find_pictures, stem
 from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.encodings import ENCODINGS, check_colors, decide, encoding_table, evidence
-from .images import Images, by_stem, find_pictures, stem
 from ..slides.labels import LABELS, code_table
 from ..slides.slides import open_slide
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-005
 _NAME = re.compile(r"([^_]+)_Block_Region_(\d+)_(\d+)_(\d+)_xini_(-?\d+)_yini_(-?\d+)$")
 
+
 def places(
-    names: pd.Series, # names of patches, without ending
-) -> pd.DataFrame: # slide, and as numbers region, row, column, x, y: NaN where the name does not tell
+    names: pd.Series,  # names of patches, without ending
+) -> pd.DataFrame:  # slide, and as numbers region, row, column, x, y: NaN where the name does not tell
     "What the names of patches tell."
     numbers = names.astype(str).str.extract(_NAME)
     numbers.columns = ["slide", "region", "row", "column", "x", "y"]
@@ -36,145 +37,245 @@ def _step(lying):
     "Scanner pixels from one column, or row, to the next."
     first = lying.groupby(["slide", "region"])[["row", "column", "x", "y"]].transform("first")
     moved = (lying[first.columns] - first).replace(0, np.nan)
-    step = pd.concat([moved["x"]/moved["column"], moved["y"]/moved["row"]]).median()
-    return 1024. if np.isnan(step) else step
+    step = pd.concat([moved["x"] / moved["column"], moved["y"] / moved["row"]]).median()
+    return 1024.0 if np.isnan(step) else step
+
 
 def apart(
-    lying: pd.DataFrame, # from `places`, without NaN
-) -> np.ndarray: # bool, one a patch: whether to keep it
+    lying: pd.DataFrame,  # from `places`, without NaN
+) -> np.ndarray:  # bool, one a patch: whether to keep it
     "Choose patches that share no pixel."
-    keep, reach = np.zeros(len(lying), bool), 2*_step(lying) - 1e-6
+    keep = np.zeros(len(lying), bool)
+    reach = 2 * _step(lying) - 1e-6
     for _, patches in lying.reset_index(drop=True).sort_values(["region", "row", "column"]).groupby("slide"):
         kept = np.empty((0, 2))
         for i, *xy in patches[["x", "y"]].itertuples():
-            if not (np.abs(kept - xy) < reach).all(1).any(): keep[i], kept = True, np.vstack([kept, xy])
+            if not (np.abs(kept - xy) < reach).all(1).any():
+                keep[i], kept = True, np.vstack([kept, xy])
     return keep
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-duplicates
-DUPLICATES = {("16B0001851", 3), ("16B0003388", 5), ("16B0003394", 1), ("16B0022608", 2), ("16B0022786", 0), ("16B0023614", 3),
-              ("16B0026792", 3), ("16B0027040", 10), ("18B0005478J", 10), ("18B0005478J", 13)} # slide and region
+DUPLICATES = {
+    ("16B0001851", 3),
+    ("16B0003388", 5),
+    ("16B0003394", 1),
+    ("16B0022608", 2),
+    ("16B0022786", 0),
+    ("16B0023614", 3),
+    ("16B0026792", 3),
+    ("16B0027040", 10),
+    ("18B0005478J", 10),
+    ("18B0005478J", 13),
+}  # slide and region
+
 
 def in_duplicate(
-    lying: pd.DataFrame, # from `places`
-) -> np.ndarray: # bool, one a patch
+    lying: pd.DataFrame,  # from `places`
+) -> np.ndarray:  # bool, one a patch
     "Which patches lie in a region that shows another one's tissue again."
     return np.array([key in DUPLICATES for key in zip(lying["slide"], lying["region"], strict=True)], bool)
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-025
-GRADES = {"NC": 1, "G3": 2, "G4": 3, "G5": 4} # column of the workbooks -> histonb id
-PARTITIONS = {"Test": "Test", **{f"Val{i}": f"Validation/Val{i}" for i in range(1, 5)}} # name -> folder in partition/
+GRADES = {"NC": 1, "G3": 2, "G4": 3, "G5": 4}  # column of the workbooks -> histonb id
+PARTITIONS = {"Test": "Test", **{f"Val{i}": f"Validation/Val{i}" for i in range(1, 5)}}  # name -> folder in partition/
+
 
 def _partition(root, name):
     "The patches of a partition: patch, the one-hot columns as text, slide, split."
-    if name not in PARTITIONS: raise BadInput("partition", f"unknown partition `{name}`", nearest(name, PARTITIONS))
-    folder = root/"partition"/PARTITIONS[name]
-    sides = [read_xlsx(folder/f"{side.title()}.xlsx", ["image_name", *GRADES], key="image_name").assign(split=side) for side in ("train", "test")]
+    if name not in PARTITIONS:
+        raise BadInput("partition", f"unknown partition `{name}`", nearest(name, PARTITIONS))
+    folder = root / "partition" / PARTITIONS[name]
+    sides = [
+        read_xlsx(folder / f"{side.title()}.xlsx", ["image_name", *GRADES], key="image_name").assign(split=side)
+        for side in ("train", "test")
+    ]
     table = pd.concat(sides, ignore_index=True)
     table = table.assign(patch=table["image_name"].map(stem))
     twice = table["patch"][table["patch"].duplicated()]
-    if len(twice): raise BadInput(folder, f"{len(twice)} patches are in both parts, or twice in one ({twice.iloc[0]})", "Download the partition again, or take them out of one.")
+    if len(twice):
+        raise BadInput(
+            folder,
+            f"{len(twice)} patches are in both parts, or twice in one ({twice.iloc[0]})",
+            "Download the partition again, or take them out of one.",
+        )
     return table.assign(slide=table["patch"].str.split("_").str[0])
+
 
 def _cases(root, slides):
     "The case of each slide: its patient, or the slide itself where nobody says."
-    path = root/"wsi_labels.xlsx"
-    if not path.is_file(): return slides
+    path = root / "wsi_labels.xlsx"
+    if not path.is_file():
+        return slides
     patient = read_xlsx(path, ["slide_id", "patient_id"], key="slide_id").set_index("slide_id")["patient_id"]
     return slides.map(identifiers(patient)).map("patient {}".format, na_action="ignore").fillna(slides)
 
+# %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-025-2
 def check_sides(
-    table: pd.DataFrame, # with `split`
-    column: str, # slide or case
-    path, # of the partition, for the error
+    table: pd.DataFrame,  # with `split`
+    column: str,  # slide or case
+    path,  # of the partition, for the error
 ):
     "Raise `BadInput` where a slide, or a case, is on more than one side of a partition."
     sides = table[table["split"] != ""].groupby(column)["split"].unique()
     both = sides[sides.str.len() > 1]
-    if len(both): raise BadInput(path, f"{len(both)} of {len(sides)} {column}s are on more than one side ({both.index[0]} in {' and '.join(both.iloc[0])})",
-                                 "Patches of one slide overlap and patients repeat: correct the partition, or divide by case.")
+    if len(both):
+        raise BadInput(
+            path,
+            f"{len(both)} of {len(sides)} {column}s are on more than one side ({both.index[0]} in {' and '.join(both.iloc[0])})",
+            "Patches of one slide overlap and patients repeat: correct the partition, or divide by case.",
+        )
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028
-MPP = 1. # um per pixel: ten times magnification
-_ENOUGH = 32 # masks to look at, where they decide
+MPP = 1.0  # um per pixel: ten times magnification
+_ENOUGH = 32  # masks to look at, where they decide
 
-def _detect(masks, path): # mask files in the order to look at, the folder
+
+def _detect(masks, path):  # mask files in the order to look at, the folder
     "The code table of a folder of masks."
-    found, names = [], []
+    found = []
+    names = []
     for mask in masks:
         try:
             with foreign_errors(mask), open_slide(mask, mask=True) as m:
                 values = m.level(0)
                 check_colors(m)
-        except BadInput: continue  # a broken mask is set aside when it is cut
+        except BadInput:
+            continue  # a broken mask is set aside when it is cut
         found.append(evidence(values))
         names.append(mask)
-        if len(found) >= _ENOUGH and sum(all(name in e.fits for e in found) for name in ENCODINGS) < 2: break
-    if found and all(e.values == [0] for e in found): return {0: GRADES["NC"]}
+        if len(found) >= _ENOUGH and sum(all(name in e.fits for e in found) for name in ENCODINGS) < 2:
+            break
+    if found and all(e.values == [0] for e in found):
+        return {0: GRADES["NC"]}
     return encoding_table(decide(found, path, names))
+
 
 def _code_column(slides, codes, path):
     "The code table of each patch's mask."
-    if codes: return [encoding_table(codes) if isinstance(codes, str) and "/" in codes else code_table(codes)]*len(slides)
+    if codes:
+        return [encoding_table(codes) if isinstance(codes, str) and "/" in codes else code_table(codes)] * len(slides)
     kind = slides["mask"].map(lambda mask: Path(mask).suffix.lower())
-    first = slides.sample(frac=1, random_state=0).sort_values("class", key=lambda c: c.isin(["", LABELS[GRADES["NC"]]]), kind="stable")  # cancer first
+    first = slides.sample(frac=1, random_state=0).sort_values(
+        "class", key=lambda c: c.isin(["", LABELS[GRADES["NC"]]]), kind="stable"
+    )  # cancer first
     tables = {"": "histonb", **{k: _detect(masks, path) for k, masks in first["mask"].groupby(kind) if k}}
     return [tables[k] for k in kind]
 
+# %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-2
 def sicapv2(
-    root, # folder with images, partition and, where they are at hand, masks and wsi_labels.xlsx
-    partition: str = "Test", # "Test", or a fold of the cross-validation, "Val1" to "Val4"
-    val: str = "", # beside "Test": the fold whose held-out patches become the split val; empty: there is none
-    overlap: bool = True, # False: only patches that share no pixel
-    unlisted: bool = False, # take patches that no table lists, too
-    masks: bool = True, # False: do without masks; tiles get the class of their patch
-    codes: str | dict[int, int] | None = None, # what mask values mean: a key of `ENCODINGS`, or as `code_table` takes it; None: find out
-    duplicates: bool = False, # take the regions of `DUPLICATES`, too
-) -> Images: # its `slides` also have `wsi`, the slide a patch is of
+    root,  # folder with images, partition and, where they are at hand, masks and wsi_labels.xlsx
+    partition: str = "Test",  # "Test", or a fold of the cross-validation, "Val1" to "Val4"
+    val: str = "",  # beside "Test": the fold whose held-out patches become the split val; empty: there is none
+    overlap: bool = True,  # False: only patches that share no pixel
+    unlisted: bool = False,  # take patches that no table lists, too
+    masks: bool = True,  # False: do without masks; tiles get the class of their patch
+    codes: str
+    | dict[int, int]
+    | None = None,  # what mask values mean: a key of `ENCODINGS`, or as `code_table` takes it; None: find out
+    duplicates: bool = False,  # take the regions of `DUPLICATES`, too
+) -> Images:  # its `slides` also have `wsi`, the slide a patch is of
     "Read SICAPv2 as published. Raises `BadInput` for broken tables, sides that share a slide or patient, and masks that could mean two things."
     root = Path(root).expanduser().resolve()
-    if not (root/"images").is_dir() or not (root/"partition").is_dir():
-        raise BadInput(root, "there are no `images` and `partition` here", "Give the folder that holds images, masks, partition and wsi_labels.xlsx.")
+    if not (root / "images").is_dir() or not (root / "partition").is_dir():
+        raise BadInput(
+            root,
+            "there are no `images` and `partition` here",
+            "Give the folder that holds images, masks, partition and wsi_labels.xlsx.",
+        )
     table = _partition(root, partition)
     if val:
-        if partition != "Test" or val == "Test": raise BadInput("val", f"`{val}` beside the partition `{partition}`", "Give a fold, such as Val1, beside the partition Test.")
+        if partition != "Test" or val == "Test":
+            raise BadInput(
+                "val",
+                f"`{val}` beside the partition `{partition}`",
+                "Give a fold, such as Val1, beside the partition Test.",
+            )
         fold = _partition(root, val)
         held = table["patch"].isin(fold["patch"][fold["split"] == "test"]) & (table["split"] == "train")
         table["split"] = table["split"].mask(held, "val")
     table["case"] = _cases(root, table["slide"])
-    for column in ("slide", "case"): check_sides(table, column, root/"partition"/PARTITIONS[partition])
+    for column in ("slide", "case"):
+        check_sides(table, column, root / "partition" / PARTITIONS[partition])
 
-    files = by_stem(find_pictures(root/"images"), root/"images")
+    files = by_stem(find_pictures(root / "images"), root / "images")
     here = table["patch"].isin(files)
-    if not here.any(): raise BadInput(root/"images", f"none of the {len(table)} patches of partition {partition} is here", f"It lists, for example, {table['patch'].iloc[0]}.")
-    quarantine = lost_files(table["patch"], here, lambda p: root/f"images/{p}.jpg", f"partition {partition}")
+    if not here.any():
+        raise BadInput(
+            root / "images",
+            f"none of the {len(table)} patches of partition {partition} is here",
+            f"It lists, for example, {table['patch'].iloc[0]}.",
+        )
+    quarantine = lost_files(table["patch"], here, lambda p: root / f"images/{p}.jpg", f"partition {partition}")
     rest = sorted(files.keys() - {*table["patch"]})
     hot = table[[*GRADES]].apply(pd.to_numeric, errors="coerce")
     clear = hot.isin([0, 1]).all(axis=1) & (hot.sum(axis=1) == 1)
-    quarantine += [(r.patch, str(files[r.patch]), f"not of one class: {', '.join(f'{g} {getattr(r, g)}' for g in GRADES)}", "Correct its row, or leave it out.")
-                   for r in table[here & ~clear].itertuples()]
+    quarantine += [
+        (
+            r.patch,
+            str(files[r.patch]),
+            f"not of one class: {', '.join(f'{g} {getattr(r, g)}' for g in GRADES)}",
+            "Correct its row, or leave it out.",
+        )
+        for r in table[here & ~clear].itertuples()
+    ]
     table["class"] = hot.fillna(0).idxmax(axis=1).map(GRADES).map(LABELS)
-    missing, table = int((~here).sum()), table[here & clear]
+    missing = int((~here).sum())
+    table = table[here & clear]
     if unlisted:
         more = pd.DataFrame({"patch": rest, "slide": [p.split("_")[0] for p in rest], "class": ""})
         more["case"] = _cases(root, more["slide"])
-        table = pd.concat([table, more.assign(split=more["case"].map(table.drop_duplicates("case").set_index("case")["split"]).fillna(""))], ignore_index=True)
+        table = pd.concat(
+            [
+                table,
+                more.assign(
+                    split=more["case"].map(table.drop_duplicates("case").set_index("case")["split"]).fillna("")
+                ),
+            ],
+            ignore_index=True,
+        )
     twice = in_duplicate(places(table["patch"])) if not duplicates else np.zeros(len(table), bool)
-    dropped, table = 0, table[~twice]
+    dropped = 0
+    table = table[~twice]
     if not overlap:
         lying = places(table["patch"])
         lost = lying.isna().any(axis=1)
-        quarantine += [(p, str(files[p]), "its name does not say where it lies", "Call it <slide>_Block_Region_<region>_<row>_<column>_xini_<x>_yini_<y>, or take all patches.")
-                       for p in table["patch"][lost]]
-        table, lying = table[~lost], lying[~lost]
+        quarantine += [
+            (
+                p,
+                str(files[p]),
+                "its name does not say where it lies",
+                "Call it <slide>_Block_Region_<region>_<row>_<column>_xini_<x>_yini_<y>, or take all patches.",
+            )
+            for p in table["patch"][lost]
+        ]
+        table = table[~lost]
+        lying = lying[~lost]
         keep = apart(lying)
-        dropped, table = int((~keep).sum()), table[keep]
+        dropped = int((~keep).sum())
+        table = table[keep]
 
-    masked = by_stem(find_pictures(root/"masks", masks=True), root/"masks") if masks else {}
-    slides = pd.DataFrame({
-        "slide": table["patch"], "image": [str(files[p]) for p in table["patch"]], "mask": [str(masked.get(p, "")) for p in table["patch"]],
-        "codes": "", "mpp": MPP, "cohort": "sicapv2", "case": table["case"], "wsi": table["slide"], "class": table["class"], "split": table["split"],
-    }).reset_index(drop=True)
-    slides["codes"] = pd.Series(_code_column(slides, codes, root/"masks"), index=slides.index, dtype=object)
-    counts = {"without mask": int((slides["mask"] == "").sum()), "left out": len(quarantine), "overlapping": dropped, "in duplicate regions": int(twice.sum()),
-              "listed but not in the folder": missing, "in the folder but not listed": 0 if unlisted else len(rest)}
+    masked = by_stem(find_pictures(root / "masks", masks=True), root / "masks") if masks else {}
+    slides = pd.DataFrame(
+        {
+            "slide": table["patch"],
+            "image": [str(files[p]) for p in table["patch"]],
+            "mask": [str(masked.get(p, "")) for p in table["patch"]],
+            "codes": "",
+            "mpp": MPP,
+            "cohort": "sicapv2",
+            "case": table["case"],
+            "wsi": table["slide"],
+            "class": table["class"],
+            "split": table["split"],
+        }
+    ).reset_index(drop=True)
+    slides["codes"] = pd.Series(_code_column(slides, codes, root / "masks"), index=slides.index, dtype=object)
+    counts = {
+        "without mask": int((slides["mask"] == "").sum()),
+        "left out": len(quarantine),
+        "overlapping": dropped,
+        "in duplicate regions": int(twice.sum()),
+        "listed but not in the folder": missing,
+        "in the folder but not listed": 0 if unlisted else len(rest),
+    }
     return Images("sicapv2", slides, pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)

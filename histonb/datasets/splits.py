@@ -17,29 +17,40 @@ from ..slides.labels import IGNORE
 # %% ../../nbs/03_datasets/02_splits.ipynb #cell-007
 SPLITS = ("train", "val", "test")
 
+
 def _has(table, columns):
     for column in columns:
-        if column not in table: raise BadInput("tile table", f"no column `{column}`", nearest(column, table.columns))
-    if len(table) == 0: raise BadInput("tile table", "it has no rows", "Check what was dropped before.")
+        if column not in table:
+            raise BadInput("tile table", f"no column `{column}`", nearest(column, table.columns))
+    if len(table) == 0:
+        raise BadInput("tile table", "it has no rows", "Check what was dropped before.")
+
 
 def _fractions(fractions):
     f = np.asarray(fractions, float)
     if f.shape != (3,) or (f < 0).any() or f[0] == 0 or abs(f.sum() - 1) > 1e-6:
-        raise BadInput("fractions", f"{tuple(fractions)} are not three shares that sum to 1", "Give train, val and test, such as (.8, .1, .1).")
+        raise BadInput(
+            "fractions",
+            f"{tuple(fractions)} are not three shares that sum to 1",
+            "Give train, val and test, such as (.8, .1, .1).",
+        )
     return f
+
 
 def _shares(table, group, label):
     "Cases, classes, and the share of each class's rows in each case; a first column counts the cases."
     blank = table[group].isna() | (table[group].astype(str).str.strip() == "")
-    if blank.any(): raise BadInput("tile table", f"{blank.sum()} rows have no `{group}`", "Give every row its case.")
+    if blank.any():
+        raise BadInput("tile table", f"{blank.sum()} rows have no `{group}`", "Give every row its case.")
     case, cases = pd.factorize(table[group], sort=True)
     used = table["kept"].to_numpy(bool) if "kept" in table else np.ones(len(table), bool)
-    columns, names = [np.full(len(cases), 1/len(cases))], ["cases"]
+    columns = [np.full(len(cases), 1 / len(cases))]
+    names = ["cases"]
     for column in [label] if isinstance(label, str) else label:
         values = table[column]
         for value in sorted(values[used & ~values.isin([-1, IGNORE]).to_numpy()].unique()):
             count = np.bincount(case[used & (values == value).to_numpy()], minlength=len(cases))
-            columns.append(count/count.sum())
+            columns.append(count / count.sum())
             names.append(f"{column} {value}")
     return case, names, np.stack(columns, 1)
 
@@ -47,77 +58,95 @@ def _shares(table, group, label):
 def _assign(shares, f, rng):
     "One division: the split of each case, and its cost."
     spread = (shares > 0).sum(0) >= len(f)  # classes that can be in every split
-    total, split = np.zeros((len(f), shares.shape[1])), np.zeros(len(shares), int)
+    total = np.zeros((len(f), shares.shape[1]))
+    split = np.zeros(len(shares), int)
     for g in rng.permutation(len(shares)):
         p = shares[g]
-        change = ((2*(total - f[:, None]) + p)@p)/f - 1000*((total == 0) & spread & (p > 0)).sum(1)
+        change = ((2 * (total - f[:, None]) + p) @ p) / f - 1000 * ((total == 0) & spread & (p > 0)).sum(1)
         split[g] = s = change.argmin()
         total[s] += p
-    return split, ((total - f[:, None])**2/f[:, None]).sum() + 1000*((total == 0) & spread).sum()
+    return split, ((total - f[:, None]) ** 2 / f[:, None]).sum() + 1000 * ((total == 0) & spread).sum()
+
 
 def grouped_split(
-    table: pd.DataFrame, # one row per tile or slide
-    fractions=(.8, .1, .1), # of train, val and test
-    group: str = "case", # column of what may not be divided
-    label: str | list[str] = "label", # column, or columns, whose classes are balanced; -1 and 255 are no classes
-    seed: int = 0, # another seed gives another division
-) -> pd.DataFrame: # the table with a column `split`
+    table: pd.DataFrame,  # one row per tile or slide
+    fractions=(0.8, 0.1, 0.1),  # of train, val and test
+    group: str = "case",  # column of what may not be divided
+    label: str | list[str] = "label",  # column, or columns, whose classes are balanced; -1 and 255 are no classes
+    seed: int = 0,  # another seed gives another division
+) -> pd.DataFrame:  # the table with a column `split`
     "Divide cases into train, val and test: every class in every split where enough cases hold it, in like proportions. Balances kept rows where there is a column `kept`."
     _has(table, [group, *([label] if isinstance(label, str) else label)])
     f = _fractions(fractions)
     case, names, shares = _shares(table, group, label)
     wanted = np.flatnonzero(f)
     if len(shares) < len(wanted):
-        raise BadInput("tile table", f"{len(shares)} cases cannot fill {len(wanted)} splits", "Add cases, or set a fraction to 0.")
+        raise BadInput(
+            "tile table", f"{len(shares)} cases cannot fill {len(wanted)} splits", "Add cases, or set a fraction to 0."
+        )
     for name, n in zip(names, (shares > 0).sum(0), strict=True):
-        if n < len(wanted): warnings.warn(f"{name} occurs in {n} of {len(shares)} cases, so not in every split", stacklevel=2)
+        if n < len(wanted):
+            warnings.warn(f"{name} occurs in {n} of {len(shares)} cases, so not in every split", stacklevel=2)
     rng = np.random.default_rng(seed)
-    tries = [_assign(shares, f[wanted], rng) for _ in range(int(np.clip(5000//len(shares), 1, 100)))]
+    tries = [_assign(shares, f[wanted], rng) for _ in range(int(np.clip(5000 // len(shares), 1, 100)))]
     split = wanted[min(tries, key=lambda t: t[1])[0]]
     return table.assign(split=np.array(SPLITS, object)[split][case])
 
 # %% ../../nbs/03_datasets/02_splits.ipynb #cell-012
 def account(
-    table: pd.DataFrame, # with a column `split`
-    group: str = "case", # column of cases
-    label: str = "label", # column of classes
-) -> pd.DataFrame: # one row per split and one for all: cases, rows, and the share of each class within it
+    table: pd.DataFrame,  # with a column `split`
+    group: str = "case",  # column of cases
+    label: str = "label",  # column of classes
+) -> pd.DataFrame:  # one row per split and one for all: cases, rows, and the share of each class within it
     "What each split holds."
     _has(table, ["split", group, label])
     parts = {**{s: table[table["split"] == s] for s in SPLITS}, "all": table}
     share = pd.DataFrame({s: p[label].value_counts(normalize=True) for s, p in parts.items()}).T.fillna(0)
-    return pd.concat([pd.DataFrame({s: {"cases": p[group].nunique(), "rows": len(p)} for s, p in parts.items()}).T,
-                      share[sorted(share)].add_prefix(f"{label} ")], axis=1)
+    return pd.concat(
+        [
+            pd.DataFrame({s: {"cases": p[group].nunique(), "rows": len(p)} for s, p in parts.items()}).T,
+            share[sorted(share)].add_prefix(f"{label} "),
+        ],
+        axis=1,
+    )
 
 # %% ../../nbs/03_datasets/02_splits.ipynb #cell-019
 def random_tile_split(
-    table: pd.DataFrame, # one row per tile
-    fractions=(.8, .1, .1), # of train, val and test
-    seed: int = 0, # of the permutation
-) -> pd.DataFrame: # the table with a column `split`
+    table: pd.DataFrame,  # one row per tile
+    fractions=(0.8, 0.1, 0.1),  # of train, val and test
+    seed: int = 0,  # of the permutation
+) -> pd.DataFrame:  # the table with a column `split`
     "Divide tiles at random, as the study did. Tiles of one slide fall on both sides: `check_leak` refuses the result unless told otherwise."
     _has(table, [])
-    bounds = np.round(np.cumsum(_fractions(fractions))[:2]*len(table)).astype(int)
+    bounds = np.round(np.cumsum(_fractions(fractions))[:2] * len(table)).astype(int)
     split = np.repeat(np.array(SPLITS, object), np.diff([0, *bounds, len(table)]))
     return table.assign(split=split[np.argsort(np.random.default_rng(seed).permutation(len(table)), kind="stable")])
 
 # %% ../../nbs/03_datasets/02_splits.ipynb #cell-022
 def check_leak(
-    table: pd.DataFrame, # with a column `split`; rows where it is empty are left out
-    group: str = "case", # column of cases
-    strict: bool = True, # raise; False only counts
-) -> dict: # rows, cases; leaking_cases in more than one split; leaking_rows: of val and test, whose case is in train
+    table: pd.DataFrame,  # with a column `split`; rows where it is empty are left out
+    group: str = "case",  # column of cases
+    strict: bool = True,  # raise; False only counts
+) -> dict:  # rows, cases; leaking_cases in more than one split; leaking_rows: of val and test, whose case is in train
     "Count the cases that occur in more than one split; raises `BadInput` where there are any and `strict` is set."
     _has(table, ["split", group])
     table = table[table["split"].isin(SPLITS)]
-    if len(table) == 0: raise BadInput("tile table", "no row has a split", "Divide it with `grouped_split` first.")
+    if len(table) == 0:
+        raise BadInput("tile table", "no row has a split", "Divide it with `grouped_split` first.")
     pairs = table[[group, "split"]].drop_duplicates()
     several = pairs[group].value_counts().loc[lambda n: n > 1].index.sort_values()
     trained = pairs.loc[pairs["split"] == "train", group]
-    out = {"rows": len(table), "cases": int(pairs[group].nunique()), "leaking_cases": len(several),
-           "leaking_rows": int(((table["split"] != "train") & table[group].isin(trained)).sum())}
+    out = {
+        "rows": len(table),
+        "cases": int(pairs[group].nunique()),
+        "leaking_cases": len(several),
+        "leaking_rows": int(((table["split"] != "train") & table[group].isin(trained)).sum()),
+    }
     if strict and len(several):
         where = " and ".join(s for s in SPLITS if ((pairs[group] == several[0]) & (pairs["split"] == s)).any())
-        raise BadInput("tile table", f"{len(several)} of {out['cases']} cases occur in more than one split ({several[0]} in {where})",
-                       "Divide it with `grouped_split`; to report a leaky division on purpose, say strict=False.")
+        raise BadInput(
+            "tile table",
+            f"{len(several)} of {out['cases']} cases occur in more than one split ({several[0]} in {where})",
+            "Divide it with `grouped_split`; to report a leaky division on purpose, say strict=False.",
+        )
     return out

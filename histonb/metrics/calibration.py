@@ -15,41 +15,58 @@ from .classification import with_intervals
 
 # %% ../../nbs/06_metrics/02_calibration.ipynb #cell-005
 def calibration(
-    y, # (N,) true class ids
-    p, # (N,C) probabilities
-    groups, # (N,) slide, or other unit that was sampled, of every tile
-    bins: int = 15, # of the said probability, of equal width
-    n_boot: int = 1000, # bootstrap resamples of the groups
-    seed: int = 0, # of the resamples
-) -> dict: # `ece` and `brier` as `value, low, high`; `bins`: a list of `said`, `right`, `n` for each bin that has tiles
+    y,  # (N,) true class ids
+    p,  # (N,C) probabilities
+    groups,  # (N,) slide, or other unit that was sampled, of every tile
+    bins: int = 15,  # of the said probability, of equal width
+    n_boot: int = 1000,  # bootstrap resamples of the groups
+    seed: int = 0,  # of the resamples
+) -> (
+    dict
+):  # `ece` and `brier` as `value, low, high`; `bins`: a list of `said`, `right`, `n` for each bin that has tiles
     "Calibration with 95% intervals by group. Raises `BadInput` for what are no probabilities."
-    y, p = np.asarray(y), np.asarray(p, np.float64)
+    y = np.asarray(y)
+    p = np.asarray(p, np.float64)
     if p.ndim != 2 or len(p) != len(y) or (p < -1e-6).any() or np.abs(p.sum(1) - 1).max() > 1e-3:
-        raise BadInput("predictions", f"an array of shape {p.shape} for {len(y)} tiles whose rows are no probabilities", "Give softmax values, one row a tile.")
+        raise BadInput(
+            "predictions",
+            f"an array of shape {p.shape} for {len(y)} tiles whose rows are no probabilities",
+            "Give softmax values, one row a tile.",
+        )
     group, names = pd.factorize(np.asarray(groups))
-    said, right = p.max(1), p.argmax(1) == y
-    cell = group*bins + np.minimum((said*bins).astype(int), bins - 1)
-    squares = ((p - np.eye(p.shape[1])[y])**2).sum(1)
-    sums = np.concatenate([np.bincount(cell, w, len(names)*bins).reshape(-1, bins) for w in (None, said, right)] + [np.bincount(group, squares)[:, None]], 1)
-    def figures(s): # (..., 3 bins + 1) sums over groups
+    said = p.max(1)
+    right = p.argmax(1) == y
+    cell = group * bins + np.minimum((said * bins).astype(int), bins - 1)
+    squares = ((p - np.eye(p.shape[1])[y]) ** 2).sum(1)
+    sums = np.concatenate(
+        [np.bincount(cell, w, len(names) * bins).reshape(-1, bins) for w in (None, said, right)]
+        + [np.bincount(group, squares)[:, None]],
+        1,
+    )
+
+    def figures(s):  # (..., 3 bins + 1) sums over groups
         n, t, h = np.split(s[..., :-1], 3, -1)
-        return {"ece": np.abs(t - h).sum(-1)/n.sum(-1), "brier": s[..., -1]/n.sum(-1)}
+        return {"ece": np.abs(t - h).sum(-1) / n.sum(-1), "brier": s[..., -1] / n.sum(-1)}
+
     n, t, h = np.split(sums[:, :-1].sum(0), 3)
     return with_intervals(sums, figures, n_boot, seed) | {
-        "bins": [{"said": float(b/a), "right": float(c/a), "n": int(a)} for a, b, c in zip(n, t, h, strict=True) if a]}
+        "bins": [
+            {"said": float(b / a), "right": float(c / a), "n": int(a)} for a, b, c in zip(n, t, h, strict=True) if a
+        ]
+    }
 
 # %% ../../nbs/06_metrics/02_calibration.ipynb #cell-009
 def plot_calibration(
-    result: dict, # from `calibration`
-    ax=None, # matplotlib axes; new ones by default
-    title: str = "", # of the picture
-): # the axes
+    result: dict,  # from `calibration`
+    ax=None,  # matplotlib axes; new ones by default
+    title: str = "",  # of the picture
+):  # the axes
     "Draw a reliability diagram."
     ax = ax or plt.subplots(figsize=(2.6, 2.6), dpi=80, layout="constrained")[1]
     said, right, n = (np.array([b[k] for b in result["bins"]]) for k in ("said", "right", "n"))
     ax.plot([0, 1], [0, 1], ":", color="grey", lw=1)
     ax.plot(said, right, lw=1)
-    ax.scatter(said, right, s=150*n/n.sum() + 4)
+    ax.scatter(said, right, s=150 * n / n.sum() + 4)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="said", ylabel="right", aspect="equal")
     ax.set_title(f"{title}\nECE {result['ece']['value']:.3f}".strip(), fontsize=9)
     return ax

@@ -20,75 +20,100 @@ def _labels(y, n_classes, name):
     "`y` as an integer array of class ids in `0..n_classes-1`."
     y = np.asarray(y)
     if y.ndim != 1 or not len(y):
-        raise BadInput(name, f"expected a non-empty list of class ids, got an array of shape {y.shape}", "Check the split.")
+        raise BadInput(
+            name, f"expected a non-empty list of class ids, got an array of shape {y.shape}", "Check the split."
+        )
     if y.dtype.kind == "f" and (~np.isfinite(y) | (y != np.round(y))).any():
         raise BadInput(name, "some class ids are not whole numbers", "Pass class ids, not scores.")
     y = y.astype(np.int64)
     wrong, count = np.unique(y[(y < 0) | (y >= n_classes)], return_counts=True)
     if len(wrong):
         found = ", ".join(f"{c} of label {w}" for w, c in zip(wrong, count, strict=True))
-        raise BadInput(name, f"labels outside the classes 0..{n_classes - 1}: {found}",
-                       "Leave out tiles without a label (-1) or not gradable (255) before probing and scoring.")
+        raise BadInput(
+            name,
+            f"labels outside the classes 0..{n_classes - 1}: {found}",
+            "Leave out tiles without a label (-1) or not gradable (255) before probing and scoring.",
+        )
     return y
+
 
 def _predictions(predicted, n_classes):
     "Class ids from probabilities (N,C) or class ids (N,)."
     predicted = np.asarray(predicted)
-    if predicted.ndim != 2: return _labels(predicted, n_classes, "predictions")
+    if predicted.ndim != 2:
+        return _labels(predicted, n_classes, "predictions")
     if predicted.shape[1] != n_classes:
-        raise BadInput("predictions", f"{predicted.shape[1]} columns for {n_classes} classes", "One column a class, in the order of the ids.")
+        raise BadInput(
+            "predictions",
+            f"{predicted.shape[1]} columns for {n_classes} classes",
+            "One column a class, in the order of the ids.",
+        )
     if np.isnan(predicted).any():
-        raise BadInput("predictions", f"NaN in {np.isnan(predicted).any(1).sum()} rows", "Find the features or the probe that made them.")
+        raise BadInput(
+            "predictions",
+            f"NaN in {np.isnan(predicted).any(1).sum()} rows",
+            "Find the features or the probe that made them.",
+        )
     return _labels(predicted.argmax(1), n_classes, "predictions")
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-006
 def confusion_by_group(
-    y, # (N,) true class ids
-    predicted, # (N,C) probabilities, or (N,) class ids
-    groups, # (N,) slide, or other unit that was sampled, of every tile
-    n_classes: int, # number of classes C
-) -> np.ndarray: # (G,C,C) counts: group, truth, prediction
+    y,  # (N,) true class ids
+    predicted,  # (N,C) probabilities, or (N,) class ids
+    groups,  # (N,) slide, or other unit that was sampled, of every tile
+    n_classes: int,  # number of classes C
+) -> np.ndarray:  # (G,C,C) counts: group, truth, prediction
     "One confusion matrix for each group, groups in order of first appearance. Unusable input is a `BadInput`."
-    y, p = _labels(y, n_classes, "labels"), _predictions(predicted, n_classes)
+    y = _labels(y, n_classes, "labels")
+    p = _predictions(predicted, n_classes)
     g, names = pd.factorize(np.asarray(groups))
     if not len(y) == len(p) == len(g):
-        raise BadInput("predictions", f"{len(y)} labels, {len(p)} predictions and {len(g)} groups", "Pass one of each for every tile.")
-    if (g < 0).any(): raise BadInput("groups", f"{(g < 0).sum()} tiles without a group", "Give every tile its slide.")
-    cell = (g*n_classes + y)*n_classes + p
-    return np.bincount(cell, minlength=len(names)*n_classes**2).reshape(-1, n_classes, n_classes)
+        raise BadInput(
+            "predictions",
+            f"{len(y)} labels, {len(p)} predictions and {len(g)} groups",
+            "Pass one of each for every tile.",
+        )
+    if (g < 0).any():
+        raise BadInput("groups", f"{(g < 0).sum()} tiles without a group", "Give every tile its slide.")
+    cell = (g * n_classes + y) * n_classes + p
+    return np.bincount(cell, minlength=len(names) * n_classes**2).reshape(-1, n_classes, n_classes)
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-010
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "quadratic_kappa")
 
+
 def scores(
-    confusion, # (...,C,C) counts: truth, prediction
-) -> dict: # the four `METRICS` (...) and `recall` (...,C); NaN where one does not exist
+    confusion,  # (...,C,C) counts: truth, prediction
+) -> dict:  # the four `METRICS` (...) and `recall` (...,C); NaN where one does not exist
     "Figures of confusion matrices, any number of them at once."
     m = np.asarray(confusion, dtype=np.float64)
-    hit, truth, called, n = np.diagonal(m, axis1=-2, axis2=-1), m.sum(-1), m.sum(-2), m.sum((-2, -1))
+    hit = np.diagonal(m, axis1=-2, axis2=-1)
+    truth = m.sum(-1)
+    called = m.sum(-2)
+    n = m.sum((-2, -1))
     ids = np.arange(m.shape[-1])
-    cost = (ids[:, None] - ids)**2
+    cost = (ids[:, None] - ids) ** 2
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean over no class at all
-        recall = hit/truth
-        chance = (cost*truth[..., :, None]*called[..., None, :]).sum((-2, -1))/n
+        recall = hit / truth
+        chance = (cost * truth[..., :, None] * called[..., None, :]).sum((-2, -1)) / n
         return {
-            "accuracy": hit.sum(-1)/n,
+            "accuracy": hit.sum(-1) / n,
             "balanced_accuracy": np.nanmean(recall, -1),
-            "macro_f1": np.nanmean(2*hit/(truth + called), -1),
-            "quadratic_kappa": 1 - (cost*m).sum((-2, -1))/chance,
+            "macro_f1": np.nanmean(2 * hit / (truth + called), -1),
+            "quadratic_kappa": 1 - (cost * m).sum((-2, -1)) / chance,
             "recall": recall,
         }
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-018
 def resample(
-    by_group, # (G,C,C) confusion matrix of every group
-    n_boot: int = 1000, # number of resamples B
-    seed: int = 0, # the same seed draws the same groups, so that two encoders can be compared pairwise
-) -> np.ndarray: # (B,C,C) confusion matrices
+    by_group,  # (G,C,C) confusion matrix of every group
+    n_boot: int = 1000,  # number of resamples B
+    seed: int = 0,  # the same seed draws the same groups, so that two encoders can be compared pairwise
+) -> np.ndarray:  # (B,C,C) confusion matrices
     "Confusion matrices of bootstrap resamples of whole groups (Efron 1979; cluster bootstrap)."
     n = len(by_group)
-    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=n_boot)
+    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
     return (times.astype(np.float64) @ by_group.reshape(n, -1)).reshape(n_boot, *by_group.shape[1:])
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-022
@@ -96,93 +121,138 @@ def _interval(draws, axis=0):
     "The middle 95% of the draws that exist."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # no draw exists: NaN
-        return np.nanquantile(draws, [.025, .975], axis=axis)
+        return np.nanquantile(draws, [0.025, 0.975], axis=axis)
+
 
 def _entry(value, draws, n_groups):
     "A figure with its interval; NaN where a single group leaves none."
     low, high = _interval(draws) if n_groups > 1 else (np.nan, np.nan)
     return {"value": float(value), "low": float(low), "high": float(high)}
 
+
 def _draws(by_group, n_boot, seed, complete):
     "Resamples; a resample that lacks a class which the cohort has becomes NaN where only complete ones count."
     drawn = resample(by_group, n_boot, seed)
-    if complete: drawn[(drawn.sum(-1) == 0).any(-1, where=by_group.sum((0, 2)) > 0)] = np.nan
+    if complete:
+        drawn[(drawn.sum(-1) == 0).any(-1, where=by_group.sum((0, 2)) > 0)] = np.nan
     return drawn
 
+
 def caution(
-    n_groups: int, # slides, or other units that were sampled
-) -> str: # empty where there are enough
+    n_groups: int,  # slides, or other units that were sampled
+) -> str:  # empty where there are enough
     "What a reader of intervals must know of so few groups."
-    if n_groups == 1: return "One slide only: how the figures vary between slides cannot be known, so there is no interval."
-    if n_groups < 10: return f"{n_groups} slides only: read the intervals as too narrow."
+    if n_groups == 1:
+        return "One slide only: how the figures vary between slides cannot be known, so there is no interval."
+    if n_groups < 10:
+        return f"{n_groups} slides only: read the intervals as too narrow."
     return ""
 
+# %% ../../nbs/06_metrics/01_classification.ipynb #cell-022-2
 def classification(
-    y, # (N,) true class ids
-    predicted, # (N,C) probabilities, or (N,) class ids
-    groups, # (N,) slide of every tile
-    classes, # C class names in the order of the ids, or a dict of id to name such as `LABELS`
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-    repeat=None, # (N,) number of the repeat, where each tile was called in R repeats of a cross-validation; None: once
-    complete: bool = False, # leave out resamples that lack a class: where a class has few groups
-) -> dict: # each of `METRICS` as `value, low, high`; `recall` by class name; `confusion`; `classes`, `n`, `n_groups`, `n_boot`, `note`; with repeats `repeats`
+    y,  # (N,) true class ids
+    predicted,  # (N,C) probabilities, or (N,) class ids
+    groups,  # (N,) slide of every tile
+    classes,  # C class names in the order of the ids, or a dict of id to name such as `LABELS`
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+    repeat=None,  # (N,) number of the repeat, where each tile was called in R repeats of a cross-validation; None: once
+    complete: bool = False,  # leave out resamples that lack a class: where a class has few groups
+) -> dict:  # each of `METRICS` as `value, low, high`; `recall` by class name; `confusion`; `classes`, `n`, `n_groups`, `n_boot`, `note`; with repeats `repeats`
     "Figures of a classification with 95% bootstrap intervals by group. Unusable input is a `BadInput`."
     classes = [classes[i] for i in range(len(classes))]
     repeated = {} if repeat is None else _repeats(*map(np.asarray, (y, predicted, groups, repeat)), len(classes))
     by_group = confusion_by_group(y, predicted, groups, len(classes))
-    total, n_groups = by_group.sum(0), len(by_group)
-    value, draws = scores(total), scores(_draws(by_group, n_boot, seed, complete))
+    total = by_group.sum(0)
+    n_groups = len(by_group)
+    value = scores(total)
+    draws = scores(_draws(by_group, n_boot, seed, complete))
     result = {m: _entry(value[m], draws[m], n_groups) for m in METRICS}
     result["recall"] = {c: _entry(value["recall"][i], draws["recall"][:, i], n_groups) for i, c in enumerate(classes)}
-    return result | {"confusion": total.tolist(), "classes": classes, "n": int(total.sum()),
-                     "n_groups": n_groups, "n_boot": n_boot, "note": caution(n_groups)} | repeated
+    return (
+        result
+        | {
+            "confusion": total.tolist(),
+            "classes": classes,
+            "n": int(total.sum()),
+            "n_groups": n_groups,
+            "n_boot": n_boot,
+            "note": caution(n_groups),
+        }
+        | repeated
+    )
 
+# %% ../../nbs/06_metrics/01_classification.ipynb #cell-022-3
 def _repeats(y, predicted, groups, repeat, n_classes):
     "The figures of each repeat alone, and tiles counted once: the confusion matrix is the mean over repeats."
     names, times = np.unique(repeat, return_counts=True)
     if len({*times}) > 1 or len(repeat) != len(y):
-        raise BadInput("repeat", f"repeats of {sorted({*times.tolist()})} tiles for {len(y)} calls", "Each repeat must call every tile once.")
-    each = scores(np.stack([confusion_by_group(y[repeat == r], predicted[repeat == r], groups[repeat == r], n_classes).sum(0) for r in names]))
-    confusion = confusion_by_group(y, predicted, groups, n_classes).sum(0)/len(names)
-    return {"repeats": {m: each[m].tolist() for m in METRICS}, "confusion": confusion.round(2).tolist(), "n": int(times[0])}
+        raise BadInput(
+            "repeat",
+            f"repeats of {sorted({*times.tolist()})} tiles for {len(y)} calls",
+            "Each repeat must call every tile once.",
+        )
+    each = scores(
+        np.stack(
+            [
+                confusion_by_group(y[repeat == r], predicted[repeat == r], groups[repeat == r], n_classes).sum(0)
+                for r in names
+            ]
+        )
+    )
+    confusion = confusion_by_group(y, predicted, groups, n_classes).sum(0) / len(names)
+    return {
+        "repeats": {m: each[m].tolist() for m in METRICS},
+        "confusion": confusion.round(2).tolist(),
+        "n": int(times[0]),
+    }
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-any
 def with_intervals(
-    sums, # (G,...) for each group what adds up over groups, such as its confusion matrix
-    figures, # function from sums (...) to a dict of figures; also called with resamples (B,...)
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # each figure as `value, low, high`; a figure of several classes as a list of these
+    sums,  # (G,...) for each group what adds up over groups, such as its confusion matrix
+    figures,  # function from sums (...) to a dict of figures; also called with resamples (B,...)
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # each figure as `value, low, high`; a figure of several classes as a list of these
     "Figures of sums over groups, with 95% bootstrap intervals by group; NaN for a single group."
     sums = np.asarray(sums, np.float64)
-    value, draws = figures(sums.sum(0)), figures(resample(sums, n_boot, seed))
-    return {k: [_entry(*pair, len(sums)) for pair in zip(v, draws[k].T, strict=True)] if np.ndim(v) else _entry(v, draws[k], len(sums)) for k, v in value.items()}
+    value = figures(sums.sum(0))
+    draws = figures(resample(sums, n_boot, seed))
+    return {
+        k: [_entry(*pair, len(sums)) for pair in zip(v, draws[k].T, strict=True)]
+        if np.ndim(v)
+        else _entry(v, draws[k], len(sums))
+        for k, v in value.items()
+    }
+
 
 def unpaired(
-    first, # (G,...) sums of each group, as for `with_intervals`
-    second, # (H,...) of other groups, or of the same divided otherwise
-    figures, # function from sums (...) to a dict of figures; also called with resamples (B,...)
-    n_boot: int = 1000, # bootstrap resamples of each
-    seed: int = 0, # of the resamples
-) -> dict: # each figure as `value, low, high` of first minus second
+    first,  # (G,...) sums of each group, as for `with_intervals`
+    second,  # (H,...) of other groups, or of the same divided otherwise
+    figures,  # function from sums (...) to a dict of figures; also called with resamples (B,...)
+    n_boot: int = 1000,  # bootstrap resamples of each
+    seed: int = 0,  # of the resamples
+) -> dict:  # each figure as `value, low, high` of first minus second
     "Differences of figures between two samples of groups, each resampled by itself; no interval where one has a single group."
     both = first, second
     value = [figures(s.sum(0)) for s in both]
-    draws = [figures(resample(s, n_boot, k)) for s, k in zip(both, np.random.SeedSequence(seed).generate_state(2), strict=True)]
+    draws = [
+        figures(resample(s, n_boot, k))
+        for s, k in zip(both, np.random.SeedSequence(seed).generate_state(2), strict=True)
+    ]
     return {k: _entry(v - value[1][k], draws[0][k] - draws[1][k], min(map(len, both))) for k, v in value[0].items()}
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-035
 def difference(
-    y, # (N,) true class ids
-    first, # (N,C) probabilities or (N,) class ids of one encoder
-    second, # the same of the encoder it is compared with
-    groups, # (N,) slide of every tile
-    n_classes: int, # number of classes
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-    complete: bool = False, # leave out resamples that lack a class
-) -> dict: # each of `METRICS` as `value, low, high` of first minus second
+    y,  # (N,) true class ids
+    first,  # (N,C) probabilities or (N,) class ids of one encoder
+    second,  # the same of the encoder it is compared with
+    groups,  # (N,) slide of every tile
+    n_classes: int,  # number of classes
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+    complete: bool = False,  # leave out resamples that lack a class
+) -> dict:  # each of `METRICS` as `value, low, high` of first minus second
     "How much better `first` is than `second` on the same tiles, with a paired 95% bootstrap interval by group."
     both = [confusion_by_group(y, p, groups, n_classes) for p in (first, second)]
     value = [scores(c.sum(0)) for c in both]
@@ -191,33 +261,47 @@ def difference(
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-038
 def _cell(entry):
-    if np.isnan(entry["value"]): return "-"
-    if np.isnan(entry["low"]): return f"{entry['value']:.3f}"
+    if np.isnan(entry["value"]):
+        return "-"
+    if np.isnan(entry["low"]):
+        return f"{entry['value']:.3f}"
     return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
 
+
 def table(
-    results: dict, # row name to result of `classification`
-    recall: bool = False, # add a column for each class
-) -> pd.DataFrame: # one row a result, `value [low, high]` in each cell
+    results: dict,  # row name to result of `classification`
+    recall: bool = False,  # add a column for each class
+) -> pd.DataFrame:  # one row a result, `value [low, high]` in each cell
     "Results side by side, for people to read."
-    rows = {name: {m.replace("_", " "): _cell(r[m]) for m in METRICS} |
-                  ({f"recall {c}": _cell(e) for c, e in r["recall"].items()} if recall else {})
-            for name, r in results.items()}
+    rows = {
+        name: {m.replace("_", " "): _cell(r[m]) for m in METRICS}
+        | ({f"recall {c}": _cell(e) for c, e in r["recall"].items()} if recall else {})
+        for name, r in results.items()
+    }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../../nbs/06_metrics/01_classification.ipynb #cell-042
 def plot_confusion(
-    result: dict, # from `classification`
-    ax=None, # matplotlib axes; new ones by default
-    title: str = "", # of the picture
-): # the axes
+    result: dict,  # from `classification`
+    ax=None,  # matplotlib axes; new ones by default
+    title: str = "",  # of the picture
+):  # the axes
     "Draw a confusion matrix: rows are the truth, colour is the share of the row, numbers are tiles."
-    m, names = np.asarray(result["confusion"]), result["classes"]
-    ax = ax or plt.subplots(figsize=(.7*len(names) + 1.6, .7*len(names) + .8), dpi=80)[1]
-    share = m/np.maximum(m.sum(1, keepdims=True), 1)
+    m = np.asarray(result["confusion"])
+    names = result["classes"]
+    ax = ax or plt.subplots(figsize=(0.7 * len(names) + 1.6, 0.7 * len(names) + 0.8), dpi=80)[1]
+    share = m / np.maximum(m.sum(1, keepdims=True), 1)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.ndindex(*m.shape):
-        ax.text(j, i, f"{m[i, j]:.0f}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > .5 else "black")
+        ax.text(
+            j,
+            i,
+            f"{m[i, j]:.0f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if share[i, j] > 0.5 else "black",
+        )
     ax.set_xticks(range(len(names)), names, rotation=35, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="called", ylabel="truth", title=title)

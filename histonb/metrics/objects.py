@@ -12,64 +12,97 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 from scipy.ndimage import find_objects
+from scipy.spatial import cKDTree
 
 from ..core.errors import BadInput
-from ..slides.labels import IGNORE
 from .classification import caution, with_intervals
+from ..slides.labels import IGNORE
 
 # %% ../../nbs/06_metrics/03_objects.ipynb #cell-005
 def check_ids(
-    ids, # (H, W) whole numbers, 0: background
-    name: str = "instances", # what it is, for the error
-) -> np.ndarray: # the same as int32
+    ids,  # (H, W) whole numbers, 0: background
+    name: str = "instances",  # what it is, for the error
+) -> np.ndarray:  # the same as int32
     "An instance map, or the reason why it is none."
     ids = np.asarray(ids)
-    if ids.ndim != 2 or not ids.size: raise BadInput(name, f"an array of shape {ids.shape}", "Give a map of shape (H, W).")
-    if ids.dtype.kind not in "iub": raise BadInput(name, f"numbers of type {ids.dtype}", "Give whole numbers: 0 for background, one for each object.")
-    if ids.min() < 0: raise BadInput(name, f"a negative number, {ids.min()}", "Give 0 for background.")
-    if ids.max() >= 2**31: raise BadInput(name, f"a number as large as {ids.max()}", "Number the objects from 1.")
+    if ids.ndim != 2 or not ids.size:
+        raise BadInput(name, f"an array of shape {ids.shape}", "Give a map of shape (H, W).")
+    if ids.dtype.kind not in "iub":
+        raise BadInput(
+            name, f"numbers of type {ids.dtype}", "Give whole numbers: 0 for background, one for each object."
+        )
+    if ids.min() < 0:
+        raise BadInput(name, f"a negative number, {ids.min()}", "Give 0 for background.")
+    if ids.max() >= 2**31:
+        raise BadInput(name, f"a number as large as {ids.max()}", "Number the objects from 1.")
     return ids.astype(np.int32, copy=False)
 
+# %% ../../nbs/06_metrics/03_objects.ipynb #cell-005-2
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     "What the objects of two maps share."
-    truth: np.ndarray # (n,) numbers of the objects of the truth
-    predicted: np.ndarray # (m,) and of the prediction
-    truth_area: np.ndarray # (n,) pixels of each
-    predicted_area: np.ndarray # (m,)
-    i: np.ndarray # (k,) places in `truth` of the objects that overlap ...
-    j: np.ndarray # (k,) ... with these places in `predicted`
-    both: np.ndarray # (k,) ... in so many pixels
-    distance: np.ndarray | None = None # (2,) sums of area x Hausdorff distance over the objects of each map, where asked for
+
+    truth: np.ndarray  # (n,) numbers of the objects of the truth
+    predicted: np.ndarray  # (m,) and of the prediction
+    truth_area: np.ndarray  # (n,) pixels of each
+    predicted_area: np.ndarray  # (m,)
+    i: np.ndarray  # (k,) places in `truth` of the objects that overlap ...
+    j: np.ndarray  # (k,) ... with these places in `predicted`
+    both: np.ndarray  # (k,) ... in so many pixels
+    distance: np.ndarray | None = (
+        None  # (2,) sums of area x Hausdorff distance over the objects of each map, where asked for
+    )
 
     @property
-    def iou(self): return self.both/(self.truth_area[self.i] + self.predicted_area[self.j] - self.both)
+    def iou(self):
+        return self.both / (self.truth_area[self.i] + self.predicted_area[self.j] - self.both)
 
     @property
-    def dice(self): return 2*self.both/(self.truth_area[self.i] + self.predicted_area[self.j])
+    def dice(self):
+        return 2 * self.both / (self.truth_area[self.i] + self.predicted_area[self.j])
 
+# %% ../../nbs/06_metrics/03_objects.ipynb #cell-005-3
 def pair_counts(
-    truth: np.ndarray, # (H, W) instances, 0: background
-    predicted: np.ndarray, # (H, W) the same of the prediction
-    hausdorff: bool = False, # also measure distances, which takes longer
+    truth: np.ndarray,  # (H, W) instances, 0: background
+    predicted: np.ndarray,  # (H, W) the same of the prediction
+    hausdorff: bool = False,  # also measure distances, which takes longer
 ) -> Pairs:
     "Count the pixels of each object, and of each two objects that overlap."
-    truth, predicted = check_ids(truth, "truth"), check_ids(predicted, "prediction")
-    if truth.shape != predicted.shape: raise BadInput("prediction", f"a map of {predicted.shape} for a truth of {truth.shape}", "Give both of the same picture, at the same resolution.")
+    truth = check_ids(truth, "truth")
+    predicted = check_ids(predicted, "prediction")
+    if truth.shape != predicted.shape:
+        raise BadInput(
+            "prediction",
+            f"a map of {predicted.shape} for a truth of {truth.shape}",
+            "Give both of the same picture, at the same resolution.",
+        )
     code = (truth.ravel().astype(np.int64) << 32) | predicted.ravel()
     start = np.append(0, np.flatnonzero(code[1:] != code[:-1]) + 1)
     found, run = np.unique(code[start], return_inverse=True)
     pixels = np.bincount(run, np.diff(np.append(start, code.size))).astype(np.int64)
-    (t, i), (p, j) = (np.unique(ids, return_inverse=True) for ids in (found >> 32, found & 0xffffffff))
+    (t, i), (p, j) = (np.unique(ids, return_inverse=True) for ids in (found >> 32, found & 0xFFFFFFFF))
     areas = [np.bincount(of, pixels).astype(np.int64)[ids > 0] for of, ids in ((i, t), (j, p))]
     there = (t[i] > 0) & (p[j] > 0)
     pairs = Pairs(t[t > 0], p[p > 0], *areas, i[there] - (t[0] == 0), j[there] - (p[0] == 0), pixels[there])
     return dataclasses.replace(pairs, distance=_distances(truth, predicted, pairs)) if hausdorff else pairs
 
 # %% ../../nbs/06_metrics/03_objects.ipynb #cell-009
-SUMS = ("both", "truth", "predicted", "aji_both", "aji_union", "n_truth", "n_predicted", "hits", "iou", "glas_hits", "truth_dice", "predicted_dice")
+SUMS = (
+    "both",
+    "truth",
+    "predicted",
+    "aji_both",
+    "aji_union",
+    "n_truth",
+    "n_predicted",
+    "hits",
+    "iou",
+    "glas_hits",
+    "truth_dice",
+    "predicted_dice",
+)
+
 
 def _best(of, score, n):
     "(n,) which pair has the largest score of each object, the first of those that are even; -1: none."
@@ -78,45 +111,80 @@ def _best(of, score, n):
     best[of[order]] = order  # the last one written stays
     return best
 
+# %% ../../nbs/06_metrics/03_objects.ipynb #cell-009-2
 def object_sums(
-    pairs: Pairs, # of one picture
-) -> np.ndarray: # what adds up over pictures: `SUMS`, and two sums of distances where they were measured
+    pairs: Pairs,  # of one picture
+) -> np.ndarray:  # what adds up over pictures: `SUMS`, and two sums of distances where they were measured
     "The sums that the figures are made of."
-    n, m = len(pairs.truth), len(pairs.predicted)
-    t, p, i, j, both, iou, dice = pairs.truth_area, pairs.predicted_area, pairs.i, pairs.j, pairs.both, pairs.iou, pairs.dice
-    hit = iou > .5
+    n = len(pairs.truth)
+    m = len(pairs.predicted)
+    t, p, i, j, both, iou, dice = (
+        pairs.truth_area,
+        pairs.predicted_area,
+        pairs.i,
+        pairs.j,
+        pairs.both,
+        pairs.iou,
+        pairs.dice,
+    )
+    hit = iou > 0.5
     taken = (best := _best(i, iou, n))[best >= 0]
     left = np.ones(m, bool)
     left[j[taken]] = False
     missed = t[best < 0].sum()
     union = (t[i] + p[j] - both)[taken].sum() + missed + p[left].sum()
     of_truth, of_predicted = ((best := _best(of, both, k))[best >= 0] for of, k in ((i, n), (j, m)))
-    covers = both[of_predicted] > .5*t[i[of_predicted]]
-    sums = (both.sum(), t.sum(), p.sum(), both[taken].sum(), union, n, m, hit.sum(), iou[hit].sum(), covers.sum(),
-            (t[i]*dice)[of_truth].sum(), (p[j]*dice)[of_predicted].sum())
+    covers = both[of_predicted] > 0.5 * t[i[of_predicted]]
+    sums = (
+        both.sum(),
+        t.sum(),
+        p.sum(),
+        both[taken].sum(),
+        union,
+        n,
+        m,
+        hit.sum(),
+        iou[hit].sum(),
+        covers.sum(),
+        (t[i] * dice)[of_truth].sum(),
+        (p[j] * dice)[of_predicted].sum(),
+    )
     return np.concatenate([sums, [] if pairs.distance is None else pairs.distance]).astype(np.float64)
 
 # %% ../../nbs/06_metrics/03_objects.ipynb #cell-010
 FIGURES = ("dice", "aji", "pq", "dq", "sq", "glas_f1", "object_dice", "object_hausdorff")
 
+
 def figures_of(
-    sums: np.ndarray, # (..., K) from `object_sums`
-) -> dict: # each of `FIGURES` (...), the last one only where distances were measured; NaN where there is no object at all
+    sums: np.ndarray,  # (..., K) from `object_sums`
+) -> (
+    dict
+):  # each of `FIGURES` (...), the last one only where distances were measured; NaN where there is no object at all
     "Figures of sums, any number of them at once."
     sums = np.asarray(sums, np.float64)
     s = dict(zip(SUMS, np.moveaxis(sums, -1, 0)))
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean over no map
-        objects, area = s["n_truth"] + s["n_predicted"], np.stack([s["truth"], s["predicted"]])
-        sides = np.stack([s["truth_dice"], s["predicted_dice"]])/area
-        found = {"dice": 2*s["both"]/area.sum(0), "aji": s["aji_both"]/s["aji_union"], "pq": 2*s["iou"]/objects, "dq": 2*s["hits"]/objects,
-                 "sq": s["iou"]/s["hits"], "glas_f1": 2*s["glas_hits"]/objects, "object_dice": np.where(objects > 0, np.nan_to_num(sides).mean(0), np.nan)[()]}
-        if sums.shape[-1] > len(SUMS): found["object_hausdorff"] = np.nanmean(np.moveaxis(sums[..., len(SUMS):], -1, 0)/area, 0)
+        objects = s["n_truth"] + s["n_predicted"]
+        area = np.stack([s["truth"], s["predicted"]])
+        sides = np.stack([s["truth_dice"], s["predicted_dice"]]) / area
+        found = {
+            "dice": 2 * s["both"] / area.sum(0),
+            "aji": s["aji_both"] / s["aji_union"],
+            "pq": 2 * s["iou"] / objects,
+            "dq": 2 * s["hits"] / objects,
+            "sq": s["iou"] / s["hits"],
+            "glas_f1": 2 * s["glas_hits"] / objects,
+            "object_dice": np.where(objects > 0, np.nan_to_num(sides).mean(0), np.nan)[()],
+        }
+        if sums.shape[-1] > len(SUMS):
+            found["object_hausdorff"] = np.nanmean(np.moveaxis(sums[..., len(SUMS) :], -1, 0) / area, 0)
     return found
 
 # %% ../../nbs/06_metrics/03_objects.ipynb #cell-018
 class _Outline:
     "An object's pixels, and a tree of those at its border."
+
     def __init__(self, ids, number, box):
         y, x = np.nonzero(ids[box] == number)
         self.box = np.array([box[0].start, box[1].start, box[0].stop, box[1].stop])
@@ -125,119 +193,184 @@ class _Outline:
         self.pixels = np.stack([y, x], 1) + self.box[:2]
         self.tree = cKDTree(self.pixels[edge])
 
+
 def _hausdorff(a, b, other_a, other_b):
     "Distance of two outlines; `other_a` and `other_b` say which of their pixels are not shared."
-    return max(float(tree.query(pixels)[0].max()) if len(pixels) else 0. for tree, pixels in ((b.tree, a.pixels[other_a]), (a.tree, b.pixels[other_b])))
+    return max(
+        float(tree.query(pixels)[0].max()) if len(pixels) else 0.0
+        for tree, pixels in ((b.tree, a.pixels[other_a]), (a.tree, b.pixels[other_b]))
+    )
 
+# %% ../../nbs/06_metrics/03_objects.ipynb #cell-018-2
 def _distances(truth, predicted, pairs):
     "(2,) area x Hausdorff distance, summed over the objects of truth and prediction."
-    diagonal, outlines = float(np.hypot(*truth.shape)), []
+    diagonal = float(np.hypot(*truth.shape))
+    outlines = []
     for ids, numbers in ((truth, pairs.truth), (predicted, pairs.predicted)):
         boxes = find_objects(np.searchsorted(np.append(0, numbers), ids))
         outlines.append([_Outline(ids, k, box) for k, box in zip(numbers, boxes, strict=True)])
-    numbers, areas, sums, known = (pairs.truth, pairs.predicted), (pairs.truth_area, pairs.predicted_area), [0., 0.], {}
+    numbers = (pairs.truth, pairs.predicted)
+    areas = (pairs.truth_area, pairs.predicted_area)
+    sums = [0.0, 0.0]
+    known = {}
+
     def distance(i, j):
         if (i, j) not in known:
-            a, b = outlines[0][i], outlines[1][j]
-            known[i, j] = _hausdorff(a, b, predicted[tuple(a.pixels.T)] != numbers[1][j], truth[tuple(b.pixels.T)] != numbers[0][i])
+            a = outlines[0][i]
+            b = outlines[1][j]
+            known[i, j] = _hausdorff(
+                a, b, predicted[tuple(a.pixels.T)] != numbers[1][j], truth[tuple(b.pixels.T)] != numbers[0][i]
+            )
         return known[i, j]
+
     for side, of in enumerate((pairs.i, pairs.j)):
-        partner, mine, others = _best(of, pairs.both, len(numbers[side])), outlines[side], outlines[1 - side]
+        partner = _best(of, pairs.both, len(numbers[side]))
+        mine = outlines[side]
+        others = outlines[1 - side]
         boxes = np.array([o.box for o in others]).reshape(-1, 4)
         for k, area in enumerate(areas[side]):
-            if partner[k] >= 0: far = distance(pairs.i[partner[k]], pairs.j[partner[k]])
+            if partner[k] >= 0:
+                far = distance(pairs.i[partner[k]], pairs.j[partner[k]])
             else:
-                far, least = diagonal, np.abs(boxes - mine[k].box).max(1, initial=0)
+                far = diagonal
+                least = np.abs(boxes - mine[k].box).max(1, initial=0)
                 for o in np.argsort(least, kind="stable"):
-                    if least[o] >= far: break
+                    if least[o] >= far:
+                        break
                     far = min(far, distance(*((k, o) if side == 0 else (o, k))))
-            sums[side] += area*far
+            sums[side] += area * far
     return np.array(sums)
 
 # %% ../../nbs/06_metrics/03_objects.ipynb #cell-022
 def _by_group(sums, groups):
     "Sums over the pictures of each group."
     group, names = pd.factorize(np.asarray(groups))
-    if len(group) != len(sums): raise BadInput("groups", f"{len(group)} groups for {len(sums)} pictures", "Give the slide or case of each picture.")
-    if (group < 0).any(): raise BadInput("groups", f"{(group < 0).sum()} pictures without a group", "Give every picture its slide or case.")
+    if len(group) != len(sums):
+        raise BadInput(
+            "groups", f"{len(group)} groups for {len(sums)} pictures", "Give the slide or case of each picture."
+        )
+    if (group < 0).any():
+        raise BadInput(
+            "groups", f"{(group < 0).sum()} pictures without a group", "Give every picture its slide or case."
+        )
     out = np.zeros((len(names), *sums.shape[1:]))
     np.add.at(out, group, sums)
     return out
 
+
 def _all_sums(pairs):
-    if len({p.distance is None for p in pairs}) > 1: raise BadInput("pairs", "distances of some pictures only", "Ask for them in all, or in none.")
+    if len({p.distance is None for p in pairs}) > 1:
+        raise BadInput("pairs", "distances of some pictures only", "Ask for them in all, or in none.")
     return np.stack([object_sums(p) for p in pairs])
 
+# %% ../../nbs/06_metrics/03_objects.ipynb #cell-022-2
 def object_figures(
-    pairs, # `Pairs` of each picture, from `pair_counts`; or (N, K) what `object_sums` makes of them
-    groups, # (N,) slide or case of each picture
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # each of `FIGURES` as `value, low, high`, pooled, and the mean over pictures as `picture_...`; `pictures` (N,) of each; `n`, `n_groups`, `n_boot`, `note`
+    pairs,  # `Pairs` of each picture, from `pair_counts`; or (N, K) what `object_sums` makes of them
+    groups,  # (N,) slide or case of each picture
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # each of `FIGURES` as `value, low, high`, pooled, and the mean over pictures as `picture_...`; `pictures` (N,) of each; `n`, `n_groups`, `n_boot`, `note`
     "Figures of instance maps with 95% bootstrap intervals by group."
-    if not len(pairs): raise BadInput("pairs", "no picture", "Give `pair_counts` of at least one.")
+    if not len(pairs):
+        raise BadInput("pairs", "no picture", "Give `pair_counts` of at least one.")
     sums = pairs if isinstance(pairs, np.ndarray) else _all_sums(list(pairs))
     each = figures_of(sums)
     values = np.stack([*each.values()], 1)
-    k, f = sums.shape[1], values.shape[1]
+    k = sums.shape[1]
+    f = values.shape[1]
+
     def figures(s):
-        with np.errstate(invalid="ignore", divide="ignore"): means = s[..., k:k + f]/s[..., k + f:]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = s[..., k : k + f] / s[..., k + f :]
         return figures_of(s[..., :k]) | {f"picture_{name}": means[..., i] for i, name in enumerate(each)}
+
     by_group = _by_group(np.concatenate([sums, np.nan_to_num(values), np.isfinite(values)], 1), groups)
-    return with_intervals(by_group, figures, n_boot, seed) | {"pictures": {name: v.tolist() for name, v in each.items()}, "n": len(sums), "n_groups": len(by_group),
-                                                              "n_boot": n_boot, "note": caution(len(by_group))}
+    return with_intervals(by_group, figures, n_boot, seed) | {
+        "pictures": {name: v.tolist() for name, v in each.items()},
+        "n": len(sums),
+        "n_groups": len(by_group),
+        "n_boot": n_boot,
+        "note": caution(len(by_group)),
+    }
 
 # %% ../../nbs/06_metrics/03_objects.ipynb #cell-027b
 def object_difference(
-    first: np.ndarray, # (N, K) sums of `object_sums` of each picture
-    second: np.ndarray, # the same of the annotator it is compared with, on the same pictures
-    groups, # (N,) slide or case of each picture
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # each of `FIGURES` as `value, low, high` of first minus second
+    first: np.ndarray,  # (N, K) sums of `object_sums` of each picture
+    second: np.ndarray,  # the same of the annotator it is compared with, on the same pictures
+    groups,  # (N,) slide or case of each picture
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # each of `FIGURES` as `value, low, high` of first minus second
     "How much better `first` is than `second`, pooled over pictures, with a paired 95% bootstrap interval by group."
-    if first.shape != second.shape: raise BadInput("sums", f"{first.shape} and {second.shape}", "Give those of the same pictures.")
+    if first.shape != second.shape:
+        raise BadInput("sums", f"{first.shape} and {second.shape}", "Give those of the same pictures.")
     k = first.shape[1]
+
     def figures(s):
-        a, b = figures_of(s[..., :k]), figures_of(s[..., k:])
+        a = figures_of(s[..., :k])
+        b = figures_of(s[..., k:])
         return {name: a[name] - b[name] for name in a}
+
     return with_intervals(_by_group(np.concatenate([first, second], 1), groups), figures, n_boot, seed)
 
 # %% ../../nbs/06_metrics/03_objects.ipynb #cell-029
 def type_figures(
-    pairs: list, # `Pairs` of each picture
-    truth_types: list, # of each picture (numbers + 1,): the type of each number of the truth, below C; 255: unknown, not counted
-    predicted_types: list, # the same of the prediction
-    groups, # (N,) slide or case of each picture
-    classes, # C names of types; the first one is none
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # `mpq` as `value, low, high`; `pq` and `dq` by name of type; `n_objects` of the truth by name; `n`, `n_groups`, `n_boot`, `note`
+    pairs: list,  # `Pairs` of each picture
+    truth_types: list,  # of each picture (numbers + 1,): the type of each number of the truth, below C; 255: unknown, not counted
+    predicted_types: list,  # the same of the prediction
+    groups,  # (N,) slide or case of each picture
+    classes,  # C names of types; the first one is none
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # `mpq` as `value, low, high`; `pq` and `dq` by name of type; `n_objects` of the truth by name; `n`, `n_groups`, `n_boot`, `note`
     "Panoptic quality of each type, pooled over pictures, with 95% bootstrap intervals by group."
-    C, names = len(classes), list(classes)[1:]
+    C = len(classes)
+    names = list(classes)[1:]
     if not len(pairs) == len(truth_types) == len(predicted_types) > 0:
-        raise BadInput("types", f"of {len(truth_types)} and {len(predicted_types)} pictures for {len(pairs)}", "Give pairs and the types of both maps for each picture, at least one.")
+        raise BadInput(
+            "types",
+            f"of {len(truth_types)} and {len(predicted_types)} pictures for {len(pairs)}",
+            "Give pairs and the types of both maps for each picture, at least one.",
+        )
     sums = np.stack([_type_sums(*one, C) for one in zip(pairs, truth_types, predicted_types, strict=True)])
+
     def figures(s):
         n, hits, iou = np.moveaxis(s, -1, 0)
         with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # no type at all
-            return {"mpq": np.nanmean(2*iou/n, -1), "pq": 2*iou/n, "dq": 2*hits/n}
+            return {"mpq": np.nanmean(2 * iou / n, -1), "pq": 2 * iou / n, "dq": 2 * hits / n}
+
     by_group = _by_group(sums[:, 1:, 1:], groups)
     result = with_intervals(by_group, figures, n_boot, seed)
     return {k: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for k, v in result.items()} | {
         "n_objects": dict(zip(names, sums[:, 1:, 0].sum(0).astype(int).tolist(), strict=True)),
-        "n": len(sums), "n_groups": len(by_group), "n_boot": n_boot, "note": caution(len(by_group))}
+        "n": len(sums),
+        "n_groups": len(by_group),
+        "n_boot": n_boot,
+        "note": caution(len(by_group)),
+    }
 
+# %% ../../nbs/06_metrics/03_objects.ipynb #cell-029-2
 def _type_sums(pairs, truth_types, predicted_types, C):
     "(C, 4) of each type: objects of the truth, objects of both maps, hits, sum of their IoU."
     types = []
-    for name, ids, of in (("truth_types", pairs.truth, truth_types), ("predicted_types", pairs.predicted, predicted_types)):
+    for name, ids, of in (
+        ("truth_types", pairs.truth, truth_types),
+        ("predicted_types", pairs.predicted, predicted_types),
+    ):
         of = np.asarray(of)
-        if of.ndim != 1 or of.dtype.kind not in "iu" or (len(ids) and ids[-1] >= len(of)): raise BadInput(name, f"{of.dtype} of shape {of.shape} for numbers up to {ids.max(initial=0)}", "Give a type for each number from 0 on.")
-        if not np.isin(of, [*range(C), IGNORE] if name == "truth_types" else range(C)).all(): raise BadInput(name, f"types from {of.min()} to {of.max()} for {C} classes", "Number the types as the classes are.")
+        if of.ndim != 1 or of.dtype.kind not in "iu" or (len(ids) and ids[-1] >= len(of)):
+            raise BadInput(
+                name,
+                f"{of.dtype} of shape {of.shape} for numbers up to {ids.max(initial=0)}",
+                "Give a type for each number from 0 on.",
+            )
+        if not np.isin(of, [*range(C), IGNORE] if name == "truth_types" else range(C)).all():
+            raise BadInput(
+                name, f"types from {of.min()} to {of.max()} for {C} classes", "Number the types as the classes are."
+            )
         types.append(of[ids])
-    (t, p), hit = types, pairs.iou > .5
+    (t, p), hit = types, pairs.iou > 0.5
     unknown = t == IGNORE  # what hits an object of unknown type is neither right nor wrong
     p[pairs.j[hit & unknown[pairs.i]]] = t[unknown] = 0
     same = hit & (t[pairs.i] == p[pairs.j])

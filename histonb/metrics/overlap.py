@@ -17,21 +17,36 @@ from .classification import _cell, caution, unpaired, with_intervals
 def _binary(masks, name):
     "Masks as bool, or the reason why they are none."
     masks = np.asarray(masks)
-    if masks.dtype == bool: return masks
-    if masks.dtype != np.uint8: raise BadInput(name, f"numbers of type {masks.dtype}", "Give bool or uint8: 0 for background, 1 for foreground.")
-    if masks.size and masks.max() > 1: raise BadInput(name, f"a value of {masks.max()}", "Threshold the mask: 0 for background, 1 for foreground.")
+    if masks.dtype == bool:
+        return masks
+    if masks.dtype != np.uint8:
+        raise BadInput(
+            name, f"numbers of type {masks.dtype}", "Give bool or uint8: 0 for background, 1 for foreground."
+        )
+    if masks.size and masks.max() > 1:
+        raise BadInput(name, f"a value of {masks.max()}", "Threshold the mask: 0 for background, 1 for foreground.")
     return masks.view(bool)
 
+
 def mask_overlap(
-    truth, # N masks (H, W), 0 or 1
-    predicted, # N masks of the same pictures
-) -> np.ndarray: # (N, 3) int64: pixels of both (TP), only predicted (FP), missed (FN)
+    truth,  # N masks (H, W), 0 or 1
+    predicted,  # N masks of the same pictures
+) -> np.ndarray:  # (N, 3) int64: pixels of both (TP), only predicted (FP), missed (FN)
     "Count what each two masks share."
-    if len(truth) != len(predicted): raise BadInput("predicted", f"{len(predicted)} masks for {len(truth)} of the truth", "Give both of the same pictures.")
+    if len(truth) != len(predicted):
+        raise BadInput(
+            "predicted", f"{len(predicted)} masks for {len(truth)} of the truth", "Give both of the same pictures."
+        )
     counts = np.zeros((len(truth), 3), np.int64)
     for i, (t, p) in enumerate(zip(truth, predicted, strict=True)):
-        t, p = _binary(t, "truth"), _binary(p, "predicted")
-        if t.shape != p.shape: raise BadInput("predicted", f"mask {i} of shape {p.shape} for a truth of {t.shape}", "Resize the prediction to the size of the mask (nearest).")
+        t = _binary(t, "truth")
+        p = _binary(p, "predicted")
+        if t.shape != p.shape:
+            raise BadInput(
+                "predicted",
+                f"mask {i} of shape {p.shape} for a truth of {t.shape}",
+                "Resize the prediction to the size of the mask (nearest).",
+            )
         both = np.count_nonzero(t & p)
         counts[i] = both, np.count_nonzero(p) - both, np.count_nonzero(t) - both
     return counts
@@ -39,124 +54,183 @@ def mask_overlap(
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-009
 FIVE = ("dice", "jaccard", "conformity", "precision", "recall")
 
+
 def five_figures(
-    counts, # (..., 3) pixels: TP, FP, FN
-) -> np.ndarray: # (..., 5): FIVE; conformity is NaN where no pixel is right
+    counts,  # (..., 3) pixels: TP, FP, FN
+) -> np.ndarray:  # (..., 5): FIVE; conformity is NaN where no pixel is right
     "Figures of counts, any number of them at once."
     tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
     empty = tp + fp + fn == 0
-    def share(part, whole): return np.where(empty, 1., part/np.maximum(whole, 1e-9))
-    conformity = np.where(empty, 1., np.where(tp > 0, 1 - (fp + fn)/np.maximum(tp, 1e-9), np.nan))
-    return np.stack([share(2*tp, 2*tp + fp + fn), share(tp, tp + fp + fn), conformity, share(tp, tp + fp), share(tp, tp + fn)], -1)
+
+    def share(part, whole):
+        return np.where(empty, 1.0, part / np.maximum(whole, 1e-9))
+
+    conformity = np.where(empty, 1.0, np.where(tp > 0, 1 - (fp + fn) / np.maximum(tp, 1e-9), np.nan))
+    return np.stack(
+        [share(2 * tp, 2 * tp + fp + fn), share(tp, tp + fp + fn), conformity, share(tp, tp + fp), share(tp, tp + fn)],
+        -1,
+    )
 
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-014
 def _sums(counts, cases):
     "(G, 10) what adds up over cases: counts, sums of FIVE (failures of conformity as 0), failures, pictures."
     counts = np.asarray(counts)
-    if counts.ndim != 2 or counts.shape[1] != 3 or not len(counts): raise BadInput("counts", f"an array of shape {counts.shape}", "Give (N, 3) from `mask_overlap`, of at least one picture.")
+    if counts.ndim != 2 or counts.shape[1] != 3 or not len(counts):
+        raise BadInput(
+            "counts", f"an array of shape {counts.shape}", "Give (N, 3) from `mask_overlap`, of at least one picture."
+        )
     group, names = pd.factorize(cases)
-    if (group < 0).any(): raise BadInput("cases", f"{(group < 0).sum()} masks without a case", "Give the case of each mask.")
-    each, sums = five_figures(counts), np.zeros((len(names), 10))
+    if (group < 0).any():
+        raise BadInput("cases", f"{(group < 0).sum()} masks without a case", "Give the case of each mask.")
+    each = five_figures(counts)
+    sums = np.zeros((len(names), 10))
     np.add.at(sums, group, np.column_stack([counts, np.nan_to_num(each), np.isnan(each[:, 2]), np.ones(len(counts))]))
     return sums
+
 
 def _both(s):
     "Figures of sums (..., 10): `image_...` and `pooled_...`."
     with np.errstate(divide="ignore", invalid="ignore"):
-        of = s[..., 9:] - s[..., 8:9]*(np.arange(5) == 2)
-        image, pooled = s[..., 3:8]/of, five_figures(s[..., :3])
-    return {f"{kind}_{name}": v[..., i] for kind, v in (("image", image), ("pooled", pooled)) for i, name in enumerate(FIVE)}
+        of = s[..., 9:] - s[..., 8:9] * (np.arange(5) == 2)
+        image = s[..., 3:8] / of
+        pooled = five_figures(s[..., :3])
+    return {
+        f"{kind}_{name}": v[..., i] for kind, v in (("image", image), ("pooled", pooled)) for i, name in enumerate(FIVE)
+    }
+
 
 def _of_categories(categories, cases, n):
     "Which masks are in each category, and in all."
     categories = np.asarray(categories)
     for name, given in (("category", categories), ("case", cases)):
-        if len(given) != n: raise BadInput(name, f"{len(given)} for {n} masks", f"Give the {name} of each mask.")
+        if len(given) != n:
+            raise BadInput(name, f"{len(given)} for {n} masks", f"Give the {name} of each mask.")
     return {name: categories == name for name in sorted(set(categories.tolist()))} | {"all": np.ones(n, bool)}
 
+# %% ../../nbs/06_metrics/04_overlap.ipynb #cell-014-2
 def overlap_figures(
-    counts, # (N, 3) from `mask_overlap`
-    categories, # (N,) name of each picture's category
-    cases, # (N,) case, or other unit that was sampled, of each picture
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # category, and `all` -> `image_...` and `pooled_...` of FIVE as `value, low, high`; `failed`, `n`, `n_groups`, `note`
+    counts,  # (N, 3) from `mask_overlap`
+    categories,  # (N,) name of each picture's category
+    cases,  # (N,) case, or other unit that was sampled, of each picture
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # category, and `all` -> `image_...` and `pooled_...` of FIVE as `value, low, high`; `failed`, `n`, `n_groups`, `note`
     "Five figures of each category, per picture and pooled, with 95% bootstrap intervals by case."
-    counts, cases, found = np.asarray(counts), np.asarray(cases), {}
+    counts = np.asarray(counts)
+    cases = np.asarray(cases)
+    found = {}
     for name, rows in _of_categories(categories, cases, len(counts)).items():
         sums = _sums(counts[rows], cases[rows])
-        found[name] = with_intervals(sums, _both, n_boot, seed) | {"failed": int(sums[:, 8].sum()), "n": int(rows.sum()), "n_groups": len(sums),
-                                                                 "note": caution(len(sums)).replace("slide", "case")}
+        found[name] = with_intervals(sums, _both, n_boot, seed) | {
+            "failed": int(sums[:, 8].sum()),
+            "n": int(rows.sum()),
+            "n_groups": len(sums),
+            "note": caution(len(sums)).replace("slide", "case"),
+        }
     return found
 
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-020
 def overlap_difference(
-    first, # (N, 3) counts of one network
-    second, # the same of the other, on the same pictures
-    categories, # (N,) name of each picture's category
-    cases, # (N,) case of each picture
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # category, and `all` -> each figure as `value, low, high` of first minus second
+    first,  # (N, 3) counts of one network
+    second,  # the same of the other, on the same pictures
+    categories,  # (N,) name of each picture's category
+    cases,  # (N,) case of each picture
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # category, and `all` -> each figure as `value, low, high` of first minus second
     "How much better `first` is, with a paired 95% bootstrap interval by case."
-    first, second, cases, found = np.asarray(first), np.asarray(second), np.asarray(cases), {}
-    if first.shape != second.shape: raise BadInput("second", f"counts of shape {second.shape}, not {first.shape}", "Score both on the same pictures.")
+    first = np.asarray(first)
+    second = np.asarray(second)
+    cases = np.asarray(cases)
+    found = {}
+    if first.shape != second.shape:
+        raise BadInput(
+            "second", f"counts of shape {second.shape}, not {first.shape}", "Score both on the same pictures."
+        )
     for name, rows in _of_categories(categories, cases, len(first)).items():
         sums = np.stack([_sums(c[rows], cases[rows]) for c in (first, second)], 1)
-        found[name] = with_intervals(sums, lambda s: {k: v - _both(s[..., 1, :])[k] for k, v in _both(s[..., 0, :]).items()}, n_boot, seed)
+        found[name] = with_intervals(
+            sums, lambda s: {k: v - _both(s[..., 1, :])[k] for k, v in _both(s[..., 0, :]).items()}, n_boot, seed
+        )
     return found
 
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-gap
 def overlap_gap(
-    first, # (N, 3) counts on one division
-    first_cases, # (N,) case of each picture
-    second, # (M, 3) counts on the other
-    second_cases, # (M,)
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # each figure as `value, low, high` of first minus second
+    first,  # (N, 3) counts on one division
+    first_cases,  # (N,) case of each picture
+    second,  # (M, 3) counts on the other
+    second_cases,  # (M,)
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # each figure as `value, low, high` of first minus second
     "How much higher the figures are on one division than on another."
     return unpaired(_sums(first, first_cases), _sums(second, second_cases), _both, n_boot, seed)
 
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-023
 def overlap_table(
-    results: dict, # network -> from `overlap_figures`, of the same pictures
-    kind: str = "image", # or "pooled"
-) -> pd.DataFrame: # a row for each category and network, `value [low, high]` in each cell, and how often conformity failed
+    results: dict,  # network -> from `overlap_figures`, of the same pictures
+    kind: str = "image",  # or "pooled"
+) -> (
+    pd.DataFrame
+):  # a row for each category and network, `value [low, high]` in each cell, and how often conformity failed
     "Results side by side, for people to read."
-    if kind not in ("image", "pooled"): raise BadInput("kind", f"no `{kind}`", "Give image or pooled.")
+    if kind not in ("image", "pooled"):
+        raise BadInput("kind", f"no `{kind}`", "Give image or pooled.")
     categories = list(dict.fromkeys(c for found in results.values() for c in found))
-    return pd.DataFrame.from_dict({(c, network): {name: _cell(found[c][f"{kind}_{name}"]) for name in FIVE} | {"failed": found[c]["failed"], "pictures": found[c]["n"], "cases": found[c]["n_groups"]}
-                                   for c in categories for network, found in results.items() if c in found}, orient="index")
+    return pd.DataFrame.from_dict(
+        {
+            (c, network): {name: _cell(found[c][f"{kind}_{name}"]) for name in FIVE}
+            | {"failed": found[c]["failed"], "pictures": found[c]["n"], "cases": found[c]["n_groups"]}
+            for c in categories
+            for network, found in results.items()
+            if c in found
+        },
+        orient="index",
+    )
 
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-026
 VERDICTS = ("consistent", "only as a mean", "impossible", "untested")
 
+
 def _implied(row):
     "The Dice that each figure of a row implies; NaN where it is not given."
     j, cc, p, r = (row.get(k, np.nan) for k in FIVE[1:])
-    return {"dice": row.get("dice", np.nan), "jaccard": 2*j/(1 + j), "conformity": 2/(3 - cc), "precision and recall": 2*p*r/max(p + r, 1e-9)}
+    return {
+        "dice": row.get("dice", np.nan),
+        "jaccard": 2 * j / (1 + j),
+        "conformity": 2 / (3 - cc),
+        "precision and recall": 2 * p * r / max(p + r, 1e-9),
+    }
+
 
 def verdict(
-    row, # some of FIVE by name, as printed
-    digits: int = 3, # after the point, to which they were rounded
-) -> tuple[str, dict]: # of VERDICTS; figure -> (low, high) of the Dice that it implies
+    row,  # some of FIVE by name, as printed
+    digits: int = 3,  # after the point, to which they were rounded
+) -> tuple[str, dict]:  # of VERDICTS; figure -> (low, high) of the Dice that it implies
     "Whether the figures of a row can belong together; a row of a single figure is untested."
     given = {k: float(v) for k, v in dict(row).items() if k in FIVE and v is not None and np.isfinite(v)}
-    half = .5*10.**-digits + 1e-12
-    low, high = (_implied({k: min(max(v + side*half, -np.inf if k == "conformity" else 0), 1) for k, v in given.items()}) for side in (-1, 1))
+    half = 0.5 * 10.0**-digits + 1e-12
+    low, high = (
+        _implied({k: min(max(v + side * half, -np.inf if k == "conformity" else 0), 1) for k, v in given.items()})
+        for side in (-1, 1)
+    )
     implied = {k: (low[k], high[k]) for k in low if np.isfinite(low[k])}
-    if len(implied) < 2: return VERDICTS[3], implied
-    if max(v[0] for v in implied.values()) <= min(v[1] for v in implied.values()): return VERDICTS[0], implied
+    if len(implied) < 2:
+        return VERDICTS[3], implied
+    if max(v[0] for v in implied.values()) <= min(v[1] for v in implied.values()):
+        return VERDICTS[0], implied
     under = [given[k] - half for k in ("dice", "jaccard") if k in given]
     above = [implied[k][1] for k in ("dice", "jaccard", "precision and recall") if k in implied]
     return VERDICTS[1 if not under or not above or max(under) <= min(above) else 2], implied
 
 # %% ../../nbs/06_metrics/04_overlap.ipynb #cell-032
 def verdicts(
-    table: pd.DataFrame, # columns of FIVE; NaN where a figure was not published
-    digits: int = 3, # after the point
-) -> pd.DataFrame: # the same with `verdict`, and `implied`: the Dice that each figure implies
+    table: pd.DataFrame,  # columns of FIVE; NaN where a figure was not published
+    digits: int = 3,  # after the point
+) -> pd.DataFrame:  # the same with `verdict`, and `implied`: the Dice that each figure implies
     "Which rows of a table can be."
     found = [verdict(row, digits) for row in table.to_dict("records")]
-    return table.assign(verdict=[said for said, _ in found], implied=["; ".join(f"{k} {(a + b)/2:.3f}" for k, (a, b) in implied.items()) for _, implied in found])
+    return table.assign(
+        verdict=[said for said, _ in found],
+        implied=["; ".join(f"{k} {(a + b) / 2:.3f}" for k, (a, b) in implied.items()) for _, implied in found],
+    )

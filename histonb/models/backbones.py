@@ -22,93 +22,130 @@ from .xcit import XCIT, xcit
 
 # %% ../../nbs/04_models/10_backbones.ipynb #cell-005
 def untagged(
-    name: str, # of `timm`, with or without a tag: vit_small_patch16_224.dino
-) -> str: # without it
+    name: str,  # of `timm`, with or without a tag: vit_small_patch16_224.dino
+) -> str:  # without it
     "The architecture alone. A tag names published weights; an unknown one is a `BadInput`."
     plain, dot, _ = name.partition(".")
     if dot and timm.is_model(plain) and not timm.is_model_pretrained(name):
         raise BadInput(name, "no such weights of timm", nearest(name, timm.list_pretrained(f"{plain}.*") or [plain]))
     return plain
 
+
 def backbone(
-    name: str, # a name of `timm`, a tag counts for nothing: xcit_nano_12_p16_224, vit_small_patch16_224.dino, resnet34 ...; before it `haar2d-approx+` or another of `fronts.FRONTS`
-    **kwargs, # arguments of the model: in_chans, drop_path_rate ...
-) -> nn.Module: # images (B, C, H, W) -> features (B, D); random weights
+    name: str,  # a name of `timm`, a tag counts for nothing: xcit_nano_12_p16_224, vit_small_patch16_224.dino, resnet34 ...; before it `haar2d-approx+` or another of `fronts.FRONTS`
+    **kwargs,  # arguments of the model: in_chans, drop_path_rate ...
+) -> nn.Module:  # images (B, C, H, W) -> features (B, D); random weights
     "Make a backbone by name; an unknown one is a `BadInput` that names the nearest."
     front, plus, network = name.rpartition("+")
     name = untagged(network)
-    if plus: return _behind(front, name, **kwargs)
-    if name in XCIT: return xcit(name, **kwargs)
-    if name in VIT: return vit(name, **kwargs)
-    if not timm.is_model(name): raise BadInput(name, "no such backbone", nearest(name, [*XCIT, *timm.list_models()]))
+    if plus:
+        return _behind(front, name, **kwargs)
+    if name in XCIT:
+        return xcit(name, **kwargs)
+    if name in VIT:
+        return vit(name, **kwargs)
+    if not timm.is_model(name):
+        raise BadInput(name, "no such backbone", nearest(name, [*XCIT, *timm.list_models()]))
     return timm.create_model(name, num_classes=0, **kwargs)
 
+# %% ../../nbs/04_models/10_backbones.ipynb #cell-005-2
 def _behind(front, network, in_chans=3, **kwargs):
     "An XCiT or a ViT behind a front end."
-    if in_chans != 3: raise BadInput("in_chans", f"{in_chans} behind `{front}`", "Front ends take RGB images.")
-    if network in XCIT: return behind(front, lambda img_size, **kw: xcit(network, **kw, **kwargs), XCIT[network]["patch_size"])
-    if network not in VIT: raise BadInput(network, f"no XCiT or ViT to stand behind `{front}`", "Name one of `timm`, such as xcit_nano_12_p16_224.")
-    with torch.device("meta"): embed = vit(network, depth=1).patch_embed
+    if in_chans != 3:
+        raise BadInput("in_chans", f"{in_chans} behind `{front}`", "Front ends take RGB images.")
+    if network in XCIT:
+        return behind(front, lambda img_size, **kw: xcit(network, **kw, **kwargs), XCIT[network]["patch_size"])
+    if network not in VIT:
+        raise BadInput(
+            network, f"no XCiT or ViT to stand behind `{front}`", "Name one of `timm`, such as xcit_nano_12_p16_224."
+        )
+    with torch.device("meta"):
+        embed = vit(network, depth=1).patch_embed
     return behind(front, lambda **kw: vit(network, **kw, **kwargs), embed.patch_size[0], embed.img_size[0])
 
 # %% ../../nbs/04_models/10_backbones.ipynb #cell-pool
 POOLS = "class", "mean", "class+mean"
 
+
 def features(
-    model: nn.Module, # from `backbone`
-    images: torch.Tensor, # (B, C, H, W)
-    pool: str = "class", # of `POOLS`; the network's own feature, the mean patch token, or both side by side
-) -> torch.Tensor: # (B, D), with both (B, 2D)
+    model: nn.Module,  # from `backbone`
+    images: torch.Tensor,  # (B, C, H, W)
+    pool: str = "class",  # of `POOLS`; the network's own feature, the mean patch token, or both side by side
+) -> torch.Tensor:  # (B, D), with both (B, 2D)
     "One vector an image."
-    if pool not in POOLS: raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, POOLS))
+    if pool not in POOLS:
+        raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, POOLS))
     return model(images) if pool == "class" else pooled(model, model.forward_features(images), pool)
 
+
 def pooled(
-    model: nn.Module, # from `backbone`
-    tokens: torch.Tensor, # (B, P+N, D) from its `forward_features`
-    pool: str = "class", # of `POOLS`
-) -> torch.Tensor: # (B, D), with both (B, 2D)
+    model: nn.Module,  # from `backbone`
+    tokens: torch.Tensor,  # (B, P+N, D) from its `forward_features`
+    pool: str = "class",  # of `POOLS`
+) -> torch.Tensor:  # (B, D), with both (B, 2D)
     "One vector an image, from its tokens."
-    if tokens.ndim != 3: raise BadInput("pool", f"{type(model).__name__} has no patch tokens for `{pool}`", "Use pool='class', which takes the network's own pooled feature.")
-    if pool == "class": return tokens[:, 0]
-    mean = tokens[:, getattr(model, "num_prefix_tokens", 1):].mean(1)
+    if tokens.ndim != 3:
+        raise BadInput(
+            "pool",
+            f"{type(model).__name__} has no patch tokens for `{pool}`",
+            "Use pool='class', which takes the network's own pooled feature.",
+        )
+    if pool == "class":
+        return tokens[:, 0]
+    mean = tokens[:, getattr(model, "num_prefix_tokens", 1) :].mean(1)
     return mean if pool == "mean" else torch.cat([tokens[:, 0], mean], 1)
 
+
 def feature_dim(
-    model: nn.Module, # from `backbone`
-    pool: str = "class", # of `POOLS`
-) -> int: # D or 2D
+    model: nn.Module,  # from `backbone`
+    pool: str = "class",  # of `POOLS`
+) -> int:  # D or 2D
     "Length of the vector that `features` gives."
-    return model.num_features*(2 if pool == "class+mean" else 1)
+    return model.num_features * (2 if pool == "class+mean" else 1)
 
 # %% ../../nbs/04_models/10_backbones.ipynb #cell-008
 def save(
-    model: nn.Module, # from `backbone`
-    folder, # where to write the two files
-    name: str, # the name it was made by
-    mean, # of the channels of its training images, in 0..1
-    std, # of the channels, in 0..1
-    **extra, # anything else worth knowing that JSON can hold
+    model: nn.Module,  # from `backbone`
+    folder,  # where to write the two files
+    name: str,  # the name it was made by
+    mean,  # of the channels of its training images, in 0..1
+    std,  # of the channels, in 0..1
+    **extra,  # anything else worth knowing that JSON can hold
 ):
     "Write `backbone.safetensors` and `backbone.json`, each atomically."
     folder = Path(folder)
-    write_tensors(model.state_dict(), folder/"backbone.safetensors")
-    write_json(folder/"backbone.json", {"name": name, "in_chans": getattr(model, "in_chans", 3), "mean": list(mean),
-                                        "std": list(std), "weights": digest(folder/"backbone.safetensors"), **extra})
+    write_tensors(model.state_dict(), folder / "backbone.safetensors")
+    write_json(
+        folder / "backbone.json",
+        {
+            "name": name,
+            "in_chans": getattr(model, "in_chans", 3),
+            "mean": list(mean),
+            "std": list(std),
+            "weights": digest(folder / "backbone.safetensors"),
+            **extra,
+        },
+    )
 
 # %% ../../nbs/04_models/10_backbones.ipynb #cell-013
 def find_saved(
-    path, # folder or file
-) -> tuple[Path, Path] | None: # the JSON that says what a backbone is, and its weights; None: nothing says it
+    path,  # folder or file
+) -> tuple[Path, Path] | None:  # the JSON that says what a backbone is, and its weights; None: nothing says it
     "Find a saved backbone: a pair of files of this library, or a folder for `timm`."
     path = Path(path)
-    if path.name in ("backbone.json", "config.json"): path = path.parent
-    own = (path/"backbone.json", path/"backbone.safetensors") if path.is_dir() else (path.with_suffix(".json"), path)
-    if own[1].name == "backbone.safetensors" and any(p.exists() for p in own): return own
-    if own[0].is_file() and len({"name", "mean", "std", "weights"} & _keys(own[0])) > 1: return own
-    config = (path if path.is_dir() else path.parent)/"config.json"
+    if path.name in ("backbone.json", "config.json"):
+        path = path.parent
+    own = (
+        (path / "backbone.json", path / "backbone.safetensors") if path.is_dir() else (path.with_suffix(".json"), path)
+    )
+    if own[1].name == "backbone.safetensors" and any(p.exists() for p in own):
+        return own
+    if own[0].is_file() and len({"name", "mean", "std", "weights"} & _keys(own[0])) > 1:
+        return own
+    config = (path if path.is_dir() else path.parent) / "config.json"
     may_be_timm = config.is_file() and (path.is_dir() or path.stem in ("model", "pytorch_model"))
     return (config, find_file(path)) if may_be_timm and {"architecture", "pretrained_cfg"} <= _keys(config) else None
+
 
 def _keys(path):
     "The keys of a JSON file."
@@ -119,51 +156,75 @@ def _keys(path):
 _HIGHEST = {"img_size": 4096, "reg_tokens": 64, "init_values": 1, "no_embed_class": 1, "qkv_bias": 1, "class_token": 1}
 _SET_HERE = {"in_chans", "num_classes", "dynamic_img_size", "global_pool", "fc_norm", "drop_path_rate"}
 
+
 def _from_timm(config):
     "What backbone.json would say, of the config.json of a folder for `timm`."
-    values, about = config.get("model_args") or {}, config["pretrained_cfg"]
-    if not isinstance(values, dict) or not isinstance(about, dict): return {}
-    return {"name": str(config["architecture"]).partition(".")[0], "mean": about.get("mean"), "std": about.get("std"),
-            "in_chans": values.get("in_chans", 3), "pool": "mean" if values.get("global_pool") == "avg" else "class",
-            "arguments": {k: v for k, v in values.items() if k not in _SET_HERE}}
+    values = config.get("model_args") or {}
+    about = config["pretrained_cfg"]
+    if not isinstance(values, dict) or not isinstance(about, dict):
+        return {}
+    return {
+        "name": str(config["architecture"]).partition(".")[0],
+        "mean": about.get("mean"),
+        "std": about.get("std"),
+        "in_chans": values.get("in_chans", 3),
+        "pool": "mean" if values.get("global_pool") == "avg" else "class",
+        "arguments": {k: v for k, v in values.items() if k not in _SET_HERE},
+    }
 
+# %% ../../nbs/04_models/10_backbones.ipynb #cell-013a-2
 def _fault(info):
     "What is wrong with the content of a JSON, if anything is."
-    def number(value, low, high): return type(value) in (int, float) and low <= value <= high  # which NaN is not
+
+    def number(value, low, high):
+        return type(value) in (int, float) and low <= value <= high  # which NaN is not
+
     name = info.get("name")
-    if not isinstance(name, str) or name != plain(name): return "lacks the `name` of its network"
+    if not isinstance(name, str) or name != plain(name):
+        return "lacks the `name` of its network"
     channels = info.get("in_chans", 3)
-    if type(channels) is not int or not 0 < channels <= 1000: return f"`in_chans` is {plain(repr(channels), 40)}"
+    if type(channels) is not int or not 0 < channels <= 1000:
+        return f"`in_chans` is {plain(repr(channels), 40)}"
     for key, low in (("mean", -1e3), ("std", 1e-6)):
         values = info.get(key)
         if not isinstance(values, list) or len(values) != channels or not all(number(v, low, 1e3) for v in values):
             return f"lacks `{key}`, a number for each of {channels} channels"
     for key, value in info.get("arguments", {}).items():
-        if name not in VIT or key not in _HIGHEST: return f"`{plain(key, 40)}` is not known here"
+        if name not in VIT or key not in _HIGHEST:
+            return f"`{plain(key, 40)}` is not known here"
         usual = value is None or type(value) is bool or number(value, 0, _HIGHEST[key])
-        if not usual: return f"`{key}` is {plain(repr(value), 40)}"
+        if not usual:
+            return f"`{key}` is {plain(repr(value), 40)}"
     return ""
-
 _ANOTHER = "Give the folder of a pre-training run, or name the network and give its weights as checkpoint."
 
+# %% ../../nbs/04_models/10_backbones.ipynb #cell-013a-3
 def load(
-    path, # folder with the two files, the .safetensors file, or a folder for `timm`
-) -> tuple[nn.Module, dict]: # the model in eval mode, and the content of the JSON
+    path,  # folder with the two files, the .safetensors file, or a folder for `timm`
+) -> tuple[nn.Module, dict]:  # the model in eval mode, and the content of the JSON
     "Read a saved backbone. Missing, damaged or mismatching files are `BadInput`."
     path = Path(path)
-    own = (path.with_suffix(".json"), path) if path.is_file() else (path/"backbone.json", path/"backbone.safetensors")
+    own = (
+        (path.with_suffix(".json"), path) if path.is_file() else (path / "backbone.json", path / "backbone.safetensors")
+    )
     about, weights = find_saved(path) or own
     for p in (about, weights):
-        if not p.exists(): raise BadInput(p, "there is no such file", _ANOTHER)
+        if not p.exists():
+            raise BadInput(p, "there is no such file", _ANOTHER)
     info = read_json(about)
-    if about.name == "config.json": info = _from_timm(info)
+    if about.name == "config.json":
+        info = _from_timm(info)
     if fault := _fault(info) if isinstance(info, dict) else "holds no names and values":
         raise BadInput(about, fault, "Write the backbone again with `save`.")
     held = read_state(weights)
     if info.get("weights") not in (None, digest(weights)):
         raise BadInput(weights, f"not the weights that {about.name} describes", "Copy both files again, from one run.")
     arguments = {k: info[k] for k in ("in_chans",) if k in info} | info.get("arguments", {})
-    def build(): return backbone(info["name"], **arguments)
-    with torch.device("meta"): names = build().state_dict()
+
+    def build():
+        return backbone(info["name"], **arguments)
+
+    with torch.device("meta"):
+        names = build().state_dict()
     state, _ = find_network(flat(held), names, weights)
     return build_filled(build, state, weights, info["name"])[0], info

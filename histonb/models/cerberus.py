@@ -21,47 +21,57 @@ from ..core.digests import digest
 from ..core.errors import BadInput, nearest, plain
 from ..core.files import read_json, write_json
 from ..core.parameters import build
-from .weights import build_filled, flat, read_state, write_tensors
 from ..core.tasks import TASKS, Task, find_tasks
+from .weights import build_filled, flat, read_state, write_tensors
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-008
 def encoder(
-    arch: str = "resnet34", # a ResNet of `timm` with basic blocks: resnet18, resnet34
-    width: float = 1., # share of its channels
-) -> nn.Module: # timm's network, with a first convolution that does not step
+    arch: str = "resnet34",  # a ResNet of `timm` with basic blocks: resnet18, resnet34
+    width: float = 1.0,  # share of its channels
+) -> nn.Module:  # timm's network, with a first convolution that does not step
     "The shared encoder."
-    if arch not in ("resnet18", "resnet34"): raise BadInput(arch, "no encoder of Cerberus", nearest(arch, ("resnet18", "resnet34")))
-    widths = [round(width*c) for c in (64, 128, 256, 512)]
-    if widths[0] < 4: raise BadInput("width", f"{width} leaves {widths[0]} channels", "Choose at least 0.0625.")
-    net, w = timm.create_model(arch, num_classes=0, channels=tuple(widths)), widths[0]
-    net.conv1, net.bn1 = nn.Conv2d(3, w, 7, 1, 3, bias=False), nn.BatchNorm2d(w)
+    if arch not in ("resnet18", "resnet34"):
+        raise BadInput(arch, "no encoder of Cerberus", nearest(arch, ("resnet18", "resnet34")))
+    widths = [round(width * c) for c in (64, 128, 256, 512)]
+    if widths[0] < 4:
+        raise BadInput("width", f"{width} leaves {widths[0]} channels", "Choose at least 0.0625.")
+    net = timm.create_model(arch, num_classes=0, channels=tuple(widths))
+    w = widths[0]
+    net.conv1 = nn.Conv2d(3, w, 7, 1, 3, bias=False)
+    net.bn1 = nn.BatchNorm2d(w)
     first = net.layer1[0]
-    first.conv1, first.downsample = nn.Conv2d(w, w, 3, 1, 1, bias=False), None
-    for conv in (net.conv1, first.conv1): nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    first.conv1 = nn.Conv2d(w, w, 3, 1, 1, bias=False)
+    first.downsample = None
+    for conv in (net.conv1, first.conv1):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return net
 
+
 def pyramid(
-    net: nn.Module, # from `encoder`
-    images: torch.Tensor, # (B, 3, H, W) in 0..1
-) -> list[torch.Tensor]: # (B, C, H/s, W/s) at strides s of 1, 2, 4, 8, 16
+    net: nn.Module,  # from `encoder`
+    images: torch.Tensor,  # (B, 3, H, W) in 0..1
+) -> list[torch.Tensor]:  # (B, C, H/s, W/s) at strides s of 1, 2, 4, 8, 16
     "What the encoder reads at each scale."
     found = [net.act1(net.bn1(net.conv1(images)))]
     x = net.maxpool(found[0])
-    for layer in (net.layer1, net.layer2, net.layer3, net.layer4): found.append(x := layer(x))
+    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+        found.append(x := layer(x))
     return found
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-011
 def _conv(a, b, kernel):
     "Convolution, batch norm, ReLU."
-    return nn.Conv2d(a, b, kernel, padding=kernel//2), nn.BatchNorm2d(b), nn.ReLU(inplace=True)
+    return nn.Conv2d(a, b, kernel, padding=kernel // 2), nn.BatchNorm2d(b), nn.ReLU(inplace=True)
+
 
 class Decoder(nn.Module):
     "From the features of all strides to class scores of each pixel."
+
     def __init__(
         self,
-        widths: tuple[int, ...], # channels of the features at strides 1, 2, 4, 8
-        channels: int, # C, classes
-        head: int = 96, # channels before the last convolution
+        widths: tuple[int, ...],  # channels of the features at strides 1, 2, 4, 8
+        channels: int,  # C, classes
+        head: int = 96,  # channels before the last convolution
     ):
         super().__init__()
         steps = [(widths[3], widths[2]), (widths[2], widths[1]), (widths[1], widths[0]), (widths[0], widths[0])]
@@ -70,166 +80,240 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        features: list[torch.Tensor], # from fine to coarse, the coarsest with as many channels as the one before
-    ) -> torch.Tensor: # (B, C, H, W) scores
+        features: list[torch.Tensor],  # from fine to coarse, the coarsest with as many channels as the one before
+    ) -> torch.Tensor:  # (B, C, H, W) scores
         x = features[-1]
         for block, finer in zip(self.blocks, features[-2::-1], strict=True):
             x = block(finer + F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
         return self.head(x)
+PATCH = 144  # pixels of a side of what the patch head classifies
 
-PATCH = 144 # pixels of a side of what the patch head classifies
-
+# %% ../../nbs/04_models/15_cerberus.ipynb #cell-011-2
 class PatchHead(nn.Sequential):
     "From the coarsest features to class scores of each square of 144 pixels."
+
     def __init__(
         self,
-        width: int, # channels of the features
-        channels: int, # C, classes
-        dropout: float = .3, # share of the features that training hides
+        width: int,  # channels of the features
+        channels: int,  # C, classes
+        dropout: float = 0.3,  # share of the features that training hides
     ):
-        super().__init__(nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(width, width//2, 1),
-                         nn.BatchNorm2d(width//2), nn.ReLU(), nn.Conv2d(width//2, channels, 1))
+        super().__init__(
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(width, width // 2, 1),
+            nn.BatchNorm2d(width // 2),
+            nn.ReLU(),
+            nn.Conv2d(width // 2, channels, 1),
+        )
 
     def forward(
         self,
-        features: torch.Tensor, # (B, D, H/16, W/16)
-    ) -> torch.Tensor: # (B, C, H//144, W//144) scores, at least one; a smaller picture is looked at as a whole
-        sides = [min(PATCH//16, s) for s in features.shape[-2:]]
+        features: torch.Tensor,  # (B, D, H/16, W/16)
+    ) -> torch.Tensor:  # (B, C, H//144, W//144) scores, at least one; a smaller picture is looked at as a whole
+        sides = [min(PATCH // 16, s) for s in features.shape[-2:]]
         return super().forward(F.avg_pool2d(features, sides))
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-013
 class Cerberus(nn.Module):
     "One encoder, a decoder or head for each task (Graham et al. 2023)."
+
     def __init__(
         self,
-        tasks=("gland", "lumen", "nucleus", "tissue"), # names of `TASKS`, or `Task`s
-        arch: str = "resnet34", # or resnet18
-        width: float = 1., # share of the channels
+        tasks=("gland", "lumen", "nucleus", "tissue"),  # names of `TASKS`, or `Task`s
+        arch: str = "resnet34",  # or resnet18
+        width: float = 1.0,  # share of the channels
     ):
         super().__init__()
-        self.tasks, self.arch, self.width = {t.name: t for t in find_tasks(tasks)}, arch, width
+        self.tasks = {t.name: t for t in find_tasks(tasks)}
+        self.arch = arch
+        self.width = width
         for name in self.tasks:
-            if hasattr(nn.ModuleDict, name): raise BadInput(name, "cannot be the name of a task", "Choose another.")
+            if hasattr(nn.ModuleDict, name):
+                raise BadInput(name, "cannot be the name of a task", "Choose another.")
         self.encoder = encoder(arch, width)
         w = [self.encoder.bn1.num_features, *(f["num_chs"] for f in self.encoder.feature_info[1:])]
         self.map = nn.Conv2d(w[4], w[3], 1, bias=False)
-        self.decoders = nn.ModuleDict({t.name: PatchHead(w[4], len(t.classes)) if t.kind == "patch" else Decoder(w[:4], len(t.classes), round(96*width))
-                                       for t in self.tasks.values()})
+        self.decoders = nn.ModuleDict(
+            {
+                t.name: PatchHead(w[4], len(t.classes))
+                if t.kind == "patch"
+                else Decoder(w[:4], len(t.classes), round(96 * width))
+                for t in self.tasks.values()
+            }
+        )
 
     def forward(
         self,
-        images: torch.Tensor, # (B, 3, H, W) RGB in 0..1, at 0.5 um/px
-        rows: dict | None = None, # task -> rows of the batch that it is asked about; None: all tasks, all rows
-    ) -> dict[str, torch.Tensor]: # task -> scores (b, C, H, W); of patches (b, C, H//144, W//144)
+        images: torch.Tensor,  # (B, 3, H, W) RGB in 0..1, at 0.5 um/px
+        rows: dict | None = None,  # task -> rows of the batch that it is asked about; None: all tasks, all rows
+    ) -> dict[str, torch.Tensor]:  # task -> scores (b, C, H, W); of patches (b, C, H//144, W//144)
         "Scores of each task; softmax over C makes them probabilities."
         h, w = images.shape[-2:]
-        features = pyramid(self.encoder, F.pad(images, (0, -w % 16, 0, -h % 16), "replicate") if h % 16 or w % 16 else images)
+        features = pyramid(
+            self.encoder, F.pad(images, (0, -w % 16, 0, -h % 16), "replicate") if h % 16 or w % 16 else images
+        )
         coarse = self.map(features[-1])
         found = {}
         for name in self.decoders if rows is None else rows:
-            decoder, of = self.decoders[name], slice(None) if rows is None else rows[name]
-            found[name] = decoder(features[-1][of]) if isinstance(decoder, PatchHead) else decoder([f[of] for f in (*features[:-1], coarse)])[..., :h, :w]
+            decoder = self.decoders[name]
+            of = slice(None) if rows is None else rows[name]
+            found[name] = (
+                decoder(features[-1][of])
+                if isinstance(decoder, PatchHead)
+                else decoder([f[of] for f in (*features[:-1], coarse)])[..., :h, :w]
+            )
         return found
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-018
 def reach(
-    net: Cerberus, # the network
-) -> int: # pixels
+    net: Cerberus,  # the network
+) -> int:  # pixels
     "How far to each side the score of a pixel depends on the picture."
     depth = [len(layer) for layer in (net.encoder.layer1, net.encoder.layer2, net.encoder.layer3, net.encoder.layer4)]
-    down = 3 + 1 + 2*2*depth[0] + sum(s//2 + s*(2*n - 1) for n, s in zip(depth[1:], (4, 8, 16), strict=True))
-    return down + sum(2*s + 2*s for s in (8, 4, 2, 1))
+    down = 3 + 1 + 2 * 2 * depth[0] + sum(s // 2 + s * (2 * n - 1) for n, s in zip(depth[1:], (4, 8, 16), strict=True))
+    return down + sum(2 * s + 2 * s for s in (8, 4, 2, 1))
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-021
-PUBLISHED = { # decoder/output of the authors -> task
-    "Gland/INST": "gland", "Lumen/INST": "lumen", "Nuclei/INST": "nucleus", "Gland#TYPE/TYPE": "gland-type-cerberus",
-    "Nuclei#TYPE/TYPE": "nucleus-type", "Patch-Class/OUT": "tissue"}
+PUBLISHED = {  # decoder/output of the authors -> task
+    "Gland/INST": "gland",
+    "Lumen/INST": "lumen",
+    "Nuclei/INST": "nucleus",
+    "Gland#TYPE/TYPE": "gland-type-cerberus",
+    "Nuclei#TYPE/TYPE": "nucleus-type",
+    "Patch-Class/OUT": "tissue",
+}
 _PUBLISHED_DECODERS = {name.split("/")[0]: task for name, task in PUBLISHED.items()}
-_PATCH_LAYERS = ("bn1", "relu1", "dropout", "conv1", "bn2", "relu2", "conv2") # published names, in the order of `PatchHead`
+_PATCH_LAYERS = (
+    "bn1",
+    "relu1",
+    "dropout",
+    "conv1",
+    "bn2",
+    "relu2",
+    "conv2",
+)  # published names, in the order of `PatchHead`
+
 
 def from_published(
-    state: dict, # the authors' tensors by name
-) -> dict: # by the names of `Cerberus`
+    state: dict,  # the authors' tensors by name
+) -> dict:  # by the names of `Cerberus`
     """Rename the tensors of the published network.
 
     Those it does not use, a classifier of ImageNet, are left out; names it does not have stay as they are."""
     names = {key: _renamed(key.removeprefix("module.")) for key in state}
     return {name: state[key] for key, name in names.items() if not name.startswith("backbone.fc.")}
 
+# %% ../../nbs/04_models/15_cerberus.ipynb #cell-021-2
 def _renamed(key):
     "The name of a published tensor in `Cerberus`."
-    if key == "conv_map.weight": return "map.weight"
-    if m := re.fullmatch(r"backbone\.(?!fc\.)(.+)", key): return f"encoder.{m[1]}"
+    if key == "conv_map.weight":
+        return "map.weight"
+    if m := re.fullmatch(r"backbone\.(?!fc\.)(.+)", key):
+        return f"encoder.{m[1]}"
     if m := re.fullmatch(rf"decoder_head\.Patch-Class\.({'|'.join(_PATCH_LAYERS)})\.(\w+)", key):
         return f"decoders.tissue.{_PATCH_LAYERS.index(m[1])}.{m[2]}"
     m = re.fullmatch(r"decoder_head\.([^.]+)\.(\d)\.block\.([01])\.(conv|bn)\.(\w+)", key)
     if m and m[1] in _PUBLISHED_DECODERS:
-        return f"decoders.{_PUBLISHED_DECODERS[m[1]]}.blocks.{m[2]}.{3*int(m[3]) + (m[4] == 'bn')}.{m[5]}"
+        return f"decoders.{_PUBLISHED_DECODERS[m[1]]}.blocks.{m[2]}.{3 * int(m[3]) + (m[4] == 'bn')}.{m[5]}"
     m = re.fullmatch(r"output_head\.([^.]+)\.[^.]+\.x\.(?:0\.block\.0\.(conv|bn)|1\.conv)\.(\w+)", key)
     if m and m[1] in _PUBLISHED_DECODERS:
-        return f"decoders.{_PUBLISHED_DECODERS[m[1]]}.head.{ {'conv': 0, 'bn': 1, None: 3}[m[2]]}.{m[3]}"
+        return f"decoders.{_PUBLISHED_DECODERS[m[1]]}.head.{ {'conv': 0, 'bn': 1, None: 3}[m[2]] }.{m[3]}"
     return key
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-025
-MPP = .5 # um per pixel of the pictures that the network reads
+MPP = 0.5  # um per pixel of the pictures that the network reads
+
 
 def save(
-    net: Cerberus, # the network
-    folder, # where to write cerberus.safetensors and cerberus.json
-    mpp: float = MPP, # um per pixel of its pictures
-    **about, # anything else worth knowing that JSON can hold
+    net: Cerberus,  # the network
+    folder,  # where to write cerberus.safetensors and cerberus.json
+    mpp: float = MPP,  # um per pixel of its pictures
+    **about,  # anything else worth knowing that JSON can hold
 ):
     "Write the weights and what they are, each atomically."
     folder = Path(folder)
-    write_tensors(net.state_dict(), folder/"cerberus.safetensors")
-    write_json(folder/"cerberus.json", {"tasks": [dataclasses.asdict(t) for t in net.tasks.values()], "arch": net.arch, "width": net.width, "mpp": mpp,
-                                        "weights": digest(folder/"cerberus.safetensors"), **about})
+    write_tensors(net.state_dict(), folder / "cerberus.safetensors")
+    write_json(
+        folder / "cerberus.json",
+        {
+            "tasks": [dataclasses.asdict(t) for t in net.tasks.values()],
+            "arch": net.arch,
+            "width": net.width,
+            "mpp": mpp,
+            "weights": digest(folder / "cerberus.safetensors"),
+            **about,
+        },
+    )
 
+# %% ../../nbs/04_models/15_cerberus.ipynb #cell-025-2
 def load(
-    path, # folder of a run, its cerberus.safetensors, or the authors' weights.tar under any name
-) -> tuple[Cerberus, dict]: # the network in eval mode; what is known of it: `mpp`, `arch`, ...
+    path,  # folder of a run, its cerberus.safetensors, or the authors' weights.tar under any name
+) -> tuple[Cerberus, dict]:  # the network in eval mode; what is known of it: `mpp`, `arch`, ...
     "Read weights. Missing, damaged or foreign files are `BadInput`."
     path = Path(path)
-    weights = path if path.is_file() else path/"cerberus.safetensors"
+    weights = path if path.is_file() else path / "cerberus.safetensors"
     about = weights.with_suffix(".json")
-    if path.is_file() and not (about.is_file() and _has_tasks(read_json(about))): return _load_published(path)
+    if path.is_file() and not (about.is_file() and _has_tasks(read_json(about))):
+        return _load_published(path)
     for p in (weights, about):
-        if not p.exists(): raise BadInput(path if not path.exists() else p, "there is no such file", _RUN)
+        if not p.exists():
+            raise BadInput(path if not path.exists() else p, "there is no such file", _RUN)
     info = _read_about(about)
     if info.get("weights") not in (None, digest(weights)):
         raise BadInput(weights, f"not the weights that {about.name} describes", "Copy both files again, from one run.")
     tasks = [build(Task, task, about) for task in info["tasks"]]
-    def build_net(): return Cerberus(tasks, info["arch"], info["width"])
+
+    def build_net():
+        return Cerberus(tasks, info["arch"], info["width"])
+
     return build_filled(build_net, flat(read_state(weights)), weights, "this Cerberus")[0], info
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-025a
 _RUN = "Give the folder of a training run, with its cerberus.json and cerberus.safetensors."
 
-def _has_tasks(content): return isinstance(content, dict) and "tasks" in content
+
+def _has_tasks(content):
+    return isinstance(content, dict) and "tasks" in content
+
 
 def _read_about(path):
     "The content of a cerberus.json, every value looked at."
     info = read_json(path)
     if not _has_tasks(info) or not {"arch", "width", "mpp"} <= info.keys():
         raise BadInput(path, "lacks `tasks`, `arch`, `width` or `mpp`", "Copy it again from the run.")
-    def positive(value): return type(value) in (int, float) and 0 < value < 100
+
+    def positive(value):
+        return type(value) in (int, float) and 0 < value < 100
+
     wrong = [key for key in ("width", "mpp") if not positive(info[key])]
-    if not isinstance(info["arch"], str): wrong.append("arch")
-    def is_task(task): return isinstance(task, dict) and {"name", "kind"} <= task.keys() and task.get("classes", True)
-    if not isinstance(info["tasks"], list) or not all(is_task(task) for task in info["tasks"]): wrong.append("tasks")
-    if wrong: raise BadInput(path, f"`{wrong[0]}` is {plain(repr(info[wrong[0]]), 60)}", "Copy it again from the run.")
+    if not isinstance(info["arch"], str):
+        wrong.append("arch")
+
+    def is_task(task):
+        return isinstance(task, dict) and {"name", "kind"} <= task.keys() and task.get("classes", True)
+
+    if not isinstance(info["tasks"], list) or not all(is_task(task) for task in info["tasks"]):
+        wrong.append("tasks")
+    if wrong:
+        raise BadInput(path, f"`{wrong[0]}` is {plain(repr(info[wrong[0]]), 60)}", "Copy it again from the run.")
     return info
 
+# %% ../../nbs/04_models/15_cerberus.ipynb #cell-025a-2
 def _load_published(path):
     "The authors' weights."
     state = flat(read_state(path))
     places = collections.Counter(m[1] for m in (re.match(r"(|.*?[./])decoder_head\.", name) for name in state) if m)
     if not places:
-        raise BadInput(path, "not Cerberus: no `decoder_head` among its names",
-                       "Give the authors' weights.tar, or the folder of a training run.")
-    (place, _), = places.most_common(1)  # whatever wraps the network: `desc`, `module.` ...
+        raise BadInput(
+            path,
+            "not Cerberus: no `decoder_head` among its names",
+            "Give the authors' weights.tar, or the folder of a training run.",
+        )
+    ((place, _),) = places.most_common(1)  # whatever wraps the network: `desc`, `module.` ...
     state = {name.removeprefix(place): t for name, t in state.items() if name.startswith(place)}
     state = from_published({name: t for name, t in state.items() if "/" not in name})
     tasks = [name for name in TASKS if any(k.startswith(f"decoders.{name}.") for k in state)]
     net, _ = build_filled(lambda: Cerberus(tasks or ["gland"]), state, path, "Cerberus")
-    return net, {"arch": "resnet34", "width": 1., "mpp": MPP, "source": path.name}
+    return net, {"arch": "resnet34", "width": 1.0, "mpp": MPP, "source": path.name}

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 # %% ../../nbs/04_models/06_decoders.ipynb #cell-004
 class MLPClassifier(nn.Sequential):
     "Linear layers that narrow from a feature vector to class scores, ReLU between them (by default the Bony report's)."
+
     def __init__(
         self,
-        dim: int, # length of a feature vector, D
-        n_classes: int = 5, # C
-        hidden: tuple[int, ...] = (7192, 2048, 512, 128), # widths between
+        dim: int,  # length of a feature vector, D
+        n_classes: int = 5,  # C
+        hidden: tuple[int, ...] = (7192, 2048, 512, 128),  # widths between
     ):
         widths = [dim, *hidden, n_classes]
         layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
@@ -28,59 +29,71 @@ class MLPClassifier(nn.Sequential):
 
     def forward(
         self,
-        x: torch.Tensor, # (B, D) features
-    ) -> torch.Tensor: # (B, C) scores; softmax makes them probabilities
+        x: torch.Tensor,  # (B, D) features
+    ) -> torch.Tensor:  # (B, C) scores; softmax makes them probabilities
         return super().forward(x)
 
 # %% ../../nbs/04_models/06_decoders.ipynb #cell-009
 class MaskDecoder(nn.Module):
     "From a feature vector to a picture with values in 0..1: a linear layer, then transposed convolutions (figure 21 of the Bony report)."
+
     def __init__(
         self,
-        dim: int, # length of a feature vector, D
-        out_channels: int = 1, # C: 1 for a mask, 3 for an image
-        widths: tuple[int, ...] = (256, 128, 64, 32, 16), # maps that enter each transposed convolution
-        side: int = 7, # of the first maps; the picture's is `side * 2**len(widths)`
+        dim: int,  # length of a feature vector, D
+        out_channels: int = 1,  # C: 1 for a mask, 3 for an image
+        widths: tuple[int, ...] = (256, 128, 64, 32, 16),  # maps that enter each transposed convolution
+        side: int = 7,  # of the first maps; the picture's is `side * 2**len(widths)`
     ):
         super().__init__()
-        def up(a, b): return nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1)
+
+        def up(a, b):
+            return nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1)
+
         layers = [layer for a, b in pairwise(widths) for layer in (up(a, b), nn.BatchNorm2d(b), nn.ReLU())]
         self.shape = (widths[0], side, side)
-        self.fc = nn.Linear(dim, widths[0]*side**2)
+        self.fc = nn.Linear(dim, widths[0] * side**2)
         self.decode = nn.Sequential(*layers, up(widths[-1], out_channels), nn.Sigmoid())
 
     def forward(
         self,
-        x: torch.Tensor, # (B, D) features
-    ) -> torch.Tensor: # (B, C, H, W), by default 224x224, in 0..1
+        x: torch.Tensor,  # (B, D) features
+    ) -> torch.Tensor:  # (B, C, H, W), by default 224x224, in 0..1
         return self.decode(self.fc(x).unflatten(1, self.shape))
 
 # %% ../../nbs/04_models/06_decoders.ipynb #cell-013
 class PatchSegmenter(nn.Module):
     "From a grid of patch tokens to class scores for each pixel: 1x1 convolution, then bilinear doubling and 3x3 convolutions."
+
     def __init__(
         self,
-        dim: int, # length of a token, D
-        n_classes: int = 5, # C
-        grid: int = 14, # tokens along a side, g
-        size: int = 224, # side of the result in pixels, S
-        width: int = 128, # maps after the 1x1 convolution; halved at each doubling, down to 32
-        span: float = 1., # side of the grid / side of the tile: not 1 where patches reach over the tile's edge, or leave a rest
+        dim: int,  # length of a token, D
+        n_classes: int = 5,  # C
+        grid: int = 14,  # tokens along a side, g
+        size: int = 224,  # side of the result in pixels, S
+        width: int = 128,  # maps after the 1x1 convolution; halved at each doubling, down to 32
+        span: float = 1.0,  # side of the grid / side of the tile: not 1 where patches reach over the tile's edge, or leave a rest
     ):
         super().__init__()
-        self.grid, self.size, self.span = grid, size, round(span*size)
-        doublings = max(0, math.ceil(math.log2(self.span/4/grid)))
+        self.grid = grid
+        self.size = size
+        self.span = round(span * size)
+        doublings = max(0, math.ceil(math.log2(self.span / 4 / grid)))
         widths = [max(width >> i, 32) for i in range(doublings + 1)]
         layers = [nn.Conv2d(dim, width, 1), nn.GroupNorm(8, width), nn.GELU()]
         for a, b in pairwise(widths):
-            layers += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.GELU()]
+            layers += [
+                nn.Upsample(scale_factor=2, mode="bilinear"),
+                nn.Conv2d(a, b, 3, padding=1),
+                nn.GroupNorm(8, b),
+                nn.GELU(),
+            ]
         self.decode = nn.Sequential(*layers, nn.Conv2d(widths[-1], n_classes, 1))
 
     def forward(
         self,
-        x: torch.Tensor, # (B, g*g, D) patch tokens in reading order
-    ) -> torch.Tensor: # (B, C, S, S) scores; softmax makes them probabilities
+        x: torch.Tensor,  # (B, g*g, D) patch tokens in reading order
+    ) -> torch.Tensor:  # (B, C, S, S) scores; softmax makes them probabilities
         scores = self.decode(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
-        scores = F.interpolate(scores, size=(self.span, self.span), mode="bilinear")[..., :self.size, :self.size]
+        scores = F.interpolate(scores, size=(self.span, self.span), mode="bilinear")[..., : self.size, : self.size]
         rest = max(self.size - self.span, 0)
         return F.pad(scores, (0, rest, 0, rest), mode="replicate") if rest else scores

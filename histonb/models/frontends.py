@@ -20,55 +20,63 @@ from .wavelets import dwt
 # %% ../../nbs/04_models/09_frontends.ipynb #cell-005
 class Haar(nn.Module):
     "One level of the Haar transform, its bands side by side as channels. Nothing is learnt."
+
     def __init__(
         self,
-        dims: tuple, # axes of (B, 3, H, W) that are split: (-2, -1), or with colour (-3, -2, -1)
-        approximation: bool, # keep the coarse band alone
+        dims: tuple,  # axes of (B, 3, H, W) that are split: (-2, -1), or with colour (-3, -2, -1)
+        approximation: bool,  # keep the coarse band alone
     ):
         super().__init__()
         self.dims, self.approximation = dims, approximation
 
     def forward(
         self,
-        x, # (B, 3, H, W), float; odd sides are mirrored by a pixel
-    ): # (B, channels, ceil(H/2), ceil(W/2))
+        x,  # (B, 3, H, W), float; odd sides are mirrored by a pixel
+    ):  # (B, channels, ceil(H/2), ceil(W/2))
         bands = dwt(x, self.dims)
-        return bands["a"*len(self.dims)] if self.approximation else torch.cat(list(bands.values()), 1)
+        return bands["a" * len(self.dims)] if self.approximation else torch.cat(list(bands.values()), 1)
 
-    def length(self, n: int) -> int: return (n + 1)//2  # of a side of n pixels behind it
+    def length(self, n: int) -> int:
+        return (n + 1) // 2  # of a side of n pixels behind it
 
-    def extra_repr(self): return f"dims={self.dims}, {'approximation' if self.approximation else 'all bands'}"
+    def extra_repr(self):
+        return f"dims={self.dims}, {'approximation' if self.approximation else 'all bands'}"
 
 # %% ../../nbs/04_models/09_frontends.ipynb #cell-008
 class ScatteringChannels(nn.Module):
     "Scattering of each colour, paths side by side as channels, each brought to mean 0 and deviation 1 over the batch."
+
     def __init__(
         self,
-        J: int = 2, # scales: the maps are 2^J times smaller
-        L: int = 8, # angles
+        J: int = 2,  # scales: the maps are 2^J times smaller
+        L: int = 8,  # angles
     ):
         super().__init__()
         self.scattering = Scattering(J, L)
-        self.norm = nn.BatchNorm2d(3*len(self.scattering.paths), eps=1e-9, affine=False)  # variances of the second order are small
+        self.norm = nn.BatchNorm2d(
+            3 * len(self.scattering.paths), eps=1e-9, affine=False
+        )  # variances of the second order are small
 
     def forward(
         self,
-        x, # (B, 3, H, W), float
-    ): # (B, 3 paths, H//2^J, W//2^J)
-        with torch.no_grad(): maps = self.scattering(x)  # nothing before it is learnt
+        x,  # (B, 3, H, W), float
+    ):  # (B, 3 paths, H//2^J, W//2^J)
+        with torch.no_grad():
+            maps = self.scattering(x)  # nothing before it is learnt
         return self.norm(maps.flatten(1, 2))
 
-    def length(self, n: int) -> int: return n >> self.scattering.J  # of a side of n pixels behind it
+    def length(self, n: int) -> int:
+        return n >> self.scattering.J  # of a side of n pixels behind it
 
 # %% ../../nbs/04_models/09_frontends.ipynb #cell-011
 @dataclasses.dataclass(frozen=True)
 class Front:
     "A front end and what the network behind it must know."
-    make: Callable # of nothing: the module, (B, 3, H, W) to (B, channels, H/stride, W/stride)
-    channels: int # that the network sees
-    stride: int # pixels of the image for one of what the network sees, along each side
-    shorter: int = 1 # the stem's patch is that of the network's name divided by this
 
+    make: Callable  # of nothing: the module, (B, 3, H, W) to (B, channels, H/stride, W/stride)
+    channels: int  # that the network sees
+    stride: int  # pixels of the image for one of what the network sees, along each side
+    shorter: int = 1  # the stem's patch is that of the network's name divided by this
 FRONTS = {
     "haar2d-approx": Front(partial(Haar, (-2, -1), True), 3, 2),
     "haar2d": Front(partial(Haar, (-2, -1), False), 12, 2),
@@ -77,31 +85,42 @@ FRONTS = {
     "scattering": Front(ScatteringChannels, 243, 4, shorter=4),
 }
 
+
 def _through(patch_embed, args):
     "Give the first layer what the front end makes of the image."
-    x, = args
-    if x.ndim != 4 or x.shape[1] != 3: raise BadInput("image", f"of shape {tuple(x.shape)}", "Front ends take RGB images (B, 3, H, W).")
-    if min(x.shape[-2:]) < patch_embed.token: raise BadInput("image", f"{x.shape[-2]}x{x.shape[-1]} px is smaller than a token of {patch_embed.token}", "Give larger crops.")
+    (x,) = args
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise BadInput("image", f"of shape {tuple(x.shape)}", "Front ends take RGB images (B, 3, H, W).")
+    if min(x.shape[-2:]) < patch_embed.token:
+        raise BadInput(
+            "image",
+            f"{x.shape[-2]}x{x.shape[-1]} px is smaller than a token of {patch_embed.token}",
+            "Give larger crops.",
+        )
     return (patch_embed.front(x),)
 
+# %% ../../nbs/04_models/09_frontends.ipynb #cell-011-2
 def behind(
-    front: str, # of FRONTS
-    build: Callable, # of `in_chans`, `patch_size` and `img_size`: the network; one with a `patch_embed`
-    patch_size: int, # of the network's name
-    img_size: int = 224, # side of the images that its position codes are made for, pixels
-) -> nn.Module: # the network, for RGB images
+    front: str,  # of FRONTS
+    build: Callable,  # of `in_chans`, `patch_size` and `img_size`: the network; one with a `patch_embed`
+    patch_size: int,  # of the network's name
+    img_size: int = 224,  # side of the images that its position codes are made for, pixels
+) -> nn.Module:  # the network, for RGB images
     "A network behind a front end."
-    if front not in FRONTS: raise BadInput(front, "no such front end", nearest(front, FRONTS))
+    if front not in FRONTS:
+        raise BadInput(front, "no such front end", nearest(front, FRONTS))
     f = FRONTS[front]
-    model = build(in_chans=f.channels, patch_size=patch_size//f.shorter, img_size=img_size//f.stride)
-    model.patch_embed.front, model.patch_embed.token = f.make(), patch_size//f.shorter*f.stride
+    model = build(in_chans=f.channels, patch_size=patch_size // f.shorter, img_size=img_size // f.stride)
+    model.patch_embed.front = f.make()
+    model.patch_embed.token = patch_size // f.shorter * f.stride
     model.patch_embed.register_forward_pre_hook(_through, prepend=True)
     model.in_chans = 3
     return model
 
+
 def token_pixels(
-    model: nn.Module, # a backbone
-) -> int | None: # None: it has no tokens
+    model: nn.Module,  # a backbone
+) -> int | None:  # None: it has no tokens
     "Pixels of the image that a token covers, along each side."
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "token", None) or getattr(embed, "patch_size", None)

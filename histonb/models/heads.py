@@ -20,23 +20,28 @@ from .weights import check_tensors, fill, flat
 # %% ../../nbs/04_models/05_heads.ipynb #cell-005
 class DINOHead(nn.Module):
     "Three-layer perceptron, unit-length bottleneck, weight-normed last layer (DINO, section 3.1 and appendix C)."
+
     def __init__(
         self,
-        in_dim: int, # D, width of the backbone's class token
-        out_dim: int = 4096, # K, number of prototypes; 65536 on ImageNet, 1024 to 8192 on smaller sets
-        hidden: int = 2048, # width of the two hidden layers
-        bottleneck: int = 256, # width before the last layer
-        norm_last_layer: bool = True, # freeze the rows of the last layer at length 1
-        batch_norm: bool = False, # normalise the hidden layers over the batch: scores then differ between images from the start
+        in_dim: int,  # D, width of the backbone's class token
+        out_dim: int = 4096,  # K, number of prototypes; 65536 on ImageNet, 1024 to 8192 on smaller sets
+        hidden: int = 2048,  # width of the two hidden layers
+        bottleneck: int = 256,  # width before the last layer
+        norm_last_layer: bool = True,  # freeze the rows of the last layer at length 1
+        batch_norm: bool = False,  # normalise the hidden layers over the batch: scores then differ between images from the start
     ):
         super().__init__()
-        def layer(n): return [nn.Linear(n, hidden), *[nn.BatchNorm1d(hidden)]*batch_norm, nn.GELU()]
+
+        def layer(n):
+            return [nn.Linear(n, hidden), *[nn.BatchNorm1d(hidden)] * batch_norm, nn.GELU()]
+
         self.mlp = nn.Sequential(*layer(in_dim), *layer(hidden), nn.Linear(hidden, bottleneck))
         self.last_layer = nn.Linear(bottleneck, out_dim, bias=False)
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=.02)
-                if m.bias is not None: nn.init.zeros_(m.bias)
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
         weight_norm(self.last_layer)
         length = self.last_layer.parametrizations.weight.original0  # (K, 1), the g of the formula
         nn.init.ones_(length)
@@ -44,14 +49,17 @@ class DINOHead(nn.Module):
 
     def forward(
         self,
-        z: torch.Tensor, # (..., D) class tokens
-    ) -> torch.Tensor: # (..., K) scores, float32
+        z: torch.Tensor,  # (..., D) class tokens
+    ) -> torch.Tensor:  # (..., K) scores, float32
         z = self.mlp(z.reshape(-1, z.shape[-1])).view(*z.shape[:-1], self.last_layer.in_features)
         with torch.autocast(z.device.type, enabled=False):
             return self.last_layer(F.normalize(z.float(), dim=-1))
 
 # %% ../../nbs/04_models/05_heads.ipynb #cell-010
-_PART = re.compile(r"(?:.*?[./_])??(backbone|head)\.(.+)") # of a name: which part of a training's network it belongs to
+_PART = re.compile(
+    r"(?:.*?[./_])??(backbone|head)\.(.+)"
+)  # of a name: which part of a training's network it belongs to
+
 
 def _today(name):
     "The name of a weight-normed tensor today."
@@ -59,36 +67,46 @@ def _today(name):
         name = re.sub(rf"(^|\.)weight_{letter}$", rf"\1parametrizations.weight.original{number}", name)
     return name
 
+
 def split_checkpoint(
-    checkpoint: dict, # what a DINO training script saved, or one network's state dict
-    which: str = "teacher", # network to take: "teacher" (the one to evaluate) or "student"
-) -> tuple[dict, dict]: # state dict of the backbone, state dict of the head (empty where absent)
+    checkpoint: dict,  # what a DINO training script saved, or one network's state dict
+    which: str = "teacher",  # network to take: "teacher" (the one to evaluate) or "student"
+) -> tuple[dict, dict]:  # state dict of the backbone, state dict of the head (empty where absent)
     "Take one network out of a DINO checkpoint, its keys renamed to those of the backbone alone and of `DINOHead`."
-    state, parts = flat(checkpoint), {"backbone": {}, "head": {}}
+    state = flat(checkpoint)
+    parts = {"backbone": {}, "head": {}}
     words = {name: set(re.split(r"[./_]", name)) for name in state}
     chosen = [name for name in state if which in words[name]]
     for name in chosen or [name for name in state if not words[name] & {"teacher", "student"}]:
         found = _PART.fullmatch(name)
-        if found and "ibot_head" not in name: parts[found[1]][_today(found[2])] = state[name]
+        if found and "ibot_head" not in name:
+            parts[found[1]][_today(found[2])] = state[name]
     if not parts["backbone"]:
-        raise BadInput("DINO checkpoint", f"no `backbone.` weights under `{which}`", f"It holds: {', '.join(list(checkpoint)[:5])}.")
+        raise BadInput(
+            "DINO checkpoint",
+            f"no `backbone.` weights under `{which}`",
+            f"It holds: {', '.join(list(checkpoint)[:5])}.",
+        )
     return parts["backbone"], parts["head"]
 
 # %% ../../nbs/04_models/05_heads.ipynb #cell-head
 def find_head(
-    state: dict, # name -> tensor of a whole file, from `weights.flat`
-    beside: str, # prefix of the backbone in it, from `weights.find_network`
-    source, # where it comes from, for the message
-) -> DINOHead | None: # in eval mode; None: there is no head of this kind
+    state: dict,  # name -> tensor of a whole file, from `weights.flat`
+    beside: str,  # prefix of the backbone in it, from `weights.find_network`
+    source,  # where it comes from, for the message
+) -> DINOHead | None:  # in eval mode; None: there is no head of this kind
     "Rebuild the DINO head that stands beside a backbone."
-    state, last = {_today(name): t for name, t in state.items()}, "last_layer.parametrizations.weight.original1"
+    state = {_today(name): t for name, t in state.items()}
+    last = "last_layer.parametrizations.weight.original1"
     places = [name.removesuffix(last) for name in state if name.endswith("." + last) and "ibot" not in name]
-    if not places: return None
+    if not places:
+        return None
     place = max(places, key=lambda p: len(os.path.commonprefix([p, beside])))
     weights = {name.removeprefix(place): t for name, t in state.items() if name.startswith(place)}
     batch_norm = "mlp.6.weight" in weights
     names = ("mlp.0.weight", f"mlp.{6 if batch_norm else 4}.weight", last)
-    if any(name not in weights or weights[name].ndim != 2 for name in names): return None
+    if any(name not in weights or weights[name].ndim != 2 for name in names):
+        return None
     check_tensors(weights, source)
     (hidden, dim), (bottleneck, _), (prototypes, _) = (weights[name].shape for name in names)
     head = DINOHead(dim, prototypes, hidden, bottleneck, batch_norm=batch_norm)

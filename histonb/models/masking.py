@@ -17,34 +17,53 @@ from .frontends import token_pixels
 
 # %% ../../nbs/04_models/11_masking.ipynb #cell-005
 def token_grid(
-    model: nn.Module, # XCiT or ViT, behind a front end or not
-    size, # (height, width) of the image in pixels
-) -> tuple[int, int]: # rows and columns of tokens
+    model: nn.Module,  # XCiT or ViT, behind a front end or not
+    size,  # (height, width) of the image in pixels
+) -> tuple[int, int]:  # rows and columns of tokens
     "How many tokens an image has."
-    if token_pixels(model) is None: raise BadInput(type(model).__name__, "has no tokens", "Choose an XCiT or a ViT.")
+    if token_pixels(model) is None:
+        raise BadInput(type(model).__name__, "has no tokens", "Choose an XCiT or a ViT.")
     embed = model.patch_embed
-    if hasattr(embed, "front"): size = [embed.front.length(n) for n in size]
+    if hasattr(embed, "front"):
+        size = [embed.front.length(n) for n in size]
     return embed.dynamic_feat_size(tuple(size))
 
+# %% ../../nbs/04_models/11_masking.ipynb #cell-005-2
 @contextlib.contextmanager
 def hide(
-    model: nn.Module, # XCiT or ViT
-    masks: torch.Tensor, # (B, rows, columns) bool: tokens of `token_grid` that are hidden
-    token: torch.Tensor, # (D,) stands in for them
+    model: nn.Module,  # XCiT or ViT
+    masks: torch.Tensor,  # (B, rows, columns) bool: tokens of `token_grid` that are hidden
+    token: torch.Tensor,  # (D,) stands in for them
 ):
     "While it lasts, the model sees images with gaps."
+
     def no_pixels(_, args):
-        x, = args
-        grid, n = token_grid(model, x.shape[-2:]), token_pixels(model)
-        if (len(x), *grid) != tuple(masks.shape): raise BadInput("masks", f"{tuple(masks.shape)} for {len(x)} images of {grid[0]}x{grid[1]} tokens", "Give one value for each token.")
+        (x,) = args
+        grid = token_grid(model, x.shape[-2:])
+        n = token_pixels(model)
+        if (len(x), *grid) != tuple(masks.shape):
+            raise BadInput(
+                "masks",
+                f"{tuple(masks.shape)} for {len(x)} images of {grid[0]}x{grid[1]} tokens",
+                "Give one value for each token.",
+            )
         covered = masks.repeat_interleave(n, 1).repeat_interleave(n, 2)
         covered = F.pad(covered, (0, x.shape[-1] - covered.shape[-1], 0, x.shape[-2] - covered.shape[-2]))
-        return (x.masked_fill(covered[:, None], 0.),)
+        return (x.masked_fill(covered[:, None], 0.0),)
+
     def no_tokens(_, args, out):
-        z, *grid = out if isinstance(out, tuple) else (out,)  # an XCiT's come with their grid, (B, N, D); a ViT's are (B, rows, columns, D)
+        z, *grid = (
+            out if isinstance(out, tuple) else (out,)
+        )  # an XCiT's come with their grid, (B, N, D); a ViT's are (B, rows, columns, D)
         z = torch.where(masks.view(*z.shape[:-1], 1), token.to(z.dtype), z)
         return (z, *grid) if grid else z
-    hooks = model.patch_embed.register_forward_pre_hook(no_pixels, prepend=True), model.patch_embed.register_forward_hook(no_tokens)
-    try: yield
+
+    hooks = (
+        model.patch_embed.register_forward_pre_hook(no_pixels, prepend=True),
+        model.patch_embed.register_forward_hook(no_tokens),
+    )
+    try:
+        yield
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -18,140 +18,191 @@ from .unet import check_images
 # %% ../../nbs/04_models/14_medt.ipynb #cell-005
 class AxialAttention(nn.Module):
     "Gated attention along one axis (MedT, equation 2)."
+
     def __init__(
         self,
-        dim: int, # channels, a multiple of 2 heads
-        heads: int, # groups of channels that attend on their own
-        length: int, # pixels along the axis, L
-        axis: int, # 2: along the height, 3: along the width
+        dim: int,  # channels, a multiple of 2 heads
+        heads: int,  # groups of channels that attend on their own
+        length: int,  # pixels along the axis, L
+        axis: int,  # 2: along the height, 3: along the width
     ):
         super().__init__()
-        self.heads, self.axis, channels = heads, axis, dim//heads
-        self.parts = (channels//2, channels//2, channels)  # of query, key and value in each head
-        self.qkv, self.norm = nn.Linear(dim, 2*dim, bias=False), nn.BatchNorm1d(2*dim)
-        self.positions = nn.Parameter(torch.empty(2*channels, 2*length - 1))  # for query, key and value, of the distances 1-L ... L-1
-        self.norm_scores, self.norm_values = nn.BatchNorm2d(3*heads), nn.BatchNorm1d(2*heads*channels)
-        self.gates = nn.ParameterDict({"q": torch.tensor(.1), "k": torch.tensor(.1), "v1": torch.tensor(1.), "v2": torch.tensor(.1)})
-        self.register_buffer("distance", torch.arange(length)[:, None] - torch.arange(length) + length - 1, persistent=False)
-        nn.init.normal_(self.qkv.weight, std=dim**-.5)
-        nn.init.normal_(self.positions, std=channels**-.5)
+        self.heads = heads
+        self.axis = axis
+        channels = dim // heads
+        self.parts = (channels // 2, channels // 2, channels)  # of query, key and value in each head
+        self.qkv = nn.Linear(dim, 2 * dim, bias=False)
+        self.norm = nn.BatchNorm1d(2 * dim)
+        self.positions = nn.Parameter(
+            torch.empty(2 * channels, 2 * length - 1)
+        )  # for query, key and value, of the distances 1-L ... L-1
+        self.norm_scores = nn.BatchNorm2d(3 * heads)
+        self.norm_values = nn.BatchNorm1d(2 * heads * channels)
+        self.gates = nn.ParameterDict(
+            {"q": torch.tensor(0.1), "k": torch.tensor(0.1), "v1": torch.tensor(1.0), "v2": torch.tensor(0.1)}
+        )
+        self.register_buffer(
+            "distance", torch.arange(length)[:, None] - torch.arange(length) + length - 1, persistent=False
+        )
+        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
+        nn.init.normal_(self.positions, std=channels**-0.5)
 
     def forward(
         self,
-        x: torch.Tensor, # (B, dim, H, W), of `length` pixels along `axis`
-    ) -> torch.Tensor: # (B, dim, H, W)
+        x: torch.Tensor,  # (B, dim, H, W), of `length` pixels along `axis`
+    ) -> torch.Tensor:  # (B, dim, H, W)
         rows = x.permute(0, 2, 3, 1) if self.axis == 3 else x.permute(0, 3, 2, 1)  # (B, other axis, L, dim)
-        q, k, v = self.norm(self.qkv(rows.flatten(0, 1)).transpose(1, 2)).unflatten(1, (self.heads, -1)).split(self.parts, 2)  # (N, heads, c, L)
+        q, k, v = (
+            self.norm(self.qkv(rows.flatten(0, 1)).transpose(1, 2)).unflatten(1, (self.heads, -1)).split(self.parts, 2)
+        )  # (N, heads, c, L)
         rq, rk, rv = self.positions[:, self.distance].split(self.parts)  # (c, L, L)
-        scores = torch.einsum("nhci,nhcj->nhij", q, k), torch.einsum("nhci,cij->nhij", q, rq), torch.einsum("nhcj,cij->nhij", k, rk)
+        scores = (
+            torch.einsum("nhci,nhcj->nhij", q, k),
+            torch.einsum("nhci,cij->nhij", q, rq),
+            torch.einsum("nhcj,cij->nhij", k, rk),
+        )
         qk, qr, kr = self.norm_scores(torch.cat(scores, 1)).chunk(3, 1)
-        attention = (qk + self.gates["q"]*qr + self.gates["k"]*kr).float().softmax(-1)  # never in half precision
+        attention = (qk + self.gates["q"] * qr + self.gates["k"] * kr).float().softmax(-1)  # never in half precision
         values = torch.einsum("nhij,nhcj->nhci", attention, v), torch.einsum("nhij,cij->nhci", attention, rv)
         av, ar = self.norm_values(torch.cat(values, 1).flatten(1, 2)).chunk(2, 1)  # (N, dim, L)
-        y = (self.gates["v1"]*av + self.gates["v2"]*ar).unflatten(0, rows.shape[:2])
+        y = (self.gates["v1"] * av + self.gates["v2"] * ar).unflatten(0, rows.shape[:2])
         return y.permute(0, 2, 1, 3) if self.axis == 3 else y.permute(0, 2, 3, 1)
 
 # %% ../../nbs/04_models/14_medt.ipynb #cell-013
 def _conv(a, b, kernel, stride=1):
     "Convolution and batch normalisation."
-    return nn.Conv2d(a, b, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(b)
+    return nn.Conv2d(a, b, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(b)
+
 
 class AxialBlock(nn.Module):
     "Bottleneck with attention along height and width (MedT, figure 2b)."
+
     def __init__(
         self,
-        in_dim: int, # channels that come in
-        dim: int, # channels of the attention; twice as many go out
-        heads: int, # of the attention
-        size: int, # side of the maps in pixels
-        stride: int = 1, # 2 halves the side
+        in_dim: int,  # channels that come in
+        dim: int,  # channels of the attention; twice as many go out
+        heads: int,  # of the attention
+        size: int,  # side of the maps in pixels
+        stride: int = 1,  # 2 halves the side
     ):
         super().__init__()
         self.narrow = nn.Sequential(*_conv(in_dim, dim, 1), nn.ReLU())
-        self.attend = nn.Sequential(AxialAttention(dim, heads, size, 2), AxialAttention(dim, heads, size, 3), nn.AvgPool2d(stride), nn.ReLU())
-        self.widen = nn.Sequential(*_conv(dim, 2*dim, 1))
-        self.short = nn.Identity() if in_dim == 2*dim and stride == 1 else nn.Sequential(*_conv(in_dim, 2*dim, 1, stride))
+        self.attend = nn.Sequential(
+            AxialAttention(dim, heads, size, 2), AxialAttention(dim, heads, size, 3), nn.AvgPool2d(stride), nn.ReLU()
+        )
+        self.widen = nn.Sequential(*_conv(dim, 2 * dim, 1))
+        self.short = (
+            nn.Identity() if in_dim == 2 * dim and stride == 1 else nn.Sequential(*_conv(in_dim, 2 * dim, 1, stride))
+        )
 
     def forward(
         self,
-        x: torch.Tensor, # (B, in_dim, size, size)
-    ) -> torch.Tensor: # (B, 2 dim, size/stride, size/stride)
+        x: torch.Tensor,  # (B, in_dim, size, size)
+    ) -> torch.Tensor:  # (B, 2 dim, size/stride, size/stride)
         return F.relu(self.widen(self.attend(self.narrow(x))) + self.short(x))
+
 
 def _double(conv, x):
     "Convolve, and double the side."
     return F.relu(F.interpolate(conv(x), scale_factor=2, mode="bilinear"))
 
+# %% ../../nbs/04_models/14_medt.ipynb #cell-013-2
 class Branch(nn.Module):
     "One of MedT's two: an encoder of axial blocks, and a decoder of convolutions."
+
     def __init__(
         self,
-        in_chans: int, # channels of the images
-        stem: int, # channels of the first maps
-        width: int, # channels of the first attention, and of the result
-        heads: int, # of each attention
-        size: int, # side of the images in pixels
-        blocks: tuple[int, ...], # of each level
-        bottom: bool, # one more step down
+        in_chans: int,  # channels of the images
+        stem: int,  # channels of the first maps
+        width: int,  # channels of the first attention, and of the result
+        heads: int,  # of each attention
+        size: int,  # side of the images in pixels
+        blocks: tuple[int, ...],  # of each level
+        bottom: bool,  # one more step down
     ):
         super().__init__()
-        self.stem = nn.Sequential(*_conv(in_chans, stem, 7, 2), nn.ReLU(), *_conv(stem, 8*width, 3), nn.ReLU(), *_conv(8*width, stem, 3), nn.ReLU())
-        self.levels, dims, size = nn.ModuleList(), [stem], size//2
+        self.stem = nn.Sequential(
+            *_conv(in_chans, stem, 7, 2),
+            nn.ReLU(),
+            *_conv(stem, 8 * width, 3),
+            nn.ReLU(),
+            *_conv(8 * width, stem, 3),
+            nn.ReLU(),
+        )
+        self.levels = nn.ModuleList()
+        dims = [stem]
+        size = size // 2
         for level, n in enumerate(blocks):
-            dim, stride = width << level, 2 if level else 1
+            dim = width << level
+            stride = 2 if level else 1
             first = AxialBlock(dims[-1], dim, heads, size, stride)
             size //= stride
-            self.levels.append(nn.Sequential(first, *(AxialBlock(2*dim, dim, heads, size) for _ in range(n - 1))))
-            dims.append(2*dim)
+            self.levels.append(nn.Sequential(first, *(AxialBlock(2 * dim, dim, heads, size) for _ in range(n - 1))))
+            dims.append(2 * dim)
         self.bottom = nn.Conv2d(dims[-1], dims[-1], 3, 2, 1) if bottom else None
         self.up = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([*dims[:0:-1], width]))
 
     def forward(
         self,
-        x: torch.Tensor, # (B, in_chans, size, size)
-    ) -> torch.Tensor: # (B, width, size, size)
-        x, maps = self.stem(x), []
+        x: torch.Tensor,  # (B, in_chans, size, size)
+    ) -> torch.Tensor:  # (B, width, size, size)
+        x = self.stem(x)
+        maps = []
         for level in self.levels:
             x = level(x)
             maps.append(x)
-        if self.bottom: x = x + _double(self.bottom, x)
-        for conv, level in zip(self.up, maps[-2::-1], strict=False): x = _double(conv, x) + level
+        if self.bottom:
+            x = x + _double(self.bottom, x)
+        for conv, level in zip(self.up, maps[-2::-1], strict=False):
+            x = _double(conv, x) + level
         return _double(self.up[-1], x)
 
 # %% ../../nbs/04_models/14_medt.ipynb #cell-015
 GRID = 4  # pieces along a side
 
+
 def cut(
-    x: torch.Tensor, # (B, C, H, W), sides multiples of GRID
-) -> torch.Tensor: # (16 B, C, H/4, W/4), image by image, in reading order
+    x: torch.Tensor,  # (B, C, H, W), sides multiples of GRID
+) -> torch.Tensor:  # (16 B, C, H/4, W/4), image by image, in reading order
     "Cut images into pieces."
     return x.unflatten(3, (GRID, -1)).unflatten(2, (GRID, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
+
 def join(
-    pieces: torch.Tensor, # (16 B, C, h, w), as `cut` gives them
-) -> torch.Tensor: # (B, C, 4h, 4w)
+    pieces: torch.Tensor,  # (16 B, C, h, w), as `cut` gives them
+) -> torch.Tensor:  # (B, C, 4h, 4w)
     "Put pieces together to images."
     return pieces.unflatten(0, (-1, GRID, GRID)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 # %% ../../nbs/04_models/14_medt.ipynb #cell-018
 class MedT(nn.Module):
     "Medical Transformer (Valanarasu et al. 2021). The gates are frozen until `train_gates`; the authors train them from epoch 10 on."
+
     def __init__(
         self,
-        in_chans: int = 3, # channels of the images
-        num_classes: int = 1, # C, maps of scores
-        img_size: int = 128, # side of the images in pixels, a multiple of 128
-        width: int = 16, # channels of the first attention; doubled at each level
-        heads: int = 8, # of each attention; `width` is a multiple of 2 heads
+        in_chans: int = 3,  # channels of the images
+        num_classes: int = 1,  # C, maps of scores
+        img_size: int = 128,  # side of the images in pixels, a multiple of 128
+        width: int = 16,  # channels of the first attention; doubled at each level
+        heads: int = 8,  # of each attention; `width` is a multiple of 2 heads
     ):
         super().__init__()
-        good = dict.fromkeys(128*max(img_size//128, -(-img_size//128)*up, 1) for up in (0, 1))
-        if img_size not in good: raise BadInput("img_size", f"{img_size} px is not a multiple of 128", f"Give {' or '.join(map(str, good))}.")
-        if heads < 1 or width < 1 or width % (2*heads): raise BadInput("width", f"{width} channels cannot be divided among {heads} heads", "Give a multiple of twice the heads.")
+        good = dict.fromkeys(128 * max(img_size // 128, -(-img_size // 128) * up, 1) for up in (0, 1))
+        if img_size not in good:
+            raise BadInput(
+                "img_size", f"{img_size} px is not a multiple of 128", f"Give {' or '.join(map(str, good))}."
+            )
+        if heads < 1 or width < 1 or width % (2 * heads):
+            raise BadInput(
+                "width",
+                f"{width} channels cannot be divided among {heads} heads",
+                "Give a multiple of twice the heads.",
+            )
         self.in_chans, self.num_classes, self.num_features, self.img_size = in_chans, num_classes, width, img_size
-        self.global_branch = Branch(in_chans, width//2, width, heads, img_size, (1, 2), False)
-        self.local_branch = Branch(in_chans, 4*width, width, heads, img_size//GRID, (1, 2, 4, 1), True)
-        self.fuse, self.head = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, num_classes, 1)
+        self.global_branch = Branch(in_chans, width // 2, width, heads, img_size, (1, 2), False)
+        self.local_branch = Branch(in_chans, 4 * width, width, heads, img_size // GRID, (1, 2, 4, 1), True)
+        self.fuse = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Conv2d(width, num_classes, 1)
         self.freeze_gates()
 
     def gates(self):
@@ -160,23 +211,30 @@ class MedT(nn.Module):
 
     def freeze_gates(self):
         "Keep the gates as they are."
-        for gate in self.gates().values(): gate.requires_grad_(False)
+        for gate in self.gates().values():
+            gate.requires_grad_(False)
 
     def train_gates(self):
         "Let the gates learn."
-        for gate in self.gates().values(): gate.requires_grad_(True)
+        for gate in self.gates().values():
+            gate.requires_grad_(True)
 
     def forward_features(
         self,
-        x: torch.Tensor, # (B, in_chans, img_size, img_size)
-    ) -> torch.Tensor: # (B, num_features, img_size, img_size), the maps that are scored
+        x: torch.Tensor,  # (B, in_chans, img_size, img_size)
+    ) -> torch.Tensor:  # (B, num_features, img_size, img_size), the maps that are scored
         check_images(x, self.in_chans, 1)
         size = f"{self.img_size}x{self.img_size}"
-        if {*x.shape[2:]} != {self.img_size}: raise BadInput("image", f"{x.shape[2]}x{x.shape[3]} px, but positions are learnt for {size}", f"Resize to {size}, or make a MedT with another `img_size`.")
+        if {*x.shape[2:]} != {self.img_size}:
+            raise BadInput(
+                "image",
+                f"{x.shape[2]}x{x.shape[3]} px, but positions are learnt for {size}",
+                f"Resize to {size}, or make a MedT with another `img_size`.",
+            )
         return F.relu(self.fuse(self.global_branch(x) + join(self.local_branch(cut(x)))))
 
     def forward(
         self,
-        x: torch.Tensor, # (B, in_chans, img_size, img_size)
-    ) -> torch.Tensor: # (B, num_classes, img_size, img_size) scores
+        x: torch.Tensor,  # (B, in_chans, img_size, img_size)
+    ) -> torch.Tensor:  # (B, num_classes, img_size, img_size) scores
         return self.head(self.forward_features(x))

@@ -18,110 +18,166 @@ from ..core.errors import BadInput
 
 # %% ../../nbs/04_models/02_scattering.ipynb #cell-005
 def morlet(
-    height: int, # of the padded image in pixels
+    height: int,  # of the padded image in pixels
     width: int,
-    sigma: float, # width of the Gaussian in pixels
-    theta: float, # direction of the wave in radians, from the vertical axis
-    xi: float, # its frequency in radians a pixel
-    slant: float, # width along over width across
-) -> np.ndarray: # (height, width), real: its Fourier transform
+    sigma: float,  # width of the Gaussian in pixels
+    theta: float,  # direction of the wave in radians, from the vertical axis
+    xi: float,  # its frequency in radians a pixel
+    slant: float,  # width along over width across
+) -> np.ndarray:  # (height, width), real: its Fourier transform
     "A Morlet wavelet, wrapped around, in the Fourier domain."
-    reach = math.ceil(6*sigma/min(1, slant))
-    y, x = np.mgrid[-reach:reach + 1, -reach:reach + 1]
-    along, across = y*math.cos(theta) + x*math.sin(theta), x*math.cos(theta) - y*math.sin(theta)
-    envelope = np.exp(-(along**2 + slant**2*across**2)/(2*sigma**2))
-    wave = envelope*np.exp(1j*xi*along)
+    reach = math.ceil(6 * sigma / min(1, slant))
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    along = y * math.cos(theta) + x * math.sin(theta)
+    across = x * math.cos(theta) - y * math.sin(theta)
+    envelope = np.exp(-(along**2 + slant**2 * across**2) / (2 * sigma**2))
+    wave = envelope * np.exp(1j * xi * along)
     image = np.zeros((height, width), complex)
-    np.add.at(image, (y % height, x % width), wave - wave.sum()/envelope.sum()*envelope)
-    return np.fft.fft2(image).real*slant/(2*np.pi*sigma**2)
-
+    np.add.at(image, (y % height, x % width), wave - wave.sum() / envelope.sum() * envelope)
+    return np.fft.fft2(image).real * slant / (2 * np.pi * sigma**2)
 MARGIN = 3  # how far the period goes on to each side, in pixels of the smallest map
 
-def _period(n, J): return ((n + 2**J >> J) + 1) << J  # kymatio's
+
+def _period(n, J):
+    return ((n + 2**J >> J) + 1) << J  # kymatio's
+
 
 def _continued(n, J):
     "Which pixels lay an axis out: mirrored to a period, and that repeated to a length without large prime factors."
     period = _period(n, J)
-    if (period - n + 1)//2 >= n: raise BadInput("image", f"{n} pixels along an axis", f"J={J} pads by more than the image: use larger images, or a smaller J.")
-    length = next_fast_len((period >> J) + 2*MARGIN, real=True) << J
-    at = np.abs((np.arange(length) - (MARGIN << J)) % period - (period - n)//2)
+    if (period - n + 1) // 2 >= n:
+        raise BadInput(
+            "image",
+            f"{n} pixels along an axis",
+            f"J={J} pads by more than the image: use larger images, or a smaller J.",
+        )
+    length = next_fast_len((period >> J) + 2 * MARGIN, real=True) << J
+    at = np.abs((np.arange(length) - (MARGIN << J)) % period - (period - n) // 2)
     return n - 1 - np.abs(n - 1 - at)
 
+# %% ../../nbs/04_models/02_scattering.ipynb #cell-005-2
 def _coarser(spectrum, times):
     "Low frequencies of a spectrum, for an image that was halved so many times; all axes."
     for axis, n in enumerate(spectrum.shape):
-        kept, half = n >> times, n >> times + 1
-        spectrum = np.take(spectrum, np.r_[:half, n - kept + half:n], axis)
+        kept = n >> times
+        half = n >> times + 1
+        spectrum = np.take(spectrum, np.r_[:half, n - kept + half : n], axis)
     return spectrum
+
 
 def _average(n, J, times):
     "(n/2^J, n/2^times): averages a periodic axis that was halved so many times and keeps every 2^(J-times)-th."
-    sigma, u = .8*2**(J - 1), np.arange(n)
-    phi = sum(np.exp(-(u + wrap*n)**2/(2*sigma**2)) for wrap in range(-2, 3))/(math.sqrt(2*math.pi)*sigma)
+    sigma = 0.8 * 2 ** (J - 1)
+    u = np.arange(n)
+    phi = sum(np.exp(-((u + wrap * n) ** 2) / (2 * sigma**2)) for wrap in range(-2, 3)) / (
+        math.sqrt(2 * math.pi) * sigma
+    )
     m = n >> times
-    spectra = np.fft.fft(np.eye(m), axis=0)*_coarser(np.fft.fft(phi).real, times)[:, None]
-    return np.fft.ifft(spectra.reshape(2**(J - times), -1, m).mean(0), axis=0).real
+    spectra = np.fft.fft(np.eye(m), axis=0) * _coarser(np.fft.fft(phi).real, times)[:, None]
+    return np.fft.ifft(spectra.reshape(2 ** (J - times), -1, m).mean(0), axis=0).real
+
 
 def _inside(n, length, J, times):
     "`_average` of the period within a continued axis, without the pixel at each end that is padding."
-    period, before = _period(n, J) >> times, MARGIN << J - times
+    period = _period(n, J) >> times
+    before = MARGIN << J - times
     return np.pad(_average(_period(n, J), J, times)[1:-1], ((0, 0), (before, (length >> times) - period - before)))
 
+# %% ../../nbs/04_models/02_scattering.ipynb #cell-005-3
 @lru_cache(16)
 def _filters(height, width, J, L):
     "`filter_bank` as arrays: what outlives a call must not depend on torch's mode in it (inference, fake tensors)."
     pixels = [_continued(n, J) for n in (height, width)]
-    waves = [np.stack([morlet(*map(len, pixels), .8*2**j, (L//2 - 1 - t)*math.pi/L, .75*math.pi/2**j, 4/L) for t in range(L)]) for j in range(J)]
+    waves = [
+        np.stack(
+            [
+                morlet(*map(len, pixels), 0.8 * 2**j, (L // 2 - 1 - t) * math.pi / L, 0.75 * math.pi / 2**j, 4 / L)
+                for t in range(L)
+            ]
+        )
+        for j in range(J)
+    ]
     twice = lambda a: np.stack([a, a], -1).astype(np.float32)  # for the real and for the imaginary part of a spectrum
-    return (pixels, [[twice([_coarser(f, times)/4**(j - times) for f in w]) for times in range(max(j, 1))] for j, w in enumerate(waves)],
-            [[_inside(n, len(p), J, times).astype(np.float32) for n, p in zip((height, width), pixels, strict=True)] for times in range(J)])
+    return (
+        pixels,
+        [
+            [twice([_coarser(f, times) / 4 ** (j - times) for f in w]) for times in range(max(j, 1))]
+            for j, w in enumerate(waves)
+        ],
+        [
+            [_inside(n, len(p), J, times).astype(np.float32) for n, p in zip((height, width), pixels, strict=True)]
+            for times in range(J)
+        ],
+    )
 
+# %% ../../nbs/04_models/02_scattering.ipynb #cell-005-4
 def filter_bank(
-    height: int, # of the image in pixels
+    height: int,  # of the image in pixels
     width: int,
-    J: int, # scales
-    L: int, # angles
-    device=None, # of the filters
-) -> tuple: # pixels of rows and of columns; wavelets[j][times]: (L, rows >> times, columns >> times, 2); averages[times]: matrices for rows and columns
+    J: int,  # scales
+    L: int,  # angles
+    device=None,  # of the filters
+) -> tuple:  # pixels of rows and of columns; wavelets[j][times]: (L, rows >> times, columns >> times, 2); averages[times]: matrices for rows and columns
     "How images of one size are continued, and all their filters at each resolution at which they are used; float32."
     pixels, waves, averages = _filters(height, width, J, L)
-    def tensors(arrays): return [torch.from_numpy(a).to(device) for a in arrays]
+
+    def tensors(arrays):
+        return [torch.from_numpy(a).to(device) for a in arrays]
+
     return tensors(pixels), [tensors(w) for w in waves], [tensors(a) for a in averages]
 
 # %% ../../nbs/04_models/02_scattering.ipynb #cell-008
-def _spectrum(x, dims=(-2, -1)): return torch.fft.fftn(x.to(torch.complex64), dim=dims)  # of real numbers it is several times slower on a CPU
+def _spectrum(x, dims=(-2, -1)):
+    return torch.fft.fftn(x.to(torch.complex64), dim=dims)  # of real numbers it is several times slower on a CPU
+
 
 def _filtered(spectrum, filters, times=0, dims=(-2, -1)):
     "Modulus of an image with the spectrum (..., H, W) filtered, halved so many times."
-    k, spectrum = 2**times, torch.view_as_real(spectrum)
-    h, w = spectrum.shape[-3]//k, spectrum.shape[-2]//k
-    first, *others = [(..., slice(i*h, i*h + h), slice(j*w, j*w + w), slice(None)) for i in range(k) for j in range(k)]  # frequencies that become one
-    out = spectrum[first]*filters[first]
-    for part in others: out.addcmul_(spectrum[part], filters[part])
+    k = 2**times
+    spectrum = torch.view_as_real(spectrum)
+    h = spectrum.shape[-3] // k
+    w = spectrum.shape[-2] // k
+    first, *others = [
+        (..., slice(i * h, i * h + h), slice(j * w, j * w + w), slice(None)) for i in range(k) for j in range(k)
+    ]  # frequencies that become one
+    out = spectrum[first] * filters[first]
+    for part in others:
+        out.addcmul_(spectrum[part], filters[part])
     real, imag = torch.view_as_real(torch.fft.ifftn(torch.view_as_complex(out), dim=dims)).square().unbind(-1)
     return (real + imag).add_(1e-12).sqrt_()
 
+# %% ../../nbs/04_models/02_scattering.ipynb #cell-008-2
 class Scattering(nn.Module):
     "Scattering transform of images; coefficients and their order are those of kymatio's `Scattering2D`."
+
     def __init__(
         self,
-        J: int = 2, # scales; the maps are 2^J times smaller
-        L: int = 8, # angles
-        order: int = 2, # layers of wavelets, 1 or 2
-        together: int = 3, # channel images, then maps, that are worked on at a time
+        J: int = 2,  # scales; the maps are 2^J times smaller
+        L: int = 8,  # angles
+        order: int = 2,  # layers of wavelets, 1 or 2
+        together: int = 3,  # channel images, then maps, that are worked on at a time
     ):
         super().__init__()
-        if J < 1 or L < 1 or order not in (1, 2): raise BadInput("scattering", f"J={J}, L={L}, order={order}", "Use J and L of at least 1, and order 1 or 2.")
+        if J < 1 or L < 1 or order not in (1, 2):
+            raise BadInput("scattering", f"J={J}, L={L}, order={order}", "Use J and L of at least 1, and order 1 or 2.")
         self.J, self.L, self.order, self.together = J, L, order, together
         self.paths = [(), *((j,) for j in range(J) for _ in range(L))]
-        if order == 2: self.paths += [(a, b) for a in range(J) for _ in range(L) for b in range(a + 1, J) for _ in range(L)]
+        if order == 2:
+            self.paths += [(a, b) for a in range(J) for _ in range(L) for b in range(a + 1, J) for _ in range(L)]
 
     def forward(
         self,
-        x, # (..., H, W), float; computed in float32
-    ): # (..., len(self.paths), H//2^J, W//2^J), of the dtype of x
-        if x.ndim < 2 or not x.is_floating_point(): raise BadInput("image", f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}", "Give float images (..., H, W).")
-        with torch.autocast(x.device.type, enabled=False):  # products in bfloat16 would lose what the second order holds
+        x,  # (..., H, W), float; computed in float32
+    ):  # (..., len(self.paths), H//2^J, W//2^J), of the dtype of x
+        if x.ndim < 2 or not x.is_floating_point():
+            raise BadInput(
+                "image",
+                f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}",
+                "Give float images (..., H, W).",
+            )
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # products in bfloat16 would lose what the second order holds
             out = torch.cat([self._scatter(part) for part in x.reshape(-1, *x.shape[-2:]).float().split(self.together)])
         return out.to(x.dtype).view(*x.shape[:-2], *out.shape[1:])
 
@@ -130,16 +186,24 @@ class Scattering(nn.Module):
         (rows, columns), waves, averages = filter_bank(*x.shape[-2:], self.J, self.L, x.device)
         average = lambda u, times: averages[times][0] @ u @ averages[times][1].T
         x = x.index_select(1, rows).index_select(2, columns)[:, None]
-        first, second, spectrum = [average(x, 0)], [], _spectrum(x)
+        first = [average(x, 0)]
+        second = []
+        spectrum = _spectrum(x)
         for a in range(self.J):
             u = _filtered(spectrum, waves[a][0], a)  # (B,L,rows,columns) >> a
             first.append(average(u, a))
-            if self.order == 1 or a == self.J - 1: continue
+            if self.order == 1 or a == self.J - 1:
+                continue
             finer = []
             for part in u.flatten(0, 1).split(self.together):
                 inner = _spectrum(part)[:, None]
-                finer.append(torch.cat([average(_filtered(inner, waves[b][a], b - a), b) for b in range(a + 1, self.J)], 1))
-            second.append(torch.cat(finer).view(len(x), -1, *finer[0].shape[-2:]))  # angle of the first, then scale and angle of the second
+                finer.append(
+                    torch.cat([average(_filtered(inner, waves[b][a], b - a), b) for b in range(a + 1, self.J)], 1)
+                )
+            second.append(
+                torch.cat(finer).view(len(x), -1, *finer[0].shape[-2:])
+            )  # angle of the first, then scale and angle of the second
         return torch.cat(first + second, 1)
 
-    def extra_repr(self): return f"J={self.J}, L={self.L}, order={self.order}, {len(self.paths)} maps"
+    def extra_repr(self):
+        return f"J={self.J}, L={self.L}, order={self.order}, {len(self.paths)} maps"

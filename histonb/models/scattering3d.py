@@ -19,96 +19,133 @@ from .scattering import _average, _filtered, _spectrum, morlet
 # %% ../../nbs/04_models/03_scattering3d.ipynb #cell-005
 HUES = 0, 1, -1  # thirds of a turn from one colour to the next, in the order of a discrete Fourier transform
 
-def colour_waves() -> np.ndarray: # (hue, frequency), real
+
+def colour_waves() -> np.ndarray:  # (hue, frequency), real
     "The colour part of all wavelets, in the Fourier domain."
-    g, angle = math.exp(-1/(2*.8**2)), 2*np.pi/3*np.subtract.outer(HUES, HUES)
-    return (1 + 2*g*np.cos(angle))/(1 + 2*g)
+    g = math.exp(-1 / (2 * 0.8**2))
+    angle = 2 * np.pi / 3 * np.subtract.outer(HUES, HUES)
+    return (1 + 2 * g * np.cos(angle)) / (1 + 2 * g)
 
 # %% ../../nbs/04_models/03_scattering3d.ipynb #cell-009
 @lru_cache(8)
 def _volumes(height, width, J, L):
     "`volume_bank` as arrays, which no mode of torch's spoils for the next call."
+
     def scale(j):
-        plane = np.stack([morlet(height, width, .8*2**j, (L//2 - 1 - t)*math.pi/L, .75*math.pi/2**j, 4/L) for t in range(L)])
+        plane = np.stack(
+            [
+                morlet(height, width, 0.8 * 2**j, (L // 2 - 1 - t) * math.pi / L, 0.75 * math.pi / 2**j, 4 / L)
+                for t in range(L)
+            ]
+        )
         volume = np.einsum("tyx,hc->thcyx", plane, colour_waves()).reshape(-1, 3, height, width)
         return np.stack([volume, volume], -1).astype(np.float32)
+
     return [scale(j) for j in range(J)]
 
+
 def volume_bank(
-    height: int, # of the tile in pixels
+    height: int,  # of the tile in pixels
     width: int,
-    J: int, # scales
-    L: int, # angles
-    device=None, # of the filters
-) -> list: # for each scale (L*3, 3, height, width, 2): angle and hue, colour frequency, and the same twice; float32
+    J: int,  # scales
+    L: int,  # angles
+    device=None,  # of the filters
+) -> list:  # for each scale (L*3, 3, height, width, 2): angle and hue, colour frequency, and the same twice; float32
     "All wavelets for volumes of one size, in the Fourier domain."
     return [torch.from_numpy(w).to(device) for w in _volumes(height, width, J, L)]
 
 # %% ../../nbs/04_models/03_scattering3d.ipynb #cell-012
 class Scattering3d(nn.Module):
     "Scattering transform of RGB tiles as periodic volumes (colour, height, width)."
+
     def __init__(
         self,
-        J: int = 2, # scales
-        L: int = 4, # angles
-        order: int = 2, # layers of wavelets, 1 or 2
-        maps: bool = False, # average around every 2^J-th pixel; else over the volume
-        together: int = 2, # volumes that are worked on at a time
+        J: int = 2,  # scales
+        L: int = 4,  # angles
+        order: int = 2,  # layers of wavelets, 1 or 2
+        maps: bool = False,  # average around every 2^J-th pixel; else over the volume
+        together: int = 2,  # volumes that are worked on at a time
     ):
         super().__init__()
-        if J < 1 or L < 1 or order not in (1, 2): raise BadInput("scattering", f"J={J}, L={L}, order={order}", "Use J and L of at least 1, and order 1 or 2.")
+        if J < 1 or L < 1 or order not in (1, 2):
+            raise BadInput("scattering", f"J={J}, L={L}, order={order}", "Use J and L of at least 1, and order 1 or 2.")
         self.J, self.L, self.order, self.maps, self.together = J, L, order, maps, together
         scales = [[(j, t, h) for t in range(L) for h in HUES] for j in range(J)]
         self.paths = [(), *((p,) for scale in scales for p in scale)]  # of (scale, angle, hue)
-        if order == 2: self.paths += [(p, q) for a in range(J) for p in scales[a] for finer in scales[a + 1:] for q in finer]
+        if order == 2:
+            self.paths += [(p, q) for a in range(J) for p in scales[a] for finer in scales[a + 1 :] for q in finer]
 
     def forward(
         self,
-        x: torch.Tensor, # (B, 3, H, W), float; computed in float32
-    ) -> torch.Tensor: # (B, len(self.paths)), as maps (B, len(self.paths), H/2^J, W/2^J); of the dtype of x
+        x: torch.Tensor,  # (B, 3, H, W), float; computed in float32
+    ) -> torch.Tensor:  # (B, len(self.paths)), as maps (B, len(self.paths), H/2^J, W/2^J); of the dtype of x
         self._check(x)
         with torch.autocast(x.device.type, enabled=False):
             return torch.cat([self._scatter(part) for part in x.float().split(self.together)]).to(x.dtype)
 
     def _check(self, x):
-        given, k = f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}", 2**self.J
-        if x.ndim != 4 or x.shape[1] != 3 or not len(x) or not x.is_floating_point(): raise BadInput("tiles", given, "Give float RGB tiles (B, 3, H, W).")
-        if min(x.shape[2:]) < k: raise BadInput("tiles", given, f"J={self.J} needs {k} pixels along each side: use larger tiles, or a smaller J.")
-        if self.maps and any(n % k for n in x.shape[2:]): raise BadInput("tiles", given, f"Maps of J={self.J} need sides that are multiples of {k}: crop or pad the tiles.")
+        given = f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+        k = 2**self.J
+        if x.ndim != 4 or x.shape[1] != 3 or not len(x) or not x.is_floating_point():
+            raise BadInput("tiles", given, "Give float RGB tiles (B, 3, H, W).")
+        if min(x.shape[2:]) < k:
+            raise BadInput(
+                "tiles", given, f"J={self.J} needs {k} pixels along each side: use larger tiles, or a smaller J."
+            )
+        if self.maps and any(n % k for n in x.shape[2:]):
+            raise BadInput(
+                "tiles", given, f"Maps of J={self.J} need sides that are multiples of {k}: crop or pad the tiles."
+            )
 
     def _scatter(self, x):
         "Volumes (B,3,H,W) to (B,paths) or (B,paths,H/2^J,W/2^J)."
-        waves, average, dims = volume_bank(*x.shape[2:], self.J, self.L, x.device), self._average(x), (-3, -2, -1)
-        first, second, spectrum = [average(x[:, None])], [], _spectrum(x[:, None], dims)
+        waves = volume_bank(*x.shape[2:], self.J, self.L, x.device)
+        average = self._average(x)
+        dims = (-3, -2, -1)
+        first = [average(x[:, None])]
+        second = []
+        spectrum = _spectrum(x[:, None], dims)
         for a in range(self.J):
             u = _filtered(spectrum, waves[a], dims=dims)  # (B,3L,3,H,W)
             first.append(average(u))
-            if self.order == 1 or a == self.J - 1: continue
+            if self.order == 1 or a == self.J - 1:
+                continue
             finer = []
             for part in u.flatten(0, 1).split(self.together):
                 inner = _spectrum(part[:, None], dims)
-                finer.append(torch.cat([average(_filtered(inner, waves[b], dims=dims)) for b in range(a + 1, self.J)], 1))
-            second.append(torch.cat(finer).unflatten(0, (len(x), -1)).flatten(1, 2))  # wavelet of the first, then of the second
+                finer.append(
+                    torch.cat([average(_filtered(inner, waves[b], dims=dims)) for b in range(a + 1, self.J)], 1)
+                )
+            second.append(
+                torch.cat(finer).unflatten(0, (len(x), -1)).flatten(1, 2)
+            )  # wavelet of the first, then of the second
         return torch.cat(first + second, 1)
 
     def _average(self, x):
         "What takes volumes (...,3,H,W) to their mean or to their maps."
-        if not self.maps: return lambda u: u.mean((-3, -2, -1))
+        if not self.maps:
+            return lambda u: u.mean((-3, -2, -1))
         rows, columns = (torch.from_numpy(_average(n, self.J, 0)).to(x.device, torch.float32) for n in x.shape[2:])
         return lambda u: rows @ u.mean(-3) @ columns.T
 
     def renamed(
         self,
-        turns: int = 1, # quarters, as in `torch.rot90(x, turns, (2, 3))`
-        flip: bool = False, # left and right are exchanged before
-    ) -> list: # the coefficients over the volume of the moved tile are those of the tile at these places
+        turns: int = 1,  # quarters, as in `torch.rot90(x, turns, (2, 3))`
+        flip: bool = False,  # left and right are exchanged before
+    ) -> list:  # the coefficients over the volume of the moved tile are those of the tile at these places
         "How a rotation or reflection permutes the paths."
-        if self.L % 2: raise BadInput("angles", f"L={self.L}", "A quarter turn takes angles to angles only if their number is even.")
+        if self.L % 2:
+            raise BadInput(
+                "angles", f"L={self.L}", "A quarter turn takes angles to angles only if their number is even."
+            )
+
         def source(j, t, hue):
-            angle = self.L//2 - 1 - t - turns*self.L//2  # in steps of the half turn, before the rotation
-            over, t = divmod(self.L//2 - 1 - (-angle if flip else angle), self.L)
-            return j, t, hue*(-1)**over
+            angle = self.L // 2 - 1 - t - turns * self.L // 2  # in steps of the half turn, before the rotation
+            over, t = divmod(self.L // 2 - 1 - (-angle if flip else angle), self.L)
+            return j, t, hue * (-1) ** over
+
         where = {path: i for i, path in enumerate(self.paths)}
         return [where[tuple(source(*p) for p in path)] for path in self.paths]
 
-    def extra_repr(self): return f"J={self.J}, L={self.L}, order={self.order}, {len(self.paths)} {'maps' if self.maps else 'numbers'}"
+    def extra_repr(self):
+        return f"J={self.J}, L={self.L}, order={self.order}, {len(self.paths)} {'maps' if self.maps else 'numbers'}"

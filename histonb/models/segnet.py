@@ -17,23 +17,35 @@ from .unet import check_images
 # %% ../../nbs/04_models/13_segnet.ipynb #cell-007
 def _block(widths):
     "3x3 convolutions with batch normalisation and ReLU, from each width to the next."
-    return nn.Sequential(*(layer for a, b in pairwise(widths) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True))))
+    return nn.Sequential(
+        *(
+            layer
+            for a, b in pairwise(widths)
+            for layer in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+        )
+    )
 
+# %% ../../nbs/04_models/13_segnet.ipynb #cell-007-2
 class SegNet(nn.Module):
     "SegNet (Badrinarayanan et al. 2017): VGG16's encoder, and a decoder that unpools with its indices."
+
     def __init__(
         self,
-        in_chans: int = 3, # channels of the images
-        num_classes: int = 1, # C, maps of scores
-        width: int = 64, # maps of the first block; doubled three times
+        in_chans: int = 3,  # channels of the images
+        num_classes: int = 1,  # C, maps of scores
+        width: int = 64,  # maps of the first block; doubled three times
     ):
         super().__init__()
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, width
-        widths = [width*times for times in (1, 2, 4, 8, 8)]
+        widths = [width * times for times in (1, 2, 4, 8, 8)]
         depths = (2, 2, 3, 3, 3)
-        self.encode = nn.ModuleList(_block([a, *[b]*n]) for (a, b), n in zip(pairwise([in_chans, *widths]), depths, strict=True))
+        self.encode = nn.ModuleList(
+            _block([a, *[b] * n]) for (a, b), n in zip(pairwise([in_chans, *widths]), depths, strict=True)
+        )
         above = [width, *widths[:-1]]
-        self.decode = nn.ModuleList(_block([b]*n + [a]) for a, b, n in list(zip(above, widths, depths, strict=True))[:0:-1])
+        self.decode = nn.ModuleList(
+            _block([b] * n + [a]) for a, b, n in list(zip(above, widths, depths, strict=True))[:0:-1]
+        )
         self.decode.append(_block([width, width]))
         self.head = nn.Conv2d(width, num_classes, 3, padding=1)
         for m in self.modules():
@@ -43,18 +55,19 @@ class SegNet(nn.Module):
 
     def forward_features(
         self,
-        x: torch.Tensor, # (B, in_chans, H, W), sides multiples of 32
-    ) -> torch.Tensor: # (B, num_features, H, W), the maps that are scored
+        x: torch.Tensor,  # (B, in_chans, H, W), sides multiples of 32
+    ) -> torch.Tensor:  # (B, num_features, H, W), the maps that are scored
         check_images(x, self.in_chans, 32)
         places = []
         for block in self.encode:
             x, place = F.max_pool2d(block(x), 2, return_indices=True)
             places.append(place)
-        for block, place in zip(self.decode, places[::-1], strict=True): x = block(F.max_unpool2d(x, place, 2))
+        for block, place in zip(self.decode, places[::-1], strict=True):
+            x = block(F.max_unpool2d(x, place, 2))
         return x
 
     def forward(
         self,
-        x: torch.Tensor, # (B, in_chans, H, W), sides multiples of 32
-    ) -> torch.Tensor: # (B, num_classes, H, W) scores
+        x: torch.Tensor,  # (B, in_chans, H, W), sides multiples of 32
+    ) -> torch.Tensor:  # (B, num_classes, H, W) scores
         return self.head(self.forward_features(x))

@@ -16,30 +16,44 @@ from ..core.errors import BadInput
 
 # %% ../../nbs/04_models/12_unet.ipynb #cell-005
 def check_images(
-    x, # what a network was given
-    in_chans: int, # channels that it takes
-    multiple: int, # pixels of which both sides must be a multiple
+    x,  # what a network was given
+    in_chans: int,  # channels that it takes
+    multiple: int,  # pixels of which both sides must be a multiple
 ):
     "Raise `BadInput` for what is no batch of images, and for sides that do not fit."
-    if x.ndim != 4 or x.shape[1] != in_chans: raise BadInput("image", f"of shape {tuple(x.shape)}", f"Give a batch (B, {in_chans}, H, W).")
-    if all(side and side % multiple == 0 for side in x.shape[2:]): return
-    nearest = {"x".join(str(multiple*max(side//multiple, -(-side//multiple)*up, 1)) for side in x.shape[2:]): 0 for up in (0, 1)}
-    raise BadInput("image", f"{x.shape[2]}x{x.shape[3]} px, but both sides must be multiples of {multiple}", f"Crop, pad or resize to {' or '.join(nearest)}.")
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise BadInput("image", f"of shape {tuple(x.shape)}", f"Give a batch (B, {in_chans}, H, W).")
+    if all(side and side % multiple == 0 for side in x.shape[2:]):
+        return
+    nearest = {
+        "x".join(str(multiple * max(side // multiple, -(-side // multiple) * up, 1)) for side in x.shape[2:]): 0
+        for up in (0, 1)
+    }
+    raise BadInput(
+        "image",
+        f"{x.shape[2]}x{x.shape[3]} px, but both sides must be multiples of {multiple}",
+        f"Crop, pad or resize to {' or '.join(nearest)}.",
+    )
 
 # %% ../../nbs/04_models/12_unet.ipynb #cell-008
 def _twice(a, b, norm):
     "Two 3x3 convolutions, from `a` to `b` maps."
-    layers = [(nn.Conv2d(i, b, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(b)] if norm else []), nn.ReLU(inplace=True)) for i in (a, b)]
+    layers = [
+        (nn.Conv2d(i, b, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(b)] if norm else []), nn.ReLU(inplace=True))
+        for i in (a, b)
+    ]
     return nn.Sequential(*layers[0], *layers[1])
 
+# %% ../../nbs/04_models/12_unet.ipynb #cell-008-2
 class UNet(nn.Module):
     "U-Net (Ronneberger et al. 2015) with padded convolutions."
+
     def __init__(
         self,
-        in_chans: int = 3, # channels of the images
-        num_classes: int = 1, # C, maps of scores
-        width: int = 64, # maps of the first level; doubled four times
-        norm: bool = True, # batch normalisation after each 3x3 convolution; False: as in the paper
+        in_chans: int = 3,  # channels of the images
+        num_classes: int = 1,  # C, maps of scores
+        width: int = 64,  # maps of the first level; doubled four times
+        norm: bool = True,  # batch normalisation after each 3x3 convolution; False: as in the paper
     ):
         super().__init__()
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, width
@@ -51,24 +65,26 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(width, num_classes, 1)
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
-                entering = m.in_channels*(m.kernel_size[0]**2 if isinstance(m, nn.Conv2d) else 1)
-                nn.init.normal_(m.weight, std=(2/entering)**.5)
-                if m.bias is not None: nn.init.zeros_(m.bias)
+                entering = m.in_channels * (m.kernel_size[0] ** 2 if isinstance(m, nn.Conv2d) else 1)
+                nn.init.normal_(m.weight, std=(2 / entering) ** 0.5)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
     def forward_features(
         self,
-        x: torch.Tensor, # (B, in_chans, H, W), sides multiples of 16
-    ) -> torch.Tensor: # (B, num_features, H, W), the maps that are scored
+        x: torch.Tensor,  # (B, in_chans, H, W), sides multiples of 16
+    ) -> torch.Tensor:  # (B, num_features, H, W), the maps that are scored
         check_images(x, self.in_chans, 16)
         levels = []
         for block in self.down:
             x = block(F.max_pool2d(x, 2) if levels else x)
             levels.append(x)
-        for up, join, level in zip(self.up, self.join, levels[-2::-1], strict=True): x = join(torch.cat([level, up(x)], 1))
+        for up, join, level in zip(self.up, self.join, levels[-2::-1], strict=True):
+            x = join(torch.cat([level, up(x)], 1))
         return x
 
     def forward(
         self,
-        x: torch.Tensor, # (B, in_chans, H, W), sides multiples of 16
-    ) -> torch.Tensor: # (B, num_classes, H, W) scores
+        x: torch.Tensor,  # (B, in_chans, H, W), sides multiples of 16
+    ) -> torch.Tensor:  # (B, num_classes, H, W) scores
         return self.head(self.forward_features(x))

@@ -18,48 +18,59 @@ from torch.nn import functional as F
 from ..core.errors import BadInput, nearest
 
 # %% ../../nbs/04_models/08_vit.ipynb #cell-006
-VIT = timm.list_models(module="vision_transformer") # names of the plain ViTs
+VIT = timm.list_models(module="vision_transformer")  # names of the plain ViTs
+
 
 def _whole_patches(patch_embed, args):
     "Crop images to whole patches."
     (x,), (p, q) = args, patch_embed.patch_size
-    height, width = x.shape[-2]//p*p, x.shape[-1]//q*q
-    if not height*width: raise BadInput("image", f"{x.shape[-2]}x{x.shape[-1]} px is smaller than a patch of {p}", "Give larger crops.")
+    height = x.shape[-2] // p * p
+    width = x.shape[-1] // q * q
+    if not height * width:
+        raise BadInput("image", f"{x.shape[-2]}x{x.shape[-1]} px is smaller than a patch of {p}", "Give larger crops.")
     return x[..., :height, :width]
+POSITIONS = "timm", "dino"  # antialiased, as DINOv2 with registers and Hibou; or as DINO and DINOv2 without registers
 
-POSITIONS = "timm", "dino" # antialiased, as DINOv2 with registers and Hibou; or as DINO and DINOv2 without registers
 
 def _dino_positions(model, x):
     "Position codes as the code of DINO resizes them, for patches (B, h, w, D); class token and registers go first."
-    own, grid = model.patch_embed.grid_size, x.shape[1:3]
+    own = model.patch_embed.grid_size
+    grid = x.shape[1:3]
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    first, codes = model.pos_embed[:, :prefix], model.pos_embed[:, prefix:]
+    first = model.pos_embed[:, :prefix]
+    codes = model.pos_embed[:, prefix:]
     if tuple(grid) != tuple(own):
-        scale = tuple((n + .1)/side for n, side in zip(grid, own, strict=True))  # moves the samples a little
+        scale = tuple((n + 0.1) / side for n, side in zip(grid, own, strict=True))  # moves the samples a little
         resized = F.interpolate(codes.float().transpose(1, 2).unflatten(2, own), scale_factor=scale, mode="bicubic")
         codes = resized.flatten(2).transpose(1, 2).to(codes.dtype)
     tokens = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
-    if model.no_embed_class: return model.pos_drop(torch.cat([*tokens, x.flatten(1, 2) + codes], 1))
+    if model.no_embed_class:
+        return model.pos_drop(torch.cat([*tokens, x.flatten(1, 2) + codes], 1))
     return model.pos_drop(torch.cat([*tokens, x.flatten(1, 2)], 1) + torch.cat([first, codes], 1))
 
+# %% ../../nbs/04_models/08_vit.ipynb #cell-006-2
 def set_positions(
-    model: VisionTransformer, # from `vit`
-    positions: str, # of `POSITIONS`
+    model: VisionTransformer,  # from `vit`
+    positions: str,  # of `POSITIONS`
 ):
     "Choose how a ViT resizes its position codes for images of another size than its own."
-    if positions not in POSITIONS: raise BadInput("positions", f"unknown `{positions}`", nearest(positions, POSITIONS))
-    if positions == "timm": return
+    if positions not in POSITIONS:
+        raise BadInput("positions", f"unknown `{positions}`", nearest(positions, POSITIONS))
+    if positions == "timm":
+        return
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
         raise BadInput("positions", f"`{positions}` for {type(model).__name__}, which learns none", "Leave it out.")
     model._pos_embed = types.MethodType(_dino_positions, model)
 
+
 def vit(
-    name: str, # a name of `VIT`, such as vit_small_patch16_224
-    positions: str = "timm", # of `POSITIONS`: how position codes are resized for images of another size
-    **kwargs, # other arguments of timm's `VisionTransformer`: in_chans, drop_path_rate, reg_tokens, depth ...
-) -> VisionTransformer: # images (B, C, H, W) of any size -> class token (B, D); random weights
+    name: str,  # a name of `VIT`, such as vit_small_patch16_224
+    positions: str = "timm",  # of `POSITIONS`: how position codes are resized for images of another size
+    **kwargs,  # other arguments of timm's `VisionTransformer`: in_chans, drop_path_rate, reg_tokens, depth ...
+) -> VisionTransformer:  # images (B, C, H, W) of any size -> class token (B, D); random weights
     "A ViT by its name in `timm`, without a classifier."
-    if name not in VIT: raise BadInput(name, "no such ViT", nearest(name, VIT))
+    if name not in VIT:
+        raise BadInput(name, "no such ViT", nearest(name, VIT))
     model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **kwargs)
     model.patch_embed.register_forward_pre_hook(_whole_patches)
     set_positions(model, positions)
@@ -69,36 +80,74 @@ def vit(
 @dataclasses.dataclass
 class TokenMaps:
     "What a ViT looked at, block by block. The class token and any registers come first, then the patches in reading order of `grid`."
-    grid: tuple[int, int] # rows and columns of patches, N = product
-    class_attention: list = dataclasses.field(default_factory=list) # per block (B, h, P+N): rows sum to 1
-    norm: list = dataclasses.field(default_factory=list) # per block (B, P+N): length of Attention(Q,K,V), all heads together, before the projection
 
+    grid: tuple[int, int]  # rows and columns of patches, N = product
+    class_attention: list = dataclasses.field(default_factory=list)  # per block (B, h, P+N): rows sum to 1
+    norm: list = dataclasses.field(
+        default_factory=list
+    )  # per block (B, P+N): length of Attention(Q,K,V), all heads together, before the projection
+
+# %% ../../nbs/04_models/08_vit.ipynb #cell-017-2
 def look(
-    model: VisionTransformer, # from `vit`
-    images: torch.Tensor, # (B, C, H, W)
-) -> tuple[torch.Tensor, TokenMaps]: # tokens (B, P+N, D), and the maps of every block
+    model: VisionTransformer,  # from `vit`
+    images: torch.Tensor,  # (B, C, H, W)
+) -> tuple[torch.Tensor, TokenMaps]:  # tokens (B, P+N, D), and the maps of every block
     "Tokens, and what each block looked at on the way. Where there is no class token, `class_attention` is that of the first token."
     layers = [getattr(block, "attn", None) for block in model.blocks]
     if not all(isinstance(attn, Attention) for attn in layers):
-        raise BadInput(type(model.blocks[0]).__name__, "a block without one plain attention", "Choose a ViT of ordinary blocks, such as vit_small_patch16_224.")
-    maps, q = TokenMaps(()), []
-    def grid(_, args, out): maps.grid = tuple(out.shape[1:3])
-    def query(_, args, out): q[:] = [out[:, :, :1]]  # (B, h, 1, d)
-    def row(attn): return lambda _, args, k: maps.class_attention.append((q[0] @ k.transpose(-2, -1)*attn.scale).softmax(-1)[:, :, 0])
-    def length(_, args): maps.norm.append(args[0].norm(dim=-1))
-    hooks = [model.patch_embed.register_forward_hook(grid), *(hook for attn in layers for hook in (
-        attn.q_norm.register_forward_hook(query), attn.k_norm.register_forward_hook(row(attn)), attn.norm.register_forward_pre_hook(length)))]
-    try: return model.forward_features(images), maps
-    finally:
-        for hook in hooks: hook.remove()
+        raise BadInput(
+            type(model.blocks[0]).__name__,
+            "a block without one plain attention",
+            "Choose a ViT of ordinary blocks, such as vit_small_patch16_224.",
+        )
+    maps = TokenMaps(())
+    q = []
 
+    def grid(_, args, out):
+        maps.grid = tuple(out.shape[1:3])
+
+    def query(_, args, out):
+        q[:] = [out[:, :, :1]]  # (B, h, 1, d)
+
+    def row(attn):
+        return lambda _, args, k: maps.class_attention.append(
+            (q[0] @ k.transpose(-2, -1) * attn.scale).softmax(-1)[:, :, 0]
+        )
+
+    def length(_, args):
+        maps.norm.append(args[0].norm(dim=-1))
+
+    hooks = [
+        model.patch_embed.register_forward_hook(grid),
+        *(
+            hook
+            for attn in layers
+            for hook in (
+                attn.q_norm.register_forward_hook(query),
+                attn.k_norm.register_forward_hook(row(attn)),
+                attn.norm.register_forward_pre_hook(length),
+            )
+        ),
+    ]
+    try:
+        return model.forward_features(images), maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+# %% ../../nbs/04_models/08_vit.ipynb #cell-017-3
 def class_attention(
-    model: VisionTransformer, # from `vit`
-    images: torch.Tensor, # (B, C, H, W)
-    block: int = -1, # which block, from 0; negative: from the end
-) -> tuple[torch.Tensor, torch.Tensor]: # tokens (B, P+N, D) and attention (B, h, P+N): rows sum to 1; the class token and any registers first
+    model: VisionTransformer,  # from `vit`
+    images: torch.Tensor,  # (B, C, H, W)
+    block: int = -1,  # which block, from 0; negative: from the end
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # tokens (B, P+N, D) and attention (B, h, P+N): rows sum to 1; the class token and any registers first
     "Tokens, and how the class token of one block weighs them, for each head."
     depth = len(model.blocks)
-    if not -depth <= block < depth: raise BadInput("block", f"there is no block {block}", f"Choose one from 0 to {depth - 1}, or from -{depth} to -1.")
+    if not -depth <= block < depth:
+        raise BadInput(
+            "block", f"there is no block {block}", f"Choose one from 0 to {depth - 1}, or from -{depth} to -1."
+        )
     tokens, maps = look(model, images)
     return tokens, maps.class_attention[block]

@@ -18,224 +18,313 @@ from torch.nn import functional as F
 from ..core.errors import BadInput, nearest
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-005
-WAVELETS = {"haar": 1, "db2": 2, "db3": 3, "db4": 4} # name -> order N
+WAVELETS = {"haar": 1, "db2": 2, "db3": 3, "db4": 4}  # name -> order N
+
 
 @lru_cache
 def filters(
-    wavelet: str, # haar, db2, db3 or db4
-) -> tuple: # h, g: L = 2N numbers each
+    wavelet: str,  # haar, db2, db3 or db4
+) -> tuple:  # h, g: L = 2N numbers each
     "Low-pass and high-pass of a Daubechies wavelet (Daubechies 1988), from the roots of its squared response."
-    if wavelet not in WAVELETS: raise BadInput("wavelet", f"unknown: `{wavelet}`", nearest(wavelet, WAVELETS))
-    n, Poly = WAVELETS[wavelet], np.polynomial.Polynomial
-    h = Poly([1., 1.])**n
+    if wavelet not in WAVELETS:
+        raise BadInput("wavelet", f"unknown: `{wavelet}`", nearest(wavelet, WAVELETS))
+    n = WAVELETS[wavelet]
+    Poly = np.polynomial.Polynomial
+    h = Poly([1.0, 1.0]) ** n
     for y in Poly([math.comb(n - 1 + k, k) for k in range(n)]).roots():
-        z = 1 - 2*y + np.sqrt((1 - 2*y)**2 - 1 + 0j)
-        h *= Poly([-(z if abs(z) < 1 else 1/z), 1])
-    h = h.coef.real*math.sqrt(2)/h.coef.real.sum()
-    return tuple(h), tuple(h[::-1]*(-1.)**np.arange(1, 2*n + 1))
+        z = 1 - 2 * y + np.sqrt((1 - 2 * y) ** 2 - 1 + 0j)
+        h *= Poly([-(z if abs(z) < 1 else 1 / z), 1])
+    h = h.coef.real * math.sqrt(2) / h.coef.real.sum()
+    return tuple(h), tuple(h[::-1] * (-1.0) ** np.arange(1, 2 * n + 1))
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-008
-MODES = ("zero", "constant", "symmetric", "reflect", "periodic", "smooth", "antisymmetric", "antireflect", "periodization")
+MODES = (
+    "zero",
+    "constant",
+    "symmetric",
+    "reflect",
+    "periodic",
+    "smooth",
+    "antisymmetric",
+    "antireflect",
+    "periodization",
+)
+
 
 def extend(
-    x: torch.Tensor, # of any shape
-    dim: int, # along which axis
-    before: int, # values to add in front
-    after: int, # values to add at the end
-    mode: str, # one of MODES
+    x: torch.Tensor,  # of any shape
+    dim: int,  # along which axis
+    before: int,  # values to add in front
+    after: int,  # values to add at the end
+    mode: str,  # one of MODES
 ) -> torch.Tensor:
     "A signal continued beyond its ends, as PyWavelets continues it; far beyond them too."
-    if not before and not after: return x
-    n, shape = x.shape[dim], [-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]
+    if not before and not after:
+        return x
+    n = x.shape[dim]
+    shape = [-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]
     i = torch.cat([torch.arange(-before, 0), torch.arange(n, n + after)]).to(x.device)
     ends = _beyond(x, dim, i, shape, mode)
     return torch.cat([ends.narrow(dim, 0, before), x, ends.narrow(dim, before, after)], dim)
 
+# %% ../../nbs/04_models/01_wavelets.ipynb #cell-008-2
 def _beyond(x, dim, i, shape, mode):
     "The values at places `i` outside of 0 .. n-1."
     n, edge = x.shape[dim], lambda k: x.narrow(dim, k % x.shape[dim], 1)
-    if mode in ("periodic", "periodization"): return x.index_select(dim, i % n)
+    if mode in ("periodic", "periodization"):
+        return x.index_select(dim, i % n)
     if mode in ("symmetric", "antisymmetric"):
-        place = i % (2*n)
-        out = x.index_select(dim, torch.where(place < n, place, 2*n - 1 - place))
-        return out if mode == "symmetric" else out*torch.where(place < n, 1, -1).view(shape)
+        place = i % (2 * n)
+        out = x.index_select(dim, torch.where(place < n, place, 2 * n - 1 - place))
+        return out if mode == "symmetric" else out * torch.where(place < n, 1, -1).view(shape)
     if mode in ("reflect", "antireflect"):
-        period = max(2*n - 2, 1)
+        period = max(2 * n - 2, 1)
         place = i % period
         out = x.index_select(dim, torch.where(place < n, place, period - place))
-        if mode == "reflect": return out
-        return torch.where((place < n).view(shape), out, 2*edge(-1) - out) + 2*(edge(-1) - edge(0))*(i//period).view(shape)  # each period climbs
+        if mode == "reflect":
+            return out
+        return torch.where((place < n).view(shape), out, 2 * edge(-1) - out) + 2 * (edge(-1) - edge(0)) * (
+            i // period
+        ).view(shape)  # each period climbs
     inside = i.clamp(0, n - 1)
-    out, beyond = x.index_select(dim, inside), (i - inside).view(shape)
-    if mode == "constant": return out
-    if mode == "zero": return torch.zeros_like(out)
-    return out + beyond*torch.where(beyond < 0, edge(min(1, n - 1)) - edge(0), edge(-1) - edge(max(n - 2, 0)))
+    out = x.index_select(dim, inside)
+    beyond = (i - inside).view(shape)
+    if mode == "constant":
+        return out
+    if mode == "zero":
+        return torch.zeros_like(out)
+    return out + beyond * torch.where(beyond < 0, edge(min(1, n - 1)) - edge(0), edge(-1) - edge(max(n - 2, 0)))
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-011
-DENSE = 512 # values of an axis up to which it is split by a matrix product
+DENSE = 512  # values of an axis up to which it is split by a matrix product
+
 
 def _taps(x, wavelet):
     "Both filters, reversed, for the convolutions: (2,1,L)."
     return torch.tensor(filters(wavelet), dtype=x.dtype, device=x.device).flip(1)[:, None]
 
+
 def _convolve(x, wavelet, mode):
     "Rows (M,n) to their bands (M,2,k)."
-    n, size = x.shape[1], 2*WAVELETS[wavelet]
+    n = x.shape[1]
+    size = 2 * WAVELETS[wavelet]
     if mode == "periodization":
-        x = extend(extend(x, 1, 0, n % 2, "constant"), 1, size//2 - 1, size//2 - 1, "periodic")
-    else: x = extend(x, 1, size - 2, size - 2 + n % 2, mode)
+        x = extend(extend(x, 1, 0, n % 2, "constant"), 1, size // 2 - 1, size // 2 - 1, "periodic")
+    else:
+        x = extend(x, 1, size - 2, size - 2 + n % 2, mode)
     return F.conv1d(x[:, None], _taps(x, wavelet), stride=2)
+
 
 def _transpose(bands, wavelet, mode):
     "Bands (M,2,k) to rows (M,n), with one value too many where n was odd."
-    cut = 2*WAVELETS[wavelet] - 2
+    cut = 2 * WAVELETS[wavelet] - 2
     if mode == "periodization":  # so far around that the ends are right
-        around = math.ceil(cut/4)
-        bands, cut = extend(bands, 2, around, around, "periodic"), cut//2 + 2*around
+        around = math.ceil(cut / 4)
+        bands = extend(bands, 2, around, around, "periodic")
+        cut = cut // 2 + 2 * around
     x = F.conv_transpose1d(bands, _taps(bands, wavelet), stride=2)[:, 0]
-    return x[:, cut:x.shape[1] - cut]
+    return x[:, cut : x.shape[1] - cut]
+
 
 @lru_cache(256)
 @torch.inference_mode(False)  # it outlives the call: made in inference mode it could not be trained through later
 def _matrix(n, wavelet, mode, back):
     "(n, 2k): what `_convolve` makes of unit signals; or with `back` (2n, m) what `_transpose` makes of unit bands of length n."
-    unit = torch.eye(2*n if back else n, dtype=torch.float64)
+    unit = torch.eye(2 * n if back else n, dtype=torch.float64)
     return _transpose(unit.view(-1, 2, n), wavelet, mode) if back else _convolve(unit, wavelet, mode).flatten(1)
 
+# %% ../../nbs/04_models/01_wavelets.ipynb #cell-011-2
 def _split(x, dim, wavelet, mode):
     "Low and high band of one axis."
     x, n = x.movedim(dim, -1), x.shape[dim]
-    bands = (x @ _matrix(n, wavelet, mode, False).to(x) if n <= DENSE else _convolve(x.reshape(-1, n), wavelet, mode).view(*x.shape[:-1], -1)).unflatten(-1, (2, -1))
+    bands = (
+        x @ _matrix(n, wavelet, mode, False).to(x)
+        if n <= DENSE
+        else _convolve(x.reshape(-1, n), wavelet, mode).view(*x.shape[:-1], -1)
+    ).unflatten(-1, (2, -1))
     return [band.movedim(-1, dim) for band in bands.unbind(-2)]
+
 
 def _merge(low, high, dim, wavelet, mode):
     "One axis from its bands."
-    bands, k = torch.cat([low.movedim(dim, -1), high.movedim(dim, -1)], -1), low.shape[dim]
-    if 2*k <= DENSE: x = bands @ _matrix(k, wavelet, mode, True).to(bands)
-    else: x = _transpose(bands.reshape(-1, 2, k), wavelet, mode).view(*bands.shape[:-1], -1)
+    bands = torch.cat([low.movedim(dim, -1), high.movedim(dim, -1)], -1)
+    k = low.shape[dim]
+    if 2 * k <= DENSE:
+        x = bands @ _matrix(k, wavelet, mode, True).to(bands)
+    else:
+        x = _transpose(bands.reshape(-1, 2, k), wavelet, mode).view(*bands.shape[:-1], -1)
     return x.movedim(-1, dim)
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-014
 class _Blocks(torch.autograd.Function):
     "(..., n_1, ..., n_k), all even, to (2^k, ..., n_1/2, ..., n_k/2): the bands of the last k axes."
+
     @staticmethod
     def forward(x, k):
-        lead, half = x.shape[:-k], [n//2 for n in x.shape[-k:]]
+        lead = x.shape[:-k]
+        half = [n // 2 for n in x.shape[-k:]]
         x = x.reshape(-1, *(v for n in half for v in (n, 2)))
-        rows = x.permute(*range(2, 2*k + 1, 2), 0, *range(1, 2*k, 2)).reshape(2**k, -1)
+        rows = x.permute(*range(2, 2 * k + 1, 2), 0, *range(1, 2 * k, 2)).reshape(2**k, -1)
         return (_rotation(k, x.dtype, x.device) @ rows).view(2**k, *lead, *half)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.k = inputs[1]
+    def setup_context(ctx, inputs, output):
+        ctx.k = inputs[1]
 
     @staticmethod
-    def backward(ctx, bands): return _Unblocks.apply(bands, ctx.k), None
+    def backward(ctx, bands):
+        return _Unblocks.apply(bands, ctx.k), None
+
 
 class _Unblocks(torch.autograd.Function):
     "The inverse of `_Blocks`, which is its transpose."
+
     @staticmethod
     def forward(bands, k):
-        lead, half = bands.shape[1:-k], bands.shape[-k:]
-        x = (_rotation(k, bands.dtype, bands.device) @ bands.reshape(2**k, -1)).view(*[2]*k, -1, *half)
-        return x.permute(k, *(v for d in range(k) for v in (k + 1 + d, d))).reshape(*lead, *(2*n for n in half))
+        lead = bands.shape[1:-k]
+        half = bands.shape[-k:]
+        x = (_rotation(k, bands.dtype, bands.device) @ bands.reshape(2**k, -1)).view(*[2] * k, -1, *half)
+        return x.permute(k, *(v for d in range(k) for v in (k + 1 + d, d))).reshape(*lead, *(2 * n for n in half))
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.k = inputs[1]
+    def setup_context(ctx, inputs, output):
+        ctx.k = inputs[1]
 
     @staticmethod
-    def backward(ctx, x): return _Blocks.apply(x, ctx.k), None
+    def backward(ctx, x):
+        return _Blocks.apply(x, ctx.k), None
 
+# %% ../../nbs/04_models/01_wavelets.ipynb #cell-014-2
 def _rotation(k, dtype, device):
     "Sums and differences of 2^k values."
-    h = torch.tensor([[1., 1.], [1., -1.]], dtype=torch.float64)/math.sqrt(2)
+    h = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
     out = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(k): out = torch.kron(out, h)
+    for _ in range(k):
+        out = torch.kron(out, h)
     return out.to(device, dtype)
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-017
 def _checked(x, dims, wavelet, mode):
     "The axes as non-negative numbers; what cannot be transformed is refused."
     filters(wavelet)
-    if mode not in MODES: raise BadInput("mode", f"unknown: `{mode}`", nearest(mode, MODES))
-    if not x.is_floating_point(): raise BadInput("image", f"{x.dtype}".removeprefix("torch."), "Give float32, float16, bfloat16 or float64: bytes would overflow.")
-    if not dims or any(not -x.ndim <= d < x.ndim for d in dims): raise BadInput("dims", f"{tuple(dims)} of an image of shape {tuple(x.shape)}", "Name axes it has.")
+    if mode not in MODES:
+        raise BadInput("mode", f"unknown: `{mode}`", nearest(mode, MODES))
+    if not x.is_floating_point():
+        raise BadInput(
+            "image",
+            f"{x.dtype}".removeprefix("torch."),
+            "Give float32, float16, bfloat16 or float64: bytes would overflow.",
+        )
+    if not dims or any(not -x.ndim <= d < x.ndim for d in dims):
+        raise BadInput("dims", f"{tuple(dims)} of an image of shape {tuple(x.shape)}", "Name axes it has.")
     axes = [d % x.ndim for d in dims]
-    if len(set(axes)) < len(axes): raise BadInput("dims", f"{tuple(dims)} names an axis twice", "Name each axis once.")
-    if not x.numel(): raise BadInput("image", f"of shape {tuple(x.shape)}", "An empty image has no bands.")
+    if len(set(axes)) < len(axes):
+        raise BadInput("dims", f"{tuple(dims)} names an axis twice", "Name each axis once.")
+    if not x.numel():
+        raise BadInput("image", f"of shape {tuple(x.shape)}", "An empty image has no bands.")
     return axes
 
+# %% ../../nbs/04_models/01_wavelets.ipynb #cell-017-2
 def dwt(
-    x: torch.Tensor, # of any shape, float
-    dims=(-2, -1), # axes to split
-    wavelet: str = "haar", # of WAVELETS
-    mode: str = "symmetric", # of MODES: what lies beyond the border
-) -> dict: # name of the band -> tensor, each axis about half as long
+    x: torch.Tensor,  # of any shape, float
+    dims=(-2, -1),  # axes to split
+    wavelet: str = "haar",  # of WAVELETS
+    mode: str = "symmetric",  # of MODES: what lies beyond the border
+) -> dict:  # name of the band -> tensor, each axis about half as long
     "Discrete wavelet transform, one level: `pywt.dwtn` with gradients."
-    axes, names = _checked(x, dims, wavelet, mode), list(map("".join, itertools.product("ad", repeat=len(dims))))
+    axes = _checked(x, dims, wavelet, mode)
+    names = list(map("".join, itertools.product("ad", repeat=len(dims))))
     if wavelet == "haar":
-        for d in axes: x = extend(x, d, 0, x.shape[d] % 2, "constant" if mode == "periodization" else mode)
+        for d in axes:
+            x = extend(x, d, 0, x.shape[d] % 2, "constant" if mode == "periodization" else mode)
         last = range(-len(axes), 0)
         bands = _Blocks.apply(x.movedim(axes, list(last)), len(axes))
         return {name: band.movedim(list(last), axes) for name, band in zip(names, bands, strict=True)}
     bands = [x]
-    for d in axes: bands = [half for band in bands for half in _split(band, d, wavelet, mode)]
+    for d in axes:
+        bands = [half for band in bands for half in _split(band, d, wavelet, mode)]
     return dict(zip(names, bands, strict=True))
 
+# %% ../../nbs/04_models/01_wavelets.ipynb #cell-017-3
 def idwt(
-    bands: dict, # from `dwt`
-    dims=(-2, -1), # its axes
-    wavelet: str = "haar", # its wavelet
-    mode: str = "symmetric", # its mode
-    size=None, # of the image along `dims`; None: even sizes
-) -> torch.Tensor: # the image
+    bands: dict,  # from `dwt`
+    dims=(-2, -1),  # its axes
+    wavelet: str = "haar",  # its wavelet
+    mode: str = "symmetric",  # its mode
+    size=None,  # of the image along `dims`; None: even sizes
+) -> torch.Tensor:  # the image
     "The image from its bands: `pywt.idwtn` with gradients."
     names = list(map("".join, itertools.product("ad", repeat=len(dims))))
-    if set(bands) != set(names): raise BadInput("bands", f"{', '.join(bands)}", f"Give {', '.join(names)}.")
-    if len({tuple(b.shape) for b in bands.values()}) > 1: raise BadInput("bands", "their shapes differ: " + ", ".join(f"{k} {tuple(b.shape)}" for k, b in bands.items()), "Give the bands of one image.")
+    if set(bands) != set(names):
+        raise BadInput("bands", f"{', '.join(bands)}", f"Give {', '.join(names)}.")
+    if len({tuple(b.shape) for b in bands.values()}) > 1:
+        raise BadInput(
+            "bands",
+            "their shapes differ: " + ", ".join(f"{k} {tuple(b.shape)}" for k, b in bands.items()),
+            "Give the bands of one image.",
+        )
     parts = [bands[name] for name in names]
     axes = _checked(parts[0], dims, wavelet, mode)
     if wavelet == "haar":
         last = list(range(-len(axes), 0))
         x = _Unblocks.apply(torch.stack([b.movedim(axes, last) for b in parts]), len(axes)).movedim(last, axes)
     else:
-        for d in reversed(axes): parts = [_merge(low, high, d, wavelet, mode) for low, high in zip(parts[::2], parts[1::2], strict=True)]
-        x, = parts
+        for d in reversed(axes):
+            parts = [_merge(low, high, d, wavelet, mode) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+        (x,) = parts
     full = [x.shape[d] for d in axes]
-    if size and (len(size) != len(full) or any(n > m for n, m in zip(size, full, strict=True))): raise BadInput("size", f"{tuple(size)}", f"The bands hold up to {'x'.join(map(str, full))}, an axis each.")
-    for d, n in zip(axes, size or full, strict=True): x = x.narrow(d, 0, n)
+    if size and (len(size) != len(full) or any(n > m for n, m in zip(size, full, strict=True))):
+        raise BadInput("size", f"{tuple(size)}", f"The bands hold up to {'x'.join(map(str, full))}, an axis each.")
+    for d, n in zip(axes, size or full, strict=True):
+        x = x.narrow(d, 0, n)
     return x
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-022
 class WaveletTransform(nn.Module):
     "(..., H, W) to `[coarse, details of the coarsest level, ..., of the finest]`; details are dicts of bands."
+
     def __init__(
         self,
-        dims=(-2, -1), # axes to split; (-3, -2, -1): colour too
-        levels: int = 1, # how often
-        wavelet: str = "haar", # of WAVELETS
-        mode: str = "symmetric", # of MODES
+        dims=(-2, -1),  # axes to split; (-3, -2, -1): colour too
+        levels: int = 1,  # how often
+        wavelet: str = "haar",  # of WAVELETS
+        mode: str = "symmetric",  # of MODES
     ):
         super().__init__()
-        if levels < 1: raise BadInput("levels", str(levels), "Split at least once.")
-        self.dims, self.levels, self.wavelet, self.mode = tuple(dims), levels, wavelet, mode
+        if levels < 1:
+            raise BadInput("levels", str(levels), "Split at least once.")
+        self.dims = tuple(dims)
+        self.levels = levels
+        self.wavelet = wavelet
+        self.mode = mode
 
     def forward(self, x):
         details = []
         for _ in range(self.levels):
             bands = dwt(x, self.dims, self.wavelet, self.mode)
-            x = bands.pop("a"*len(self.dims))
+            x = bands.pop("a" * len(self.dims))
             details.append(bands)
         return [x, *reversed(details)]
 
-    def extra_repr(self): return f"dims={self.dims}, levels={self.levels}, {self.wavelet}, {self.mode}"
+    def extra_repr(self):
+        return f"dims={self.dims}, levels={self.levels}, {self.wavelet}, {self.mode}"
 
+# %% ../../nbs/04_models/01_wavelets.ipynb #cell-022-2
 class InverseWavelet(WaveletTransform):
     "What `WaveletTransform` with the same settings has split, put together."
+
     def forward(self, parts, size=None):
-        x, coarse = parts[0], "a"*len(self.dims)
-        if len(parts) != self.levels + 1: raise BadInput("parts", f"{len(parts) - 1} levels of details for {self.levels}", "Give what the transform of the same settings gave.")
+        x = parts[0]
+        coarse = "a" * len(self.dims)
+        if len(parts) != self.levels + 1:
+            raise BadInput(
+                "parts",
+                f"{len(parts) - 1} levels of details for {self.levels}",
+                "Give what the transform of the same settings gave.",
+            )
         for level, bands in enumerate(parts[1:], 1):
             like = next(iter(bands.values()))
-            for d in self.dims: x = x.narrow(d, 0, min(x.shape[d], like.shape[d]))  # one too many where it was odd
+            for d in self.dims:
+                x = x.narrow(d, 0, min(x.shape[d], like.shape[d]))  # one too many where it was odd
             x = idwt({coarse: x, **bands}, self.dims, self.wavelet, self.mode, size if level == self.levels else None)
         return x

@@ -26,14 +26,12 @@ from ..core.errors import BadInput, plain, refusals_told
 from ..core.files import atomic_path, read_json
 
 # %% ../../nbs/04_models/04_weights.ipynb #cell-005
-SUFFIXES = ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pth.tar" # of files of weights
-
+SUFFIXES = ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pth.tar"  # of files of weights
 _AGAIN = "Copy or download it again."
 _ALONE = "Ask its makers for a safetensors file, or for the state dict alone."
 _UNPACK = "Unpack it and give the file inside."
 _CONVERT = "Convert it to safetensors, or ask its makers for PyTorch weights."
-
-OTHER_FILES = { # first bytes -> what the file is, what to do
+OTHER_FILES = {  # first bytes -> what the file is, what to do
     b"version https://git-lfs": ("a Git LFS pointer, not the weights", "Run `git lfs pull` in its clone."),
     b"\x1f\x8b": ("a gzip archive", _UNPACK),
     b"BZh": ("a bzip2 archive", _UNPACK),
@@ -46,64 +44,112 @@ OTHER_FILES = { # first bytes -> what the file is, what to do
     b"GGUF": ("a GGUF file", _CONVERT),
 }
 
+
 def _describe(head):
     "What a file is that begins so, and what to do, where it holds no weights."
     for magic, answer in OTHER_FILES.items():
-        if head.startswith(magic): return answer
-    if head[257:262] == b"ustar": return "a tar archive", _UNPACK
+        if head.startswith(magic):
+            return answer
+    if head[257:262] == b"ustar":
+        return "a tar archive", _UNPACK
     if re.match(rb"\x80[\x02-\x05]", head):
         return "a pickle that torch.save did not write and that could run code", _ALONE
     text = head.decode("utf-8", "replace").lstrip("\ufeff\t\n\r ")
-    if text.startswith("<"): return "a web page, not weights: the download failed", "Download it again; log in first."
-    if re.fullmatch(r"[^\x00-\x08\x0e-\x1f\ufffd]+", text): return "a text file, not weights", _AGAIN
+    if text.startswith("<"):
+        return "a web page, not weights: the download failed", "Download it again; log in first."
+    if re.fullmatch(r"[^\x00-\x08\x0e-\x1f\ufffd]+", text):
+        return "a text file, not weights", _AGAIN
     return "neither a safetensors nor a torch file", _AGAIN
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-005-2
 def _kind(path):
     "`safetensors`, `zip` or `legacy`, by the first bytes; anything else is `BadInput`."
-    with open(path, "rb") as f: head = f.read(512)
-    if not head: raise BadInput(path, "is empty", _AGAIN)
-    if head.startswith(b"PK"): return "zip"
-    if re.match(rb"\x80.\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", head, re.DOTALL): return "legacy"
-    if head[8:9] == b"{": return "safetensors"
+    with open(path, "rb") as f:
+        head = f.read(512)
+    if not head:
+        raise BadInput(path, "is empty", _AGAIN)
+    if head.startswith(b"PK"):
+        return "zip"
+    if re.match(rb"\x80.\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", head, re.DOTALL):
+        return "legacy"
+    if head[8:9] == b"{":
+        return "safetensors"
     raise BadInput(path, *_describe(head))
 
 # %% ../../nbs/04_models/04_weights.ipynb #cell-009
-HARMLESS = re.compile("|".join(( # what stands beside weights and holds values only
-    r"argparse\.Namespace", r"types\.SimpleNamespace", r"functools\.partial", r"copyreg\._reconstructor",
-    r"builtins\.(int|float|complex|str|bool|bytes|bytearray|list|tuple|dict|set|frozenset|object|slice|range)",
-    r"collections\.(deque|OrderedDict)", r"typing\.\w+", r"(datetime|decimal|fractions|uuid|zoneinfo)\.\w+",
-    r"pathlib\.(_local\.)?\w*Path", r"numpy\.[\w.]+", r"pandas\._libs\.tslibs\.timestamps\.\w+",
-    r"torch\.(nn\.modules|optim|torch_version)\.[\w.]+", r"omegaconf\.[\w.]+",
-    r"(pytorch_lightning|lightning|lightning\.pytorch)\.(callbacks|trainer)\.[\w.]+",
-    r"(mmengine|mmcv)\.[\w.]*HistoryBuffer", r"(apex|deepspeed)\.[\w.]*LossScaler\w*",
-)))
-MAPPINGS = re.compile("|".join(( # likewise, but dictionaries, in which weights may lie
-    r"collections\.defaultdict", r"easydict\.EasyDict", r"munch\.Munch", r"addict\.addict\.Dict",
-    r"(yacs|fvcore\.common|detectron2\.config)\.config\.CfgNode", r"(mmengine|mmcv)\.[\w.]*ConfigDict",
-    r"(pytorch_lightning|lightning_fabric|lightning)\.[\w.]*AttributeDict",
-)))
+HARMLESS = re.compile(
+    "|".join(
+        (  # what stands beside weights and holds values only
+            r"argparse\.Namespace",
+            r"types\.SimpleNamespace",
+            r"functools\.partial",
+            r"copyreg\._reconstructor",
+            r"builtins\.(int|float|complex|str|bool|bytes|bytearray|list|tuple|dict|set|frozenset|object|slice|range)",
+            r"collections\.(deque|OrderedDict)",
+            r"typing\.\w+",
+            r"(datetime|decimal|fractions|uuid|zoneinfo)\.\w+",
+            r"pathlib\.(_local\.)?\w*Path",
+            r"numpy\.[\w.]+",
+            r"pandas\._libs\.tslibs\.timestamps\.\w+",
+            r"torch\.(nn\.modules|optim|torch_version)\.[\w.]+",
+            r"omegaconf\.[\w.]+",
+            r"(pytorch_lightning|lightning|lightning\.pytorch)\.(callbacks|trainer)\.[\w.]+",
+            r"(mmengine|mmcv)\.[\w.]*HistoryBuffer",
+            r"(apex|deepspeed)\.[\w.]*LossScaler\w*",
+        )
+    )
+)
+MAPPINGS = re.compile(
+    "|".join(
+        (  # likewise, but dictionaries, in which weights may lie
+            r"collections\.defaultdict",
+            r"easydict\.EasyDict",
+            r"munch\.Munch",
+            r"addict\.addict\.Dict",
+            r"(yacs|fvcore\.common|detectron2\.config)\.config\.CfgNode",
+            r"(mmengine|mmcv)\.[\w.]*ConfigDict",
+            r"(pytorch_lightning|lightning_fabric|lightning)\.[\w.]*AttributeDict",
+        )
+    )
+)
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-009-2
 class StandIn(list):
     "Takes the place of a value that is not needed, whatever it is made from."
-    def __init__(self, *args, **kwargs): super().__init__()
-    def __setstate__(self, state): pass
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
+
     __hash__ = object.__hash__
 
-def _mapping(*args): return {}  # a `defaultdict` brings its factory along
+
+def _mapping(*args):
+    return {}  # a `defaultdict` brings its factory along
+
 
 def _stand_ins(names):
     "What takes the place of each harmless name, as `torch.serialization.safe_globals` wants it."
+
     def stand_in(name):
-        if name == "collections.defaultdict": return _mapping
+        if name == "collections.defaultdict":
+            return _mapping
         return collections.OrderedDict if MAPPINGS.fullmatch(name) else type("StandIn", (StandIn,), {"name": name})
+
     return [(stand_in(name), name) for name in names if HARMLESS.fullmatch(name) or MAPPINGS.fullmatch(name)]
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-009-3
 def _pickle_names(content):
     "The names that a pickle calls, today's for those of Python 2, and its protocol."
-    names, protocol = set(), 0
+    names = set()
+    protocol = 0
     for op, value, _ in pickletools.genops(content):
-        if op.name == "PROTO": protocol = value
-        if op.name != "GLOBAL": continue
+        if op.name == "PROTO":
+            protocol = value
+        if op.name != "GLOBAL":
+            continue
         module, _, name = value.partition(" ")
         today = _compat_pickle.IMPORT_MAPPING.get(module, module), name
         names.add(".".join(_compat_pickle.NAME_MAPPING.get((module, name), today)))
@@ -113,15 +159,21 @@ def _pickle_names(content):
 def _refusal(error, protocol):
     "Why PyTorch's reader refuses a pickle, and what to do."
     refused = re.search(r"GLOBAL (\S+) (was|whose)", str(error))
-    if refused: return f"holds more than tensors: `{plain(refused[1])}`, whose code would have to run", _ALONE
-    if "persistent_load" in str(error): return "holds more than tensors: the class of a network", _ALONE
-    if protocol > 2: return f"pickle protocol {protocol}, which cannot be read safely", "Save it with protocol 2."
+    if refused:
+        return f"holds more than tensors: `{plain(refused[1])}`, whose code would have to run", _ALONE
+    if "persistent_load" in str(error):
+        return "holds more than tensors: the class of a network", _ALONE
+    if protocol > 2:
+        return f"pickle protocol {protocol}, which cannot be read safely", "Save it with protocol 2."
     return "not a whole torch file: its pickle was altered", _AGAIN
+
 
 def _load(path, names, protocol):
     "What a file of `torch.save` holds."
     if any(name.startswith("torch.distributed") for name in names):
-        raise BadInput(path, "holds tensors that are split over processes", "Ask its makers to gather them in one file.")
+        raise BadInput(
+            path, "holds tensors that are split over processes", "Ask its makers to gather them in one file."
+        )
     try:
         with open(path, "rb") as f, warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(names)):
             warnings.simplefilter("ignore")
@@ -129,29 +181,37 @@ def _load(path, names, protocol):
     except pickle.UnpicklingError as e:
         raise BadInput(path, *_refusal(e, protocol)) from None  # without torch's advice to run it
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-010-2
 def _read_zip(path):
     "What a file of today's `torch.save` holds, once its checksums are found right."
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         by_name = {r.filename.rpartition("/")[2]: r for r in records}
-        if any(name.endswith(".npy") for name in by_name): raise BadInput(path, "a NumPy archive", _CONVERT)
-        if "data.pkl" not in by_name: raise BadInput(path, "a zip archive without PyTorch weights", _UNPACK)
-        if "constants.pkl" in by_name: raise BadInput(path, "a TorchScript program, which would have to run", _ALONE)
-        if sum(r.file_size for r in records) > 20*os.path.getsize(path):
+        if any(name.endswith(".npy") for name in by_name):
+            raise BadInput(path, "a NumPy archive", _CONVERT)
+        if "data.pkl" not in by_name:
+            raise BadInput(path, "a zip archive without PyTorch weights", _UNPACK)
+        if "constants.pkl" in by_name:
+            raise BadInput(path, "a TorchScript program, which would have to run", _ALONE)
+        if sum(r.file_size for r in records) > 20 * os.path.getsize(path):
             raise BadInput(path, "would unpack to more than twenty times its size", _AGAIN)
         for record in records:
             if record.external_attr & 0x10 or record.is_dir():  # torch would leave the memory of a folder as it was
                 raise BadInput(path, f"not a whole torch file (`{plain(record.filename)}` is a folder)", _AGAIN)
-            if not record.CRC: del record.CRC  # written without checksums, and then not compared
+            if not record.CRC:
+                del record.CRC  # written without checksums, and then not compared
             with archive.open(record) as f:
-                while f.read(2**22): pass  # a wrong checksum is an error at the end
+                while f.read(2**22):
+                    pass  # a wrong checksum is an error at the end
         names, protocol = _pickle_names(archive.read(by_name["data.pkl"]))
     return _load(path, names, protocol)
+
 
 def _read_legacy(path):
     "What a file of `torch.save` before 1.6 holds."
     # three pickles about the file, one of what was saved, one of the keys of its tensors
-    with open(path, "rb") as f: found = [_pickle_names(f) for _ in range(5)]
+    with open(path, "rb") as f:
+        found = [_pickle_names(f) for _ in range(5)]
     return _load(path, set().union(*(names for names, _ in found)), max(protocol for _, protocol in found))
 
 # %% ../../nbs/04_models/04_weights.ipynb #cell-010b
@@ -159,98 +219,130 @@ def _read_shards(index):
     "The tensors of a model in several files."
     content = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places: raise BadInput(index, "lacks its `weight_map`", _AGAIN)
+    if not isinstance(places, dict) or not places:
+        raise BadInput(index, "lacks its `weight_map`", _AGAIN)
     held = {}
     for name in sorted({str(shard) for shard in places.values()}):
-        shard = index.parent/name
+        shard = index.parent / name
         if shard.name != name or name != plain(name, 255) or name.endswith(".json"):
             raise BadInput(index, f"names `{plain(name)}`, which is no file beside it", "Put the shards beside it.")
-        if not shard.is_file(): raise BadInput(shard, "there is no such file", f"Copy all that {index.name} names.")
+        if not shard.is_file():
+            raise BadInput(shard, "there is no such file", f"Copy all that {index.name} names.")
         held |= read_state(shard)
     absent = [name for name in places if name not in held]
-    if absent: raise BadInput(index, f"names tensors that no file holds, such as `{plain(absent[0])}`", _AGAIN)
+    if absent:
+        raise BadInput(index, f"names tensors that no file holds, such as `{plain(absent[0])}`", _AGAIN)
     return held
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-010b-2
 def find_file(
-    path, # file, or folder with one
-) -> Path: # the file of weights, or the index of several
+    path,  # file, or folder with one
+) -> Path:  # the file of weights, or the index of several
     "The file of weights that a path means; none or several in a folder are `BadInput`."
     path = Path(path)
     if not path.is_dir():
-        if not path.exists(): raise BadInput(path, "there is no such file", "Correct the path.")
-        if not path.is_file(): raise BadInput(path, "not a file", "Correct the path.")
+        if not path.exists():
+            raise BadInput(path, "there is no such file", "Correct the path.")
+        if not path.is_file():
+            raise BadInput(path, "not a file", "Correct the path.")
         return path
     for name in (f"{n}{index}" for n in ("model.safetensors", "pytorch_model.bin") for index in (".index.json", "")):
-        if (path/name).is_file(): return path/name
+        if (path / name).is_file():
+            return path / name
     files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith("."))
-    if len(files) == 1: return files[0]
+    if len(files) == 1:
+        return files[0]
     if any(path.glob("*.distcp")):
-        raise BadInput(path, "a checkpoint that is split over processes",
-                       "Join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.")
+        raise BadInput(
+            path,
+            "a checkpoint that is split over processes",
+            "Join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.",
+        )
     names = f"{len(files)} files of weights ({', '.join(p.name for p in files[:3])})"
     raise BadInput(path, names if files else "no file of weights", "Name the file.")
 
 # %% ../../nbs/04_models/04_weights.ipynb #cell-010c
 def read_state(
-    path, # of a file whatever its ending, of the index.json of several, or of a folder with one of them
-) -> dict: # what the file holds: tensors by name, or dictionaries of them among other things
+    path,  # of a file whatever its ending, of the index.json of several, or of a folder with one of them
+) -> dict:  # what the file holds: tensors by name, or dictionaries of them among other things
     "Read weights without running anything in the file; what is not weights, or not whole, is a `BadInput`."
     kind = "torch"
     try:
         path = find_file(path)
-        if path.name.endswith(".index.json"): return _read_shards(path)
-        if (form := _kind(path)) == "safetensors": kind = form
+        if path.name.endswith(".index.json"):
+            return _read_shards(path)
+        if (form := _kind(path)) == "safetensors":
+            kind = form
         held = {"safetensors": load_file, "zip": _read_zip, "legacy": _read_legacy}[form](path)
-    except BadInput: raise
+    except BadInput:
+        raise
     except OSError as e:
         raise BadInput(path, f"cannot be read ({plain(e.strerror or e)})", "Check the file and its permissions.") from e
     except Exception as e:  # a damaged file can break its parser anywhere
         raise BadInput(path, f"not a whole {kind} file ({plain(e) or type(e).__name__})", _AGAIN) from e
     if isinstance(held, StandIn):
         raise BadInput(path, f"an object of `{plain(held.name)}`, which only its own code can rebuild", _ALONE)
-    if not isinstance(held, dict): raise BadInput(path, f"a {type(held).__name__}, not tensors by name", _ALONE)
+    if not isinstance(held, dict):
+        raise BadInput(path, f"a {type(held).__name__}, not tensors by name", _ALONE)
     return held
 
 # %% ../../nbs/04_models/04_weights.ipynb #cell-016
-_INFIX = re.compile(r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.") # wrappers inside a name
-_OTHER_PARTS = re.compile( # of a training: classifiers, DINO's heads, MoCo's queues, iBOT's and MAE's tokens
-    r"((\w+_)?head\w*|fc|classifier|pooler|(\w+_)?queue\w*|mask_token|masked_embed|prototypes|decoder\w*)(\..*)?")
+_INFIX = re.compile(
+    r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)  # wrappers inside a name
+_OTHER_PARTS = re.compile(  # of a training: classifiers, DINO's heads, MoCo's queues, iBOT's and MAE's tokens
+    r"((\w+_)?head\w*|fc|classifier|pooler|(\w+_)?queue\w*|mask_token|masked_embed|prototypes|decoder\w*)(\..*)?"
+)
+
 
 def flat(
-    held: dict, # from `read_state`
-) -> dict: # name -> tensor; `/` stands between a dictionary's name and those in it
+    held: dict,  # from `read_state`
+) -> dict:  # name -> tensor; `/` stands between a dictionary's name and those in it
     "All tensors of nested dictionaries."
-    found, seen = {}, set()
+    found = {}
+    seen = set()
+
     def add(prefix, value, depth):
-        if isinstance(value, torch.Tensor): found[_INFIX.sub("", prefix)] = value
-        if not isinstance(value, dict) or depth > 8 or id(value) in seen: return
+        if isinstance(value, torch.Tensor):
+            found[_INFIX.sub("", prefix)] = value
+        if not isinstance(value, dict) or depth > 8 or id(value) in seen:
+            return
         seen.add(id(value))
-        for key, inner in value.items(): add(f"{prefix}/{key}" if prefix else str(key), inner, depth + 1)
+        for key, inner in value.items():
+            add(f"{prefix}/{key}" if prefix else str(key), inner, depth + 1)
+
     add("", held, 0)
     return found
+
 
 def _rank(prefix):
     "Which of two networks is wanted: the lower."
     words = set(re.split(r"[./_]", prefix))
-    if words & {"teacher", "ema"}: return 0
+    if words & {"teacher", "ema"}:
+        return 0
     return 2 if words & {"student", "momentum", "target", "k"} else 1
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-016-2
 def find_network(
-    state: dict, # name -> tensor, from `flat`
-    own, # names of the network's tensors
-    source, # where they come from, for the message
-) -> tuple[dict, str]: # tensors by the network's names; the prefix they stood under
+    state: dict,  # name -> tensor, from `flat`
+    own,  # names of the network's tensors
+    source,  # where they come from, for the message
+) -> tuple[dict, str]:  # tensors by the network's names; the prefix they stood under
     "Find a network among the tensors of a file, whatever wraps it. Two that fit alike are `BadInput`."
-    own, found = set(own), collections.Counter()
+    own = set(own)
+    found = collections.Counter()
     for name in state:
         cuts = [0, *(m.end() for m in re.finditer(r"[./]", name))]
         found.update(name[:cut] for cut in cuts if name[cut:] in own)
     most = max(found.values(), default=0)
-    likely = sorted((p for p, n in found.items() if 2*n > most), key=lambda p: (_rank(p), -found[p], len(p))) or [""]
-    def under(prefix): return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    likely = sorted((p for p, n in found.items() if 2 * n > most), key=lambda p: (_rank(p), -found[p], len(p))) or [""]
+
+    def under(prefix):
+        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
     network = {name: t for name, t in under(likely[0]).items() if "/" not in name}
     for other in likely[1:]:
-        alike = (_rank(other), found[other]) == (_rank(likely[0]), found[likely[0]]) and 2*most > len(own)
+        alike = (_rank(other), found[other]) == (_rank(likely[0]), found[likely[0]]) and 2 * most > len(own)
         if alike and any(t is not network.get(name) for name, t in under(other).items() if name in own):
             both = f"`{plain(likely[0], 40)}` and `{plain(other, 40)}`"
             raise BadInput(source, f"holds several networks of this kind, under {both}", "Save one by itself.")
@@ -258,35 +350,46 @@ def find_network(
 
 # %% ../../nbs/04_models/04_weights.ipynb #cell-019
 def check_tensors(
-    state: dict, # name -> tensor
-    source, # where they come from, for the message
+    state: dict,  # name -> tensor
+    source,  # where they come from, for the message
 ):
     "Refuse tensors that no network can compute with, NaN and infinite ones among them."
     for name, t in state.items():
         fault = _fault(t)
-        if fault: raise BadInput(source, f"`{plain(name, 60)}` {fault}", "Ask its makers for plain tensors.")
+        if fault:
+            raise BadInput(source, f"`{plain(name, 60)}` {fault}", "Ask its makers for plain tensors.")
         if not torch.isfinite(t.float()).all():  # as it is computed with
             raise BadInput(source, f"`{plain(name, 60)}` holds NaN or infinite numbers", "Take an earlier checkpoint.")
 
+
 def _fault(t):
     "Why nothing can be computed with a tensor, if so."
-    if t.is_meta: return "has a shape but no values"
-    if t.is_quantized: return "is quantised"
-    if t.layout != torch.strided: return "is sparse"
-    if t.is_complex(): return "is complex"
-    if type(t) not in (torch.Tensor, nn.Parameter): return f"is a {plain(type(t).__name__)}, not a plain tensor"
-    repeated = t.numel()*t.element_size() > t.untyped_storage().nbytes()
-    if repeated and t.numel() > 2**20: return "claims more numbers than the file holds"
+    if t.is_meta:
+        return "has a shape but no values"
+    if t.is_quantized:
+        return "is quantised"
+    if t.layout != torch.strided:
+        return "is sparse"
+    if t.is_complex():
+        return "is complex"
+    if type(t) not in (torch.Tensor, nn.Parameter):
+        return f"is a {plain(type(t).__name__)}, not a plain tensor"
+    repeated = t.numel() * t.element_size() > t.untyped_storage().nbytes()
+    if repeated and t.numel() > 2**20:
+        return "claims more numbers than the file holds"
 
-def _listed(names): return "; ".join(plain(name, 80) for name in names[:2]) + ("; ..." if len(names) > 2 else "")
 
+def _listed(names):
+    return "; ".join(plain(name, 80) for name in names[:2]) + ("; ..." if len(names) > 2 else "")
+
+# %% ../../nbs/04_models/04_weights.ipynb #cell-019-2
 def match(
-    own: dict, # a model's tensors by name; they may be on the `meta` device
-    state: dict, # tensors by the same names
-    source, # where they come from, for the message
-    name: str, # of the model, for the message
-    strict: bool = True, # refuse what does not fit in every name and shape; else take what fits
-) -> tuple[dict, dict]: # what fits; and `matched`: how many, `missing`, `unexpected`, `reshaped`: names
+    own: dict,  # a model's tensors by name; they may be on the `meta` device
+    state: dict,  # tensors by the same names
+    source,  # where they come from, for the message
+    name: str,  # of the model, for the message
+    strict: bool = True,  # refuse what does not fit in every name and shape; else take what fits
+) -> tuple[dict, dict]:  # what fits; and `matched`: how many, `missing`, `unexpected`, `reshaped`: names
     "Compare weights with a model, by name, shape and kind of number."
     reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
     fits = {k: state[k] for k in own if k in state and k not in reshaped}
@@ -296,50 +399,59 @@ def match(
         shapes = [f"{k} {tuple(state[k].shape)}, wanted {tuple(own[k].shape)}" for k in reshaped]
         faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
         listed = ", ".join(f"{len(names)} {fault} ({_listed(names)})" for fault, names in faults.items() if names)
-        raise BadInput(source, f"not the weights of {name}: {len(fits)} of {len(own)} tensors match, {listed}",
-                       "Name the model that they were trained for.")
+        raise BadInput(
+            source,
+            f"not the weights of {name}: {len(fits)} of {len(own)} tensors match, {listed}",
+            "Name the model that they were trained for.",
+        )
     check_tensors(fits, source)
     for k, t in fits.items():
         if own[k].is_floating_point() != t.is_floating_point():
             raise BadInput(source, f"`{k}` holds {t.dtype}, wanted {own[k].dtype}", "Ask its makers for plain tensors.")
     return fits, {"matched": len(fits), "missing": missing, "unexpected": unexpected, "reshaped": reshaped}
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-019-3
 def fill(
-    model: nn.Module, # from `backbones.backbone`
-    state: dict, # tensors by the model's own names
-    source, # where they come from, for the message
-    name: str, # of the model, for the message
-    strict: bool = True, # refuse what does not fit in every name and shape; else take what fits
-) -> dict: # `matched`: how many tensors; `missing`, `unexpected`, `reshaped`: names
+    model: nn.Module,  # from `backbones.backbone`
+    state: dict,  # tensors by the model's own names
+    source,  # where they come from, for the message
+    name: str,  # of the model, for the message
+    strict: bool = True,  # refuse what does not fit in every name and shape; else take what fits
+) -> dict:  # `matched`: how many tensors; `missing`, `unexpected`, `reshaped`: names
     "Put weights into a model."
     own = model.state_dict()
     fits, report = match(own, state, source, name, strict)
     model.load_state_dict(fits, strict=False)
     return report
 
+
 def build_filled(
-    build, # () -> the model; called twice, first on the `meta` device
-    state: dict, # tensors by the model's own names
-    source, # where they come from, for the message
-    name: str, # of the model, for the message
-    strict: bool = True, # refuse what does not fit in every name and shape; else take what fits
-) -> tuple[nn.Module, dict]: # the model in eval mode, and the report of `fill`
+    build,  # () -> the model; called twice, first on the `meta` device
+    state: dict,  # tensors by the model's own names
+    source,  # where they come from, for the message
+    name: str,  # of the model, for the message
+    strict: bool = True,  # refuse what does not fit in every name and shape; else take what fits
+) -> tuple[nn.Module, dict]:  # the model in eval mode, and the report of `fill`
     "Build a model with its weights; memory is asked for only once they fit."
-    with torch.device("meta"): own = build().state_dict()
+    with torch.device("meta"):
+        own = build().state_dict()
     fits, report = match(own, state, source, name, strict)
     model = build()
     model.load_state_dict(fits, strict=False)
     return model.eval(), report
 
+# %% ../../nbs/04_models/04_weights.ipynb #cell-019-4
 def write_tensors(
-    tensors: dict, # by name
-    path, # file to write, in safetensors' layout
+    tensors: dict,  # by name
+    path,  # file to write, in safetensors' layout
 ):
     "Write tensors, atomically. What the file system refuses is `BadInput`."
     whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with refusals_told(path), atomic_path(path) as p:
-        try: save_file(whole, p, {"format": "pt"})
+        try:
+            save_file(whole, p, {"format": "pt"})
         except SafetensorError as e:  # it has an error of its own for a full disk
             number = re.search(r"\(os error (\d+)\)", str(e))
-            if number is None: raise
+            if number is None:
+                raise
             raise OSError(int(number[1]), str(e)) from e

@@ -24,77 +24,90 @@ from .weights import find_network, flat
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-006
 class GELU(nn.Module):
     "GELU of an image with channels last, taken as the plain array it is in memory: PyTorch's kernel is then twice as fast."
+
     def forward(
         self,
-        x, # (B, C, H, W)
-    ): # (B, C, H, W)
+        x,  # (B, C, H, W)
+    ):  # (B, C, H, W)
         return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
 
 def _conv_bn(c_in, c_out):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out))
 
+# %% ../../nbs/04_models/07_xcit.ipynb #cell-006-2
 class ConvStem(nn.Module):
     "Image to tokens by strided 3x3 convolutions with batch normalisation (XCiT, section 4)."
+
     def __init__(
         self,
-        dim: int, # channels of a token
-        patch_size: int = 16, # pixels a token covers along each side: 2, 4, 8 or 16
-        in_chans: int = 3, # channels of the image
+        dim: int,  # channels of a token
+        patch_size: int = 16,  # pixels a token covers along each side: 2, 4, 8 or 16
+        in_chans: int = 3,  # channels of the image
     ):
         super().__init__()
-        if patch_size not in (2, 4, 8, 16): raise BadInput("patch_size", f"{patch_size} is not possible", "Use 2, 4, 8 or 16.")
-        self.patch_size, steps = patch_size, int(math.log2(patch_size))
-        widths = [in_chans, *(dim//2**i for i in reversed(range(steps)))]
+        if patch_size not in (2, 4, 8, 16):
+            raise BadInput("patch_size", f"{patch_size} is not possible", "Use 2, 4, 8 or 16.")
+        self.patch_size = patch_size
+        steps = int(math.log2(patch_size))
+        widths = [in_chans, *(dim // 2**i for i in reversed(range(steps)))]
         layers = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (_conv_bn(*pair), GELU())]
         self.proj = nn.Sequential(*layers[:-1])
 
     def dynamic_feat_size(
         self,
-        img_size: tuple[int, int], # height and width of what the stem sees
+        img_size: tuple[int, int],  # height and width of what the stem sees
     ) -> tuple[int, int]:
         "Rows and columns of tokens; a begun patch counts (the method has the name of timm's own embeddings)."
-        return -(-img_size[0]//self.patch_size), -(-img_size[1]//self.patch_size)
+        return -(-img_size[0] // self.patch_size), -(-img_size[1] // self.patch_size)
 
     def forward(
         self,
-        x, # (B, in_chans, H, W)
-    ): # tokens (B, N, dim) in reading order, and the grid (rows, columns) with N = product
+        x,  # (B, in_chans, H, W)
+    ):  # tokens (B, N, dim) in reading order, and the grid (rows, columns) with N = product
         p, (height, width) = self.patch_size, x.shape[-2:]
-        if min(height, width) < p: raise BadInput("image", f"{height}x{width} px is smaller than a patch of {p}", "Give larger crops.")
+        if min(height, width) < p:
+            raise BadInput("image", f"{height}x{width} px is smaller than a patch of {p}", "Give larger crops.")
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         return x.flatten(2).transpose(1, 2), self.dynamic_feat_size((height, width))
 
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-010
 def fourier_codes(
-    height: int, # rows of the grid
-    width: int, # columns of the grid
-    n: int = 32, # numbers for each axis
-    temperature: float = 10_000., # ratio of the slowest to the fastest wave length
-    device=None, # where to compute
-): # (2n, height, width): n for the row, then n for the column, sine and cosine in turn
+    height: int,  # rows of the grid
+    width: int,  # columns of the grid
+    n: int = 32,  # numbers for each axis
+    temperature: float = 10_000.0,  # ratio of the slowest to the fastest wave length
+    device=None,  # where to compute
+):  # (2n, height, width): n for the row, then n for the column, sine and cosine in turn
     "Sine and cosine codes of grid positions, normalised to 0..2 pi whatever the grid's size."
+
     def axis(size):
-        phase = 2*math.pi*torch.arange(1, size + 1, device=device)/(size + 1e-6)
-        angle = phase/temperature**(2*torch.arange(n//2, device=device)/n)[:, None]
+        phase = 2 * math.pi * torch.arange(1, size + 1, device=device) / (size + 1e-6)
+        angle = phase / temperature ** (2 * torch.arange(n // 2, device=device) / n)[:, None]
         return torch.stack([angle.sin(), angle.cos()], 1).flatten(0, 1)  # (n, size)
-    rows, columns = axis(height)[:, :, None], axis(width)[:, None, :]
+
+    rows = axis(height)[:, :, None]
+    columns = axis(width)[:, None, :]
     return torch.cat([rows.expand(-1, -1, width), columns.expand(-1, height, -1)])
+
 
 class FourierPosition(nn.Module):
     "Position codes projected to the model's dimension."
+
     def __init__(
         self,
-        dim: int, # channels of a token
-        n: int = 32, # numbers for each axis before projection
+        dim: int,  # channels of a token
+        n: int = 32,  # numbers for each axis before projection
     ):
         super().__init__()
-        self.n, self.token_projection = n, nn.Conv2d(2*n, dim, 1)
+        self.n = n
+        self.token_projection = nn.Conv2d(2 * n, dim, 1)
 
     def forward(
         self,
-        height: int, # rows of the grid
-        width: int, # columns of the grid
-    ): # (1, N, dim)
+        height: int,  # rows of the grid
+        width: int,  # columns of the grid
+    ):  # (1, N, dim)
         codes = fourier_codes(height, width, self.n, device=self.token_projection.weight.device)
         return self.token_projection(codes[None].to(self.token_projection.weight.dtype)).flatten(2).transpose(1, 2)
 
@@ -102,25 +115,30 @@ class FourierPosition(nn.Module):
 @dataclasses.dataclass
 class Maps:
     "What an `XCiT` looked at. Only `class_attention` and `xca_norm` are spatial; both are in reading order of `grid`."
-    grid: tuple[int, int] # rows and columns of tokens, N = product
-    xca: list = dataclasses.field(default_factory=list) # per block (B, h, d, d): channel x channel, rows sum to 1
-    xca_norm: list = dataclasses.field(default_factory=list) # per block (B, N): length of the XCA output at each token
-    class_attention: list = dataclasses.field(default_factory=list) # per class layer (B, h, 1+N): rows sum to 1, index 0 = class token
 
+    grid: tuple[int, int]  # rows and columns of tokens, N = product
+    xca: list = dataclasses.field(default_factory=list)  # per block (B, h, d, d): channel x channel, rows sum to 1
+    xca_norm: list = dataclasses.field(default_factory=list)  # per block (B, N): length of the XCA output at each token
+    class_attention: list = dataclasses.field(
+        default_factory=list
+    )  # per class layer (B, h, 1+N): rows sum to 1, index 0 = class token
+
+# %% ../../nbs/04_models/07_xcit.ipynb #cell-014-2
 class CrossCovariance(torch.autograd.Function):
     "Attention between channels, with the gradient of the formula above: `(q, k, v, temperature) -> (output, map)`."
+
     @staticmethod
     def forward(
         ctx,
-        qkv, # (3, B, h, N, d) contiguous, which makes the five products fast
-        temperature, # (h, 1, 1)
-    ): # output (B, h, N, d); map (B, h, d, d), which carries no gradient
+        qkv,  # (3, B, h, N, d) contiguous, which makes the five products fast
+        temperature,  # (h, 1, 1)
+    ):  # output (B, h, N, d); map (B, h, d, d), which carries no gradient
         q, k, v = qkv
         single = torch.promote_types(qkv.dtype, torch.float32)  # lengths and softmax never in half precision
-        q_scale, k_scale = (qkv[:2]*qkv[:2]).sum(-2).to(single).clamp_min_(1e-24).rsqrt_()  # 1/length, (B, h, d)
-        scale = q_scale[..., None]*k_scale[..., None, :]
+        q_scale, k_scale = (qkv[:2] * qkv[:2]).sum(-2).to(single).clamp_min_(1e-24).rsqrt_()  # 1/length, (B, h, d)
+        scale = q_scale[..., None] * k_scale[..., None, :]
         cosines = (q.transpose(-2, -1) @ k).to(single).mul_(scale)
-        attention = (cosines*temperature).softmax(-1)
+        attention = (cosines * temperature).softmax(-1)
         ctx.save_for_backward(qkv, q_scale, k_scale, cosines, attention, temperature)
         ctx.mark_non_differentiable(attention)
         return v @ attention.transpose(-2, -1).to(v.dtype), attention
@@ -129,48 +147,57 @@ class CrossCovariance(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(
         ctx,
-        grad, # of the output
-        _, # of the map: none
-    ): # gradients of qkv and of the temperature
+        grad,  # of the output
+        _,  # of the map: none
+    ):  # gradients of qkv and of the temperature
         qkv, q_scale, k_scale, cosines, attention, temperature = ctx.saved_tensors
         (q, k, v), grad = qkv, grad.contiguous()
         d_score = (grad.transpose(-2, -1) @ v).to(attention.dtype).mul_(attention)  # now A dA
-        d_score -= attention*d_score.sum(-1, keepdim=True)
-        along = d_score*cosines
-        d_temperature, t = along.sum((0, 2, 3)), temperature[:, 0]
-        d_gram = d_score.mul_(q_scale[..., None]*(temperature*k_scale[..., None, :])).to(q.dtype)
+        d_score -= attention * d_score.sum(-1, keepdim=True)
+        along = d_score * cosines
+        d_temperature = along.sum((0, 2, 3))
+        t = temperature[:, 0]
+        d_gram = d_score.mul_(q_scale[..., None] * (temperature * k_scale[..., None, :])).to(q.dtype)
         out = torch.empty_like(qkv)
-        torch.matmul(k, d_gram.transpose(-2, -1), out=out[0]).addcmul_(q, (t*along.sum(-1)*q_scale.square())[..., None, :].to(q.dtype), value=-1)
-        torch.matmul(q, d_gram, out=out[1]).addcmul_(k, (t*along.sum(-2)*k_scale.square())[..., None, :].to(q.dtype), value=-1)
+        torch.matmul(k, d_gram.transpose(-2, -1), out=out[0]).addcmul_(
+            q, (t * along.sum(-1) * q_scale.square())[..., None, :].to(q.dtype), value=-1
+        )
+        torch.matmul(q, d_gram, out=out[1]).addcmul_(
+            k, (t * along.sum(-2) * k_scale.square())[..., None, :].to(q.dtype), value=-1
+        )
         torch.matmul(grad, attention.to(q.dtype), out=out[2])
         return out, d_temperature[:, None, None].to(temperature.dtype)
 
+# %% ../../nbs/04_models/07_xcit.ipynb #cell-014-3
 def scaled(
-    layer: nn.Linear, # the last layer of a branch
-    x, # (..., C)
-    gamma=None, # LayerScale factors (D,); None = 1
-): # (..., D)
+    layer: nn.Linear,  # the last layer of a branch
+    x,  # (..., C)
+    gamma=None,  # LayerScale factors (D,); None = 1
+):  # (..., D)
     "`gamma * layer(x)`, the factors put on the weights: that touches D x C numbers instead of those of all tokens."
-    return layer(x) if gamma is None else F.linear(x, gamma[:, None]*layer.weight, gamma*layer.bias)
+    return layer(x) if gamma is None else F.linear(x, gamma[:, None] * layer.weight, gamma * layer.bias)
+
 
 class XCA(nn.Module):
     "Cross-covariance attention (XCiT, section 3.2): attention between channels, linear in the number of tokens."
+
     def __init__(
         self,
-        dim: int, # channels of a token
-        num_heads: int, # groups of channels that attend to each other
+        dim: int,  # channels of a token
+        num_heads: int,  # groups of channels that attend to each other
     ):
         super().__init__()
         self.num_heads = num_heads
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(
         self,
-        x, # (B, N, dim)
-        maps: Maps | None = None, # gets this block's map and norm appended
-        gamma=None, # LayerScale factors (dim,) of the result
-    ): # (B, N, dim)
+        x,  # (B, N, dim)
+        maps: Maps | None = None,  # gets this block's map and norm appended
+        gamma=None,  # LayerScale factors (dim,) of the result
+    ):  # (B, N, dim)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (3, B, h, N, d)
         out, attention = CrossCovariance.apply(qkv, self.temperature)
         out = out.transpose(1, 2).flatten(2)
@@ -182,83 +209,98 @@ class XCA(nn.Module):
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-022
 class LPI(nn.Module):
     "Local patch interaction (XCiT, section 3.3): two depthwise 3x3 convolutions over the grid of tokens."
+
     def __init__(
         self,
-        dim: int, # channels of a token
+        dim: int,  # channels of a token
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.act, self.bn = GELU(), nn.BatchNorm2d(dim)
+        self.act = GELU()
+        self.bn = nn.BatchNorm2d(dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(
         self,
-        x, # (B, N, dim)
-        grid: tuple[int, int], # rows and columns, N = product
-        gamma, # LayerScale factors (dim,) of the result, put on the kernels
-    ): # (B, N, dim)
+        x,  # (B, N, dim)
+        grid: tuple[int, int],  # rows and columns, N = product
+        gamma,  # LayerScale factors (dim,) of the result, put on the kernels
+    ):  # (B, N, dim)
         x = x.transpose(1, 2).unflatten(2, grid)  # a view: tokens in a row are an image with channels last
         x = self.bn(self.act(self.conv1(x)))
-        x = F.conv2d(x, gamma[:, None, None, None]*self.conv2.weight, gamma*self.conv2.bias, padding=1, groups=len(gamma))
+        x = F.conv2d(
+            x, gamma[:, None, None, None] * self.conv2.weight, gamma * self.conv2.bias, padding=1, groups=len(gamma)
+        )
         return x.flatten(2).transpose(1, 2)
 
+# %% ../../nbs/04_models/07_xcit.ipynb #cell-022-2
 class MLP(nn.Module):
     "Feed-forward network of a block."
+
     def __init__(
         self,
-        dim: int, # channels of a token
-        hidden: int, # channels between the two layers
+        dim: int,  # channels of a token
+        hidden: int,  # channels between the two layers
     ):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(
         self,
-        x, # (..., dim)
-        gamma=None, # LayerScale factors (dim,) of the result
-    ): # (..., dim)
+        x,  # (..., dim)
+        gamma=None,  # LayerScale factors (dim,) of the result
+    ):  # (..., dim)
         return scaled(self.fc2, self.act(self.fc1(x)), gamma)
 
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-026
 def residual(
-    x, # (B, N, dim)
-    gamma, # LayerScale factors (dim,)
-    branch, # function of tokens (b, N, dim) and factors
-    drop_path: float = 0., # probability to leave the step out for an image
-    together: bool = False, # the branch looks at all images at once
-): # (B, N, dim)
+    x,  # (B, N, dim)
+    gamma,  # LayerScale factors (dim,)
+    branch,  # function of tokens (b, N, dim) and factors
+    drop_path: float = 0.0,  # probability to leave the step out for an image
+    together: bool = False,  # the branch looks at all images at once
+):  # (B, N, dim)
     "`x + branch(x, gamma)`, left out at random per image (stochastic depth); what is left out is not even computed."
-    if not drop_path: return x + branch(x, gamma).to(x.dtype)  # a sum of two types is slower than its parts
+    if not drop_path:
+        return x + branch(x, gamma).to(x.dtype)  # a sum of two types is slower than its parts
     keep = 1 - drop_path
     kept = torch.rand(len(x), 1, 1, device=x.device) < keep
-    if together: return torch.addcmul(x, kept.to(x.dtype), branch(x, gamma/keep).to(x.dtype))
+    if together:
+        return torch.addcmul(x, kept.to(x.dtype), branch(x, gamma / keep).to(x.dtype))
     kept = kept.flatten().nonzero().flatten()
-    return x.index_add(0, kept, branch(x.index_select(0, kept), gamma/keep).to(x.dtype))
+    return x.index_add(0, kept, branch(x.index_select(0, kept), gamma / keep).to(x.dtype))
 
+# %% ../../nbs/04_models/07_xcit.ipynb #cell-026-2
 class XCABlock(nn.Module):
     "Cross-covariance attention, local patch interaction and feed-forward, each a scaled residual step."
+
     def __init__(
         self,
-        dim: int, # channels of a token
-        num_heads: int, # heads of the attention
-        mlp_ratio: float = 4., # hidden channels of the feed-forward network / dim
-        eta: float = 1., # LayerScale factor at the start
-        drop_path: float = 0., # stochastic depth in training, 0..1
+        dim: int,  # channels of a token
+        num_heads: int,  # heads of the attention
+        mlp_ratio: float = 4.0,  # hidden channels of the feed-forward network / dim
+        eta: float = 1.0,  # LayerScale factor at the start
+        drop_path: float = 0.0,  # stochastic depth in training, 0..1
     ):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), XCA(dim, num_heads)
-        self.norm3, self.local_mp = nn.LayerNorm(dim, eps=1e-6), LPI(dim)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, int(dim*mlp_ratio))
-        self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(eta*torch.ones(dim)) for _ in range(3))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = XCA(dim, num_heads)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.local_mp = LPI(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(eta * torch.ones(dim)) for _ in range(3))
 
     def forward(
         self,
-        x, # (B, N, dim)
-        grid: tuple[int, int], # rows and columns of tokens
-        maps: Maps | None = None, # gets this block's maps appended
-    ): # (B, N, dim)
-        drop = self.drop_path if self.training and maps is None else 0.
+        x,  # (B, N, dim)
+        grid: tuple[int, int],  # rows and columns of tokens
+        maps: Maps | None = None,  # gets this block's maps appended
+    ):  # (B, N, dim)
+        drop = self.drop_path if self.training and maps is None else 0.0
         x = residual(x, self.gamma1, lambda x, gamma: self.attn(self.norm1(x), maps, gamma), drop)
         x = residual(x, self.gamma3, lambda x, gamma: self.local_mp(self.norm3(x), grid, gamma), drop, together=True)
         return residual(x, self.gamma2, lambda x, gamma: self.mlp(self.norm2(x), gamma), drop)
@@ -266,10 +308,11 @@ class XCABlock(nn.Module):
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-029
 class ClassAttention(nn.Module):
     "Attention of the class token to all tokens (CaiT, section 3)."
+
     def __init__(
         self,
-        dim: int, # channels of a token
-        num_heads: int, # heads
+        dim: int,  # channels of a token
+        num_heads: int,  # heads
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -277,75 +320,87 @@ class ClassAttention(nn.Module):
 
     def forward(
         self,
-        x, # (B, 1+N, dim), class token first
-        maps: Maps | None = None, # gets the map (B, h, 1+N) appended
-    ): # the new class token (B, 1, dim)
+        x,  # (B, 1+N, dim), class token first
+        maps: Maps | None = None,  # gets the map (B, h, 1+N) appended
+    ):  # the new class token (B, 1, dim)
         q = self.q(x[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (h, B, d)
         k, v = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k, self.v))  # (h, d, dim)
         k_bias, v_bias = (layer.bias.unflatten(0, (self.num_heads, 1, -1)) for layer in (self.k, self.v))  # (h, 1, d)
-        scores = (q @ k).transpose(0, 1) @ x.transpose(1, 2) + (q*k_bias).sum(-1).t()[..., None]  # (B, h, 1+N)
-        attention = (scores*q.shape[-1]**-.5).softmax(-1)
-        if maps is not None: maps.class_attention.append(attention)
+        scores = (q @ k).transpose(0, 1) @ x.transpose(1, 2) + (q * k_bias).sum(-1).t()[..., None]  # (B, h, 1+N)
+        attention = (scores * q.shape[-1] ** -0.5).softmax(-1)
+        if maps is not None:
+            maps.class_attention.append(attention)
         out = (attention.to(x.dtype) @ x).transpose(0, 1) @ v.transpose(1, 2) + v_bias  # (h, B, d)
         return self.proj(out.transpose(0, 1).flatten(1))[:, None]
 
+# %% ../../nbs/04_models/07_xcit.ipynb #cell-029-2
 class ClassAttentionBlock(nn.Module):
     "Class attention and feed-forward of the class token (XCiT, appendix; as in the published weights)."
+
     def __init__(
         self,
-        dim: int, # channels of a token
-        num_heads: int, # heads
-        mlp_ratio: float = 4., # hidden channels of the feed-forward network / dim
-        eta: float = 1., # LayerScale factor at the start
-        tokens_norm: bool = False, # normalise patch tokens too, or the class token alone
+        dim: int,  # channels of a token
+        num_heads: int,  # heads
+        mlp_ratio: float = 4.0,  # hidden channels of the feed-forward network / dim
+        eta: float = 1.0,  # LayerScale factor at the start
+        tokens_norm: bool = False,  # normalise patch tokens too, or the class token alone
     ):
         super().__init__()
         self.tokens_norm = tokens_norm
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), ClassAttention(dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, int(dim*mlp_ratio))
-        self.gamma1, self.gamma2 = (nn.Parameter(eta*torch.ones(dim)) for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ClassAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.gamma1, self.gamma2 = (nn.Parameter(eta * torch.ones(dim)) for _ in range(2))
 
     def forward(
         self,
-        x, # (B, 1+N, dim), class token first
-        maps: Maps | None = None, # gets this layer's map appended
-        class_only: bool = False, # leave the patch tokens out of the result
-    ): # (B, 1+N, dim), or (B, 1, dim)
+        x,  # (B, 1+N, dim), class token first
+        maps: Maps | None = None,  # gets this layer's map appended
+        class_only: bool = False,  # leave the patch tokens out of the result
+    ):  # (B, 1+N, dim), or (B, 1, dim)
         normed = self.norm1(x)
         token = self.norm2(torch.addcmul(x[:, :1], self.gamma1, self.attn(normed, maps)))
         token = torch.addcmul(token, self.gamma2, self.mlp(token))
-        if class_only: return token
+        if class_only:
+            return token
         patches = torch.addcmul(x[:, 1:], self.gamma1, normed[:, 1:])
-        if self.tokens_norm: patches = self.norm2(patches)
-        return torch.cat([token, 2*patches], 1)
+        if self.tokens_norm:
+            patches = self.norm2(patches)
+        return torch.cat([token, 2 * patches], 1)
 
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-033
 @contextlib.contextmanager
 def frozen_statistics(
-    module: nn.Module, # whose batch normalisation shall not count the batch once more
+    module: nn.Module,  # whose batch normalisation shall not count the batch once more
 ):
     "For the second forward pass of checkpointing: batch statistics normalise as before, running statistics stay."
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(m.momentum, m.num_batches_tracked) for m in norms]
-    for m in norms: m.momentum, m.num_batches_tracked = 0., None
-    try: yield
+    for m in norms:
+        m.momentum, m.num_batches_tracked = 0.0, None
+    try:
+        yield
     finally:
-        for m, values in zip(norms, kept, strict=True): m.momentum, m.num_batches_tracked = values
+        for m, values in zip(norms, kept, strict=True):
+            m.momentum, m.num_batches_tracked = values
 
+# %% ../../nbs/04_models/07_xcit.ipynb #cell-033-2
 class XCiT(nn.Module):
     "Cross-covariance image transformer: any image size, class token and patch tokens out, maps on request."
+
     def __init__(
         self,
-        patch_size: int = 16, # pixels a token covers along each side: 2, 4, 8 or 16
-        in_chans: int = 3, # channels of the image
-        embed_dim: int = 128, # channels of a token, D
-        depth: int = 12, # cross-covariance blocks
-        num_heads: int = 4, # heads of both attentions
-        mlp_ratio: float = 4., # hidden channels of the feed-forward networks / D
-        cls_attn_layers: int = 2, # class attention layers
-        eta: float = 1., # LayerScale factor at the start
-        tokens_norm: bool = False, # class attention normalises patch tokens too
-        drop_path_rate: float = 0., # stochastic depth in training, 0..1
+        patch_size: int = 16,  # pixels a token covers along each side: 2, 4, 8 or 16
+        in_chans: int = 3,  # channels of the image
+        embed_dim: int = 128,  # channels of a token, D
+        depth: int = 12,  # cross-covariance blocks
+        num_heads: int = 4,  # heads of both attentions
+        mlp_ratio: float = 4.0,  # hidden channels of the feed-forward networks / D
+        cls_attn_layers: int = 2,  # class attention layers
+        eta: float = 1.0,  # LayerScale factor at the start
+        tokens_norm: bool = False,  # class attention normalises patch tokens too
+        drop_path_rate: float = 0.0,  # stochastic depth in training, 0..1
     ):
         super().__init__()
         self.num_features, self.patch_size, self.in_chans, self.num_prefix_tokens = embed_dim, patch_size, in_chans, 1
@@ -353,15 +408,17 @@ class XCiT(nn.Module):
         self.pos_embed = FourierPosition(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.blocks = nn.ModuleList(
-            XCABlock(embed_dim, num_heads, mlp_ratio, eta, drop_path_rate) for _ in range(depth))
+            XCABlock(embed_dim, num_heads, mlp_ratio, eta, drop_path_rate) for _ in range(depth)
+        )
         self.cls_attn_blocks = nn.ModuleList(
-            ClassAttentionBlock(embed_dim, num_heads, mlp_ratio, eta, tokens_norm) for _ in range(cls_attn_layers))
+            ClassAttentionBlock(embed_dim, num_heads, mlp_ratio, eta, tokens_norm) for _ in range(cls_attn_layers)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.grad_checkpointing = False
-        nn.init.trunc_normal_(self.cls_token, std=.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=.02)
+                nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def _tokens(self, x, maps=None, class_only=False):
@@ -371,24 +428,33 @@ class XCiT(nn.Module):
         found = None if maps is None else Maps(grid)
         for block in self.blocks:
             if self.grad_checkpointing and self.training and torch.is_grad_enabled() and maps is None:
-                x = checkpoint(block, x, grid, use_reentrant=False, context_fn=lambda block=block: (contextlib.nullcontext(), frozen_statistics(block)))
-            else: x = block(x, grid, found)
+                x = checkpoint(
+                    block,
+                    x,
+                    grid,
+                    use_reentrant=False,
+                    context_fn=lambda block=block: (contextlib.nullcontext(), frozen_statistics(block)),
+                )
+            else:
+                x = block(x, grid, found)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        for block in self.cls_attn_blocks: x = block(x, found, class_only and block is self.cls_attn_blocks[-1])
-        if maps is not None: maps.append(found)
+        for block in self.cls_attn_blocks:
+            x = block(x, found, class_only and block is self.cls_attn_blocks[-1])
+        if maps is not None:
+            maps.append(found)
         return x
 
     def forward(
         self,
-        x, # images (B, in_chans, H, W) of any size from one patch on
-    ): # class token (B, D)
+        x,  # images (B, in_chans, H, W) of any size from one patch on
+    ):  # class token (B, D)
         return self.norm(self._tokens(x, class_only=True)[:, 0])
 
     def forward_features(
         self,
-        x, # images (B, in_chans, H, W) of any size from one patch on
-        maps: bool = False, # also return what was looked at
-    ): # tokens (B, 1+N, D), class token first; with `maps`, a pair (tokens, `Maps`)
+        x,  # images (B, in_chans, H, W) of any size from one patch on
+        maps: bool = False,  # also return what was looked at
+    ):  # tokens (B, 1+N, D), class token first; with `maps`, a pair (tokens, `Maps`)
         "Class token and patch tokens in reading order."
         found = [] if maps else None
         tokens = self.norm(self._tokens(x, found))
@@ -396,55 +462,68 @@ class XCiT(nn.Module):
 
     def set_grad_checkpointing(
         self,
-        enable: bool = True, # keep only each block's input for the backward pass, and compute the rest again
+        enable: bool = True,  # keep only each block's input for the backward pass, and compute the rest again
     ):
         "Activation checkpointing: a third more computation for a fraction of the memory."
         self.grad_checkpointing = enable
 
     def no_weight_decay(
         self,
-    ) -> set[str]: # names of parameters
+    ) -> set[str]:  # names of parameters
         "Parameters that weight decay must leave alone: all but the matrices and kernels, and the position code."
-        return {name for name, p in self.named_parameters()
-                if p.ndim < 2 or name.startswith("pos_embed.") or name == "cls_token" or name.endswith(".temperature")}
+        return {
+            name
+            for name, p in self.named_parameters()
+            if p.ndim < 2 or name.startswith("pos_embed.") or name == "cls_token" or name.endswith(".temperature")
+        }
 
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-035
 SIZES = {  # size and depth: dimension, heads, LayerScale start, patch tokens normalised in class attention
-    "nano_12": dict(embed_dim=128, depth=12, num_heads=4, eta=1., tokens_norm=False),
-    "tiny_12": dict(embed_dim=192, depth=12, num_heads=4, eta=1., tokens_norm=True),
+    "nano_12": dict(embed_dim=128, depth=12, num_heads=4, eta=1.0, tokens_norm=False),
+    "tiny_12": dict(embed_dim=192, depth=12, num_heads=4, eta=1.0, tokens_norm=True),
     "tiny_24": dict(embed_dim=192, depth=24, num_heads=4, eta=1e-5, tokens_norm=True),
-    "small_12": dict(embed_dim=384, depth=12, num_heads=8, eta=1., tokens_norm=True),
+    "small_12": dict(embed_dim=384, depth=12, num_heads=8, eta=1.0, tokens_norm=True),
     "small_24": dict(embed_dim=384, depth=24, num_heads=8, eta=1e-5, tokens_norm=True),
     "medium_24": dict(embed_dim=512, depth=24, num_heads=8, eta=1e-5, tokens_norm=True),
     "large_24": dict(embed_dim=768, depth=24, num_heads=16, eta=1e-5, tokens_norm=True),
 }
-XCIT = {f"xcit_{size}_p{patch}{suffix}": dict(patch_size=patch, **values)
-        for size, values in SIZES.items() for patch in (16, 8) for suffix in ("", "_224", "_384")}
+XCIT = {
+    f"xcit_{size}_p{patch}{suffix}": dict(patch_size=patch, **values)
+    for size, values in SIZES.items()
+    for patch in (16, 8)
+    for suffix in ("", "_224", "_384")
+}
+
 
 def xcit(
-    name: str, # a key of `XCIT`, such as xcit_medium_24_p16
-    **kwargs, # other arguments of `XCiT`: in_chans, drop_path_rate ...
+    name: str,  # a key of `XCIT`, such as xcit_medium_24_p16
+    **kwargs,  # other arguments of `XCiT`: in_chans, drop_path_rate ...
 ) -> XCiT:
     "An XCiT by its name in `timm`, with fresh weights."
-    if name not in XCIT: raise BadInput(name, "no such XCiT", nearest(name, XCIT))
+    if name not in XCIT:
+        raise BadInput(name, "no such XCiT", nearest(name, XCIT))
     return XCiT(**(XCIT[name] | kwargs))
 
 # %% ../../nbs/04_models/07_xcit.ipynb #cell-044
 def rename_official(
-    state: dict, # name -> tensor, from `weights.flat`
-) -> dict: # likewise, in any wrapper as they were
+    state: dict,  # name -> tensor, from `weights.flat`
+) -> dict:  # likewise, in any wrapper as they were
     "Give weights of the official XCiT code the names used here and in `timm`."
     renamed = {}
     for name, value in state.items():
         name = re.sub(r"(^|[./])pos_embeder\.", r"\1pos_embed.", name)
         fused = re.fullmatch(r"(.*\bcls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
-        if not fused or value.ndim == 0 or len(value) % 3: renamed[name] = value
-        else: renamed |= {f"{fused[1]}{z}.{fused[2]}": part for z, part in zip("qkv", value.chunk(3), strict=True)}
+        if not fused or value.ndim == 0 or len(value) % 3:
+            renamed[name] = value
+        else:
+            renamed |= {f"{fused[1]}{z}.{fused[2]}": part for z, part in zip("qkv", value.chunk(3), strict=True)}
     return renamed
 
+
 def from_official(
-    state: dict, # tensors by name; or the whole checkpoint, of which the teacher's network is taken
-) -> dict: # tensors by the names used here and in `timm`, without any head
+    state: dict,  # tensors by name; or the whole checkpoint, of which the teacher's network is taken
+) -> dict:  # tensors by the names used here and in `timm`, without any head
     "Take an XCiT out of a file of the official XCiT or DINO code."
-    with torch.device("meta"): names = XCiT(embed_dim=16, depth=24).state_dict()
+    with torch.device("meta"):
+        names = XCiT(embed_dim=16, depth=24).state_dict()
     return find_network(rename_official(flat(state)), names, "the official weights")[0]

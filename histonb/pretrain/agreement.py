@@ -10,32 +10,46 @@ import dataclasses
 
 import torch
 
-from ..training.augmentation import MultiCrop
 from .config import PretrainConfig
 from .dino import stack_crops
 from .trainer import networks
+from ..training.augmentation import MultiCrop
 
 # %% ../../nbs/08_pretrain/12_agreement.ipynb #cell-005
 def agreement(
-    a: torch.Tensor, # (N, K) the teacher's scores of one view of N images
-    b: torch.Tensor, # (N, K) of another view of the same
-) -> float: # -1 .. 1
+    a: torch.Tensor,  # (N, K) the teacher's scores of one view of N images
+    b: torch.Tensor,  # (N, K) of another view of the same
+) -> float:  # -1 .. 1
     "Share of what the scores tell of the image that two views agree on: correlation of the scores less their means over the images."
-    a, b = a.float() - a.float().mean(0), b.float() - b.float().mean(0)
-    return float((a*b).sum()/(a.norm()*b.norm()).clamp_min(1e-12))
+    a = a.float() - a.float().mean(0)
+    b = b.float() - b.float().mean(0)
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12))
 
 # %% ../../nbs/08_pretrain/12_agreement.ipynb #cell-008
 @torch.no_grad()
 def agreement_at_start(
-    config: PretrainConfig, # settled
-    images, # map-style dataset of (uint8 (H, W, 3) image, label); the first 64 are enough
-) -> dict: # `global`, `local` (NaN without local crops): agreement of a large crop with another one; `gain`: tau_s/tau_t at the first step
+    config: PretrainConfig,  # settled
+    images,  # map-style dataset of (uint8 (H, W, 3) image, label); the first 64 are enough
+) -> dict:  # `global`, `local` (NaN without local crops): agreement of a large crop with another one; `gain`: tau_s/tau_t at the first step
     "What two views of a tile agree on before anything is learnt, to be compared with one over the gain."
     c = dataclasses.replace(config, n_global=2, n_local=min(config.n_local, 1))
-    crops = MultiCrop(2, c.n_local, c.global_size, c.local_size, c.global_scale or None, c.local_scale or None, c.recipe, c.mean, c.std)
+    crops = MultiCrop(
+        2,
+        c.n_local,
+        c.global_size,
+        c.local_size,
+        c.global_scale or None,
+        c.local_scale or None,
+        c.recipe,
+        c.mean,
+        c.std,
+    )
     views = stack_crops([crops(images[i][0], (c.seed, i)) for i in range(min(len(images), 64))])
     torch.manual_seed(c.seed)
     teacher = networks(c, torch.device("cpu"))[1]
     scores = [view for x in views for view in teacher([x])[1]]
-    return {"global": agreement(scores[0], scores[1]), "local": agreement(scores[0], scores[2]) if c.n_local else float("nan"),
-            "gain": c.student_temp/c.teacher_temp_start}
+    return {
+        "global": agreement(scores[0], scores[1]),
+        "local": agreement(scores[0], scores[2]) if c.n_local else float("nan"),
+        "gain": c.student_temp / c.teacher_temp_start,
+    }

@@ -13,185 +13,320 @@ import torch
 
 from ..core.errors import BadInput, nearest
 from ..core.parameters import build, check_ranges
+from .dino import cosine_schedule, linear_schedule
 from ..training.augmentation import MEAN, STD
 from ..training.running import find_device, find_precision
-from .dino import cosine_schedule, linear_schedule
 
 # %% ../../nbs/08_pretrain/04_config.ipynb #cell-005
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     "Parameters of a pre-training run."
-    out: str # folder of the run
-    tiles: str = "" # folder of a tile table and its shards; may stay empty where a dataset is handed to `pretrain`
-    split: str = "" # rows of the tile table to train on: train, val or test; empty = all kept tiles
+
+    out: str  # folder of the run
+    tiles: str = ""  # folder of a tile table and its shards; may stay empty where a dataset is handed to `pretrain`
+    split: str = ""  # rows of the tile table to train on: train, val or test; empty = all kept tiles
     # model
-    arch: str = "xcit_nano_12_p16_224" # backbone by its timm name
-    pool: Literal["class", "mean", "class+mean"] = "class" # what the head is given: the class token (DINO), the mean patch token, or both
-    drop_path: float = .1 # stochastic depth of the student, 0..1; the teacher has none
-    out_dim: int = 4096 # K, prototypes
-    hidden: int = 2048 # width of the head's hidden layers
-    bottleneck: int = 256 # width before the head's last layer
-    norm_last_layer: bool = True # keep the prototypes at length 1
-    head_bn: bool = False # batch norm in the head: helps short runs on small sets off log K
+    arch: str = "xcit_nano_12_p16_224"  # backbone by its timm name
+    pool: Literal["class", "mean", "class+mean"] = (
+        "class"  # what the head is given: the class token (DINO), the mean patch token, or both
+    )
+    drop_path: float = 0.1  # stochastic depth of the student, 0..1; the teacher has none
+    out_dim: int = 4096  # K, prototypes
+    hidden: int = 2048  # width of the head's hidden layers
+    bottleneck: int = 256  # width before the head's last layer
+    norm_last_layer: bool = True  # keep the prototypes at length 1
+    head_bn: bool = False  # batch norm in the head: helps short runs on small sets off log K
     # crops
-    recipe: str = "histology" # augmentations, a name of `histonb.training.augmentation.RECIPES`
-    n_global: int = 2 # large crops, seen by teacher and student
-    n_local: int = 8 # small crops, seen by the student
-    global_size: int = 224 # pixels
-    local_size: int = 96 # pixels
-    global_scale: tuple[float, ...] = () # share of the tile's area, least and most; empty = the recipe's own
+    recipe: str = "histology"  # augmentations, a name of `histonb.training.augmentation.RECIPES`
+    n_global: int = 2  # large crops, seen by teacher and student
+    n_local: int = 8  # small crops, seen by the student
+    global_size: int = 224  # pixels
+    local_size: int = 96  # pixels
+    global_scale: tuple[float, ...] = ()  # share of the tile's area, least and most; empty = the recipe's own
     local_scale: tuple[float, ...] = ()
-    mean: tuple[float, ...] = MEAN # of each channel, 0..1
+    mean: tuple[float, ...] = MEAN  # of each channel, 0..1
     std: tuple[float, ...] = STD
     # length
-    epochs: float = 100. # passes over the tiles
-    steps: int = 0 # optimiser steps; where set it counts instead of `epochs`
-    batch_size: int = 64 # tiles of a step, over all processes
-    micro_batch: int = 0 # tiles that a process holds at a time; 0 = its whole share of the batch
+    epochs: float = 100.0  # passes over the tiles
+    steps: int = 0  # optimiser steps; where set it counts instead of `epochs`
+    batch_size: int = 64  # tiles of a step, over all processes
+    micro_batch: int = 0  # tiles that a process holds at a time; 0 = its whole share of the batch
     # optimiser (AdamW)
-    lr: float = 5e-4 # peak learning rate for a batch of 256; the rate used is lr * batch_size/256
-    min_lr: float = 1e-6 # of the last step, as it is
-    warmup_epochs: float = 10. # linear rise of the learning rate
-    weight_decay: float = .04 # of the first step
-    weight_decay_end: float = .4 # of the last
-    clip: float = 3. # limit of the gradient norm; 0 = none
-    clip_how: Literal["tensor", "network", "global"] = "tensor" # each tensor by itself (DINO), backbone and heads apart (DINOv2), or all together
-    freeze_last_epochs: float = 1. # the prototypes stand still so long
+    lr: float = 5e-4  # peak learning rate for a batch of 256; the rate used is lr * batch_size/256
+    min_lr: float = 1e-6  # of the last step, as it is
+    warmup_epochs: float = 10.0  # linear rise of the learning rate
+    weight_decay: float = 0.04  # of the first step
+    weight_decay_end: float = 0.4  # of the last
+    clip: float = 3.0  # limit of the gradient norm; 0 = none
+    clip_how: Literal["tensor", "network", "global"] = (
+        "tensor"  # each tensor by itself (DINO), backbone and heads apart (DINOv2), or all together
+    )
+    freeze_last_epochs: float = 1.0  # the prototypes stand still so long
     # teacher
-    momentum: float = .996 # of the teacher's average, first step
-    momentum_end: float = 1. # last step
-    teacher_bn: Literal["own", "ema"] = "own" # batch-norm statistics: its own in train mode (DINO), or the student's averaged
-    teacher_temp_start: float = .04
-    teacher_temp: float = .07 # after the rise
-    teacher_temp_epochs: float = 30. # linear rise
-    student_temp: float = .1
-    center_momentum: float = .9
-    centering: Literal["center", "sinkhorn"] = "center" # what keeps the teacher off one prototype: a running mean (DINO), or an even assignment of the batch (DINOv2)
+    momentum: float = 0.996  # of the teacher's average, first step
+    momentum_end: float = 1.0  # last step
+    teacher_bn: Literal["own", "ema"] = (
+        "own"  # batch-norm statistics: its own in train mode (DINO), or the student's averaged
+    )
+    teacher_temp_start: float = 0.04
+    teacher_temp: float = 0.07  # after the rise
+    teacher_temp_epochs: float = 30.0  # linear rise
+    student_temp: float = 0.1
+    center_momentum: float = 0.9
+    centering: Literal["center", "sinkhorn"] = (
+        "center"  # what keeps the teacher off one prototype: a running mean (DINO), or an even assignment of the batch (DINOv2)
+    )
     # other losses
-    patch_weight: float = 0. # of the loss over masked patches; 0 = none, 1 = iBOT
-    patch_head: Literal["shared", "separate"] = "separate" # one head for crops and patches (iBOT), or two (DINOv2)
-    mask_chance: float = .5 # share of the large crops in which patches are hidden from the student
-    mask_share: tuple[float, ...] = (.1, .5) # of the patches of such a crop, least and most
-    spread_weight: float = 0. # of the loss that spreads features, a sum over the large crops; 0 = none, .1 = DINOv2
-    spread: Literal["koleo", "kde"] = "koleo" # away from the nearest neighbour, or from the density of all
-    spread_group: int = 0 # images among which neighbours are sought; 0 = a micro-batch of one process
+    patch_weight: float = 0.0  # of the loss over masked patches; 0 = none, 1 = iBOT
+    patch_head: Literal["shared", "separate"] = "separate"  # one head for crops and patches (iBOT), or two (DINOv2)
+    mask_chance: float = 0.5  # share of the large crops in which patches are hidden from the student
+    mask_share: tuple[float, ...] = (0.1, 0.5)  # of the patches of such a crop, least and most
+    spread_weight: float = 0.0  # of the loss that spreads features, a sum over the large crops; 0 = none, .1 = DINOv2
+    spread: Literal["koleo", "kde"] = "koleo"  # away from the nearest neighbour, or from the density of all
+    spread_group: int = 0  # images among which neighbours are sought; 0 = a micro-batch of one process
     # what is watched
-    knn_tiles: str = "" # folder of a labelled tile table with splits, for the online kNN score; empty = none
-    knn_every: float = 1. # epochs between scores
-    on_collapse: Literal["warn", "stop", "ignore"] = "warn" # where the log shows a collapse
+    knn_tiles: str = ""  # folder of a labelled tile table with splits, for the online kNN score; empty = none
+    knn_every: float = 1.0  # epochs between scores
+    on_collapse: Literal["warn", "stop", "ignore"] = "warn"  # where the log shows a collapse
     # machine
-    precision: Literal["auto", "fp32", "bf16"] = "auto" # of the matrix products; auto = bf16 where the hardware has it
-    sync_bn: Literal["auto", "yes", "no"] = "auto" # batch norm over all processes; auto = on CUDA, which alone has it
-    activation_checkpointing: bool = False # compute activations twice instead of keeping them
-    per_crop_backward: bool = False # one backward pass a crop instead of one a crop size
-    device: str = "auto" # auto = cuda where there is one, else cpu
-    workers: int = 1 # processes that make crops; 0 = in the training process
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto = bf16 where the hardware has it
+    sync_bn: Literal["auto", "yes", "no"] = "auto"  # batch norm over all processes; auto = on CUDA, which alone has it
+    activation_checkpointing: bool = False  # compute activations twice instead of keeping them
+    per_crop_backward: bool = False  # one backward pass a crop instead of one a crop size
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    workers: int = 1  # processes that make crops; 0 = in the training process
     seed: int = 0
-    log_every: int = 10 # steps between rows of the log; values are means over them
-    checkpoint_every: int = 500 # steps between checkpoints; the end of the run always has one
-    keep: int = 2 # latest checkpoints to keep; the best by kNN is kept besides
+    log_every: int = 10  # steps between rows of the log; values are means over them
+    checkpoint_every: int = 500  # steps between checkpoints; the end of the run always has one
+    keep: int = 2  # latest checkpoints to keep; the best by kNN is kept besides
 
     def __post_init__(self):
         check_ranges(vars(self), "PretrainConfig")
-        if not (self.mean and self.std): raise BadInput("PretrainConfig", "`mean` or `std` is empty", "Give 3 numbers.")
+        if not (self.mean and self.std):
+            raise BadInput("PretrainConfig", "`mean` or `std` is empty", "Give 3 numbers.")
 
 # %% ../../nbs/08_pretrain/04_config.ipynb #cell-008
 PRESETS = {
-    "bony": dict(arch="xcit_medium_24_p16_224", out_dim=4096, recipe="dino", n_global=1, n_local=5, batch_size=9600, micro_batch=100,
-                 lr=1e-3*256/9600, momentum=.996, teacher_temp=.04, teacher_temp_epochs=0., workers=8, log_every=20, checkpoint_every=100),
-    "dino-xcit-m24": dict(arch="xcit_medium_24_p16_224", drop_path=.15, out_dim=65536, norm_last_layer=False, recipe="dino",
-                          global_scale=(.3, 1.), local_scale=(.05, .3), epochs=300., batch_size=1024, micro_batch=32, lr=1e-3*256/1024,
-                          min_lr=1e-5, workers=8, log_every=50, checkpoint_every=500),
-    "histology": dict(arch="xcit_small_12_p16_224", out_dim=8192, global_scale=(.4, 1.), local_scale=(.1, .4), batch_size=512, micro_batch=64,
-                      clip=.3, workers=8, log_every=50, checkpoint_every=1000),
-    "dinov2": dict(arch="vit_small_patch16_224", drop_path=.3, out_dim=65536, norm_last_layer=False, n_global=2, n_local=8, batch_size=1024,
-                   micro_batch=32, lr=1e-3, clip_how="network", momentum=.992, teacher_bn="ema", centering="sinkhorn", patch_weight=1.,
-                   spread_weight=.1, spread_group=32, workers=8, log_every=50, checkpoint_every=500),
-    "cpu": dict(drop_path=0., out_dim=512, hidden=512, n_local=3, global_size=112, local_size=56, global_scale=(.3, .6),
-                local_scale=(.06, .15), steps=650, batch_size=32, lr=5e-3, min_lr=1e-5, warmup_epochs=.5, weight_decay_end=.04, clip=.3,
-                freeze_last_epochs=.3, momentum=.98, teacher_temp=.04, teacher_temp_epochs=0.),
-    "tiny": dict(drop_path=0., out_dim=256, hidden=256, bottleneck=64, n_local=2, global_size=64, local_size=32, epochs=2., batch_size=16,
-                 warmup_epochs=.5, freeze_last_epochs=0., momentum=.99, teacher_temp=.04, teacher_temp_epochs=0., log_every=5),
+    "bony": dict(
+        arch="xcit_medium_24_p16_224",
+        out_dim=4096,
+        recipe="dino",
+        n_global=1,
+        n_local=5,
+        batch_size=9600,
+        micro_batch=100,
+        lr=1e-3 * 256 / 9600,
+        momentum=0.996,
+        teacher_temp=0.04,
+        teacher_temp_epochs=0.0,
+        workers=8,
+        log_every=20,
+        checkpoint_every=100,
+    ),
+    "dino-xcit-m24": dict(
+        arch="xcit_medium_24_p16_224",
+        drop_path=0.15,
+        out_dim=65536,
+        norm_last_layer=False,
+        recipe="dino",
+        global_scale=(0.3, 1.0),
+        local_scale=(0.05, 0.3),
+        epochs=300.0,
+        batch_size=1024,
+        micro_batch=32,
+        lr=1e-3 * 256 / 1024,
+        min_lr=1e-5,
+        workers=8,
+        log_every=50,
+        checkpoint_every=500,
+    ),
+    "histology": dict(
+        arch="xcit_small_12_p16_224",
+        out_dim=8192,
+        global_scale=(0.4, 1.0),
+        local_scale=(0.1, 0.4),
+        batch_size=512,
+        micro_batch=64,
+        clip=0.3,
+        workers=8,
+        log_every=50,
+        checkpoint_every=1000,
+    ),
+    "dinov2": dict(
+        arch="vit_small_patch16_224",
+        drop_path=0.3,
+        out_dim=65536,
+        norm_last_layer=False,
+        n_global=2,
+        n_local=8,
+        batch_size=1024,
+        micro_batch=32,
+        lr=1e-3,
+        clip_how="network",
+        momentum=0.992,
+        teacher_bn="ema",
+        centering="sinkhorn",
+        patch_weight=1.0,
+        spread_weight=0.1,
+        spread_group=32,
+        workers=8,
+        log_every=50,
+        checkpoint_every=500,
+    ),
+    "cpu": dict(
+        drop_path=0.0,
+        out_dim=512,
+        hidden=512,
+        n_local=3,
+        global_size=112,
+        local_size=56,
+        global_scale=(0.3, 0.6),
+        local_scale=(0.06, 0.15),
+        steps=650,
+        batch_size=32,
+        lr=5e-3,
+        min_lr=1e-5,
+        warmup_epochs=0.5,
+        weight_decay_end=0.04,
+        clip=0.3,
+        freeze_last_epochs=0.3,
+        momentum=0.98,
+        teacher_temp=0.04,
+        teacher_temp_epochs=0.0,
+    ),
+    "tiny": dict(
+        drop_path=0.0,
+        out_dim=256,
+        hidden=256,
+        bottleneck=64,
+        n_local=2,
+        global_size=64,
+        local_size=32,
+        epochs=2.0,
+        batch_size=16,
+        warmup_epochs=0.5,
+        freeze_last_epochs=0.0,
+        momentum=0.99,
+        teacher_temp=0.04,
+        teacher_temp_epochs=0.0,
+        log_every=5,
+    ),
 }
 
+# %% ../../nbs/08_pretrain/04_config.ipynb #cell-008-2
 def preset(
-    name: str, # of `PRESETS`
-    **changes, # fields of `PretrainConfig` that differ from it, `out` among them
+    name: str,  # of `PRESETS`
+    **changes,  # fields of `PretrainConfig` that differ from it, `out` among them
 ) -> PretrainConfig:
     "A preset's parameters, with changes; unknown names and keys are `BadInput`."
-    if name not in PRESETS: raise BadInput(name, "no such preset", nearest(name, PRESETS))
+    if name not in PRESETS:
+        raise BadInput(name, "no such preset", nearest(name, PRESETS))
     return build(PretrainConfig, PRESETS[name] | changes)
+RECORDED = ("n_images", "data")  # what a run's config.json tells besides parameters: how many tiles, and which
 
-RECORDED = ("n_images", "data") # what a run's config.json tells besides parameters: how many tiles, and which
 
 def as_config(
-    values: dict, # parameters, perhaps with a `preset` that they change, such as a run's config.json holds
-    path="PretrainConfig", # where they stand, for errors
-) -> PretrainConfig: # the same, checked
+    values: dict,  # parameters, perhaps with a `preset` that they change, such as a run's config.json holds
+    path="PretrainConfig",  # where they stand, for errors
+) -> PretrainConfig:  # the same, checked
     "Check parameters of pre-training; unknown names and impossible values are `BadInput`."
     values = {name: value for name, value in values.items() if name not in RECORDED}
-    if "preset" in values: return preset(values.pop("preset"), **values)
+    if "preset" in values:
+        return preset(values.pop("preset"), **values)
     return build(PretrainConfig, values, path)
 
 # %% ../../nbs/08_pretrain/04_config.ipynb #cell-011
 def micro_batches(
     config: PretrainConfig,
-    world: int = 1, # R, processes
-) -> int: # A, forward and backward passes of a process in one step
+    world: int = 1,  # R, processes
+) -> int:  # A, forward and backward passes of a process in one step
     "How many micro-batches make a step; sizes that do not divide are `BadInput`."
     share, rest = divmod(config.batch_size, world)
     if rest or not share:
-        raise BadInput("batch_size", f"{config.batch_size} tiles cannot be shared by {world} processes", f"Choose {max(share, 1)*world} or {(share + 1)*world}.")
+        raise BadInput(
+            "batch_size",
+            f"{config.batch_size} tiles cannot be shared by {world} processes",
+            f"Choose {max(share, 1) * world} or {(share + 1) * world}.",
+        )
     size = min(config.micro_batch or share, share)
     if share % size:
         fits = max(n for n in range(1, size + 1) if share % n == 0)
-        raise BadInput("micro_batch", f"{size} does not divide the {share} tiles of a process ({config.batch_size} on {world})", f"The next smaller that does is {fits}.")
-    return share//size
+        raise BadInput(
+            "micro_batch",
+            f"{size} does not divide the {share} tiles of a process ({config.batch_size} on {world})",
+            f"The next smaller that does is {fits}.",
+        )
+    return share // size
 
+# %% ../../nbs/08_pretrain/04_config.ipynb #cell-011-2
 def _settle_losses(c, tiles):
     "Refuse losses that could not be computed on so many tiles at a time."
-    if min(c.patch_weight, c.spread_weight) < 0: raise BadInput("patch_weight, spread_weight", f"{c.patch_weight}, {c.spread_weight}", "A loss has a weight of 0 or more.")
+    if min(c.patch_weight, c.spread_weight) < 0:
+        raise BadInput(
+            "patch_weight, spread_weight", f"{c.patch_weight}, {c.spread_weight}", "A loss has a weight of 0 or more."
+        )
     if c.spread_weight:
         group = c.spread_group or tiles
-        if group < 2 or tiles % group: raise BadInput("spread_group", f"{group} of the {tiles} tiles that a process holds at a time", "Choose 2 or more, and a divisor; or a larger micro_batch.")
-    if not c.patch_weight: return
+        if group < 2 or tiles % group:
+            raise BadInput(
+                "spread_group",
+                f"{group} of the {tiles} tiles that a process holds at a time",
+                "Choose 2 or more, and a divisor; or a larger micro_batch.",
+            )
+    if not c.patch_weight:
+        return
     if not (len(c.mask_share) == 2 and 0 < c.mask_share[0] <= c.mask_share[1] <= 1 and 0 < c.mask_chance <= 1):
-        raise BadInput("mask_share, mask_chance", f"{c.mask_share}, {c.mask_chance}", "Give the least and the most share, both in 0..1, and a chance above 0.")
-    if c.head_bn and (c.n_global < 2 or c.per_crop_backward or c.mask_chance < .5):
-        raise BadInput("head_bn", "with patch_weight a pass may hide no patch, of which there are no statistics",
-                       "Use two large crops, mask_chance of at least .5 and no per_crop_backward, or a head without batch norm.")
+        raise BadInput(
+            "mask_share, mask_chance",
+            f"{c.mask_share}, {c.mask_chance}",
+            "Give the least and the most share, both in 0..1, and a chance above 0.",
+        )
+    if c.head_bn and (c.n_global < 2 or c.per_crop_backward or c.mask_chance < 0.5):
+        raise BadInput(
+            "head_bn",
+            "with patch_weight a pass may hide no patch, of which there are no statistics",
+            "Use two large crops, mask_chance of at least .5 and no per_crop_backward, or a head without batch norm.",
+        )
 
+# %% ../../nbs/08_pretrain/04_config.ipynb #cell-011-3
 def settle(
-    config: PretrainConfig, # as the user gave it
-    n_images: int, # tiles to train on
-    world: int = 1, # processes
-) -> PretrainConfig: # with device, precision, batch norm and steps settled
+    config: PretrainConfig,  # as the user gave it
+    n_images: int,  # tiles to train on
+    world: int = 1,  # processes
+) -> PretrainConfig:  # with device, precision, batch norm and steps settled
     "Replace what is left to choose, and refuse what cannot work."
     c = config
-    if n_images == 0: raise BadInput(c.tiles or "dataset", "no tiles to train on", "Check the split, and the thresholds that keep tiles.")
+    if n_images == 0:
+        raise BadInput(
+            c.tiles or "dataset", "no tiles to train on", "Check the split, and the thresholds that keep tiles."
+        )
     if not 2 <= c.batch_size <= n_images:
         raise BadInput("batch_size", f"{c.batch_size} with {n_images} tiles", f"Choose 2 to {n_images}.")
     micro_batches(c, world)
-    _settle_losses(c, c.batch_size//(world*micro_batches(c, world)))
+    _settle_losses(c, c.batch_size // (world * micro_batches(c, world)))
     device = c.device if c.device != "auto" else str(find_device())  # a run on another machine can be settled here
     precision = find_precision(c.precision, torch.device(device))
     sync_bn = c.sync_bn if c.sync_bn != "auto" else "yes" if device.startswith("cuda") and world > 1 else "no"
     if sync_bn == "yes" and not device.startswith("cuda"):
         raise BadInput("sync_bn", f"batch norm over processes does not exist on {device}", "Set it to no, or to auto.")
-    steps = c.steps or round(c.epochs*(n_images//c.batch_size))
-    if steps < 1: raise BadInput("epochs", f"{c.epochs} make no step", "Choose more epochs, or set steps.")
+    steps = c.steps or round(c.epochs * (n_images // c.batch_size))
+    if steps < 1:
+        raise BadInput("epochs", f"{c.epochs} make no step", "Choose more epochs, or set steps.")
     return dataclasses.replace(c, device=device, precision=precision, sync_bn=sync_bn, steps=steps)
 
 # %% ../../nbs/08_pretrain/04_config.ipynb #cell-015
 def schedules(
-    config: PretrainConfig, # settled
-    n_images: int, # tiles to train on
-) -> dict: # name -> (steps,) values
+    config: PretrainConfig,  # settled
+    n_images: int,  # tiles to train on
+) -> dict:  # name -> (steps,) values
     "Learning rate, weight decay, teacher momentum and teacher temperature of every step."
-    c, per_epoch = config, n_images//config.batch_size
+    c = config
+    per_epoch = n_images // config.batch_size
     return {
-        "lr": cosine_schedule(c.lr*c.batch_size/256, c.min_lr, c.steps, round(c.warmup_epochs*per_epoch)),
+        "lr": cosine_schedule(c.lr * c.batch_size / 256, c.min_lr, c.steps, round(c.warmup_epochs * per_epoch)),
         "weight_decay": cosine_schedule(c.weight_decay, c.weight_decay_end, c.steps),
         "momentum": cosine_schedule(c.momentum, c.momentum_end, c.steps),
-        "teacher_temp": linear_schedule(c.teacher_temp_start, c.teacher_temp, c.steps, round(c.teacher_temp_epochs*per_epoch)),
+        "teacher_temp": linear_schedule(
+            c.teacher_temp_start, c.teacher_temp, c.steps, round(c.teacher_temp_epochs * per_epoch)
+        ),
     }

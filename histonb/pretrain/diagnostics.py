@@ -24,124 +24,183 @@ from ..core.progress import in_notebook
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-005
 def rankme(
-    features: torch.Tensor, # (N, D) features of N images; a few times more images than dimensions
-    eps: float = 1e-7, # epsilon
-) -> float: # 1 .. min(N, D)
+    features: torch.Tensor,  # (N, D) features of N images; a few times more images than dimensions
+    eps: float = 1e-7,  # epsilon
+) -> float:  # 1 .. min(N, D)
     "Effective rank of a feature matrix (Garrido et al., ICML 2023, equation 1)."
     s = torch.linalg.svdvals(torch.as_tensor(features).double())
-    p = s/s.sum().clamp_min(1e-12) + eps
-    return (-(p*p.log()).sum()).exp().item()
+    p = s / s.sum().clamp_min(1e-12) + eps
+    return (-(p * p.log()).sum()).exp().item()
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-009
 def feature_std(
-    features: torch.Tensor, # (N, D)
-) -> float: # 0 (all equal) .. 1 (directions spread over the whole sphere)
+    features: torch.Tensor,  # (N, D)
+) -> float:  # 0 (all equal) .. 1 (directions spread over the whole sphere)
     "Spread of the directions of features (Chen and He, SimSiam, CVPR 2021, section 4.1), times the root of D."
     z = F.normalize(torch.as_tensor(features).float(), dim=-1)
-    return (z.std(dim=0, correction=0).mean()*z.shape[1]**.5).item()
+    return (z.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5).item()
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-013
 def entropy(
-    probs: torch.Tensor, # (..., K) distributions
-) -> torch.Tensor: # (...,), 0 .. log K
+    probs: torch.Tensor,  # (..., K) distributions
+) -> torch.Tensor:  # (...,), 0 .. log K
     "Shannon entropy in nats."
     return torch.special.entr(probs).sum(-1)
 
+
 def teacher_entropy(
-    probs: torch.Tensor, # (..., K) the teacher's distributions
-) -> float: # 0 (certain of one prototype) .. log K (all alike)
+    probs: torch.Tensor,  # (..., K) the teacher's distributions
+) -> float:  # 0 (certain of one prototype) .. log K (all alike)
     "Mean entropy of the teacher's answers."
     return entropy(probs).mean().item()
 
+
 def kl(
-    teacher: torch.Tensor, # (..., K) the teacher's distributions
-    student: torch.Tensor, # (..., K) the student's, of the same shape
-) -> float: # 0 where they agree
+    teacher: torch.Tensor,  # (..., K) the teacher's distributions
+    student: torch.Tensor,  # (..., K) the student's, of the same shape
+) -> float:  # 0 where they agree
     "Mean Kullback-Leibler divergence of the student from the teacher, in nats."
-    return (torch.special.xlogy(teacher, teacher/student)).sum(-1).mean().item()
+    return (torch.special.xlogy(teacher, teacher / student)).sum(-1).mean().item()
+
 
 def information(
-    probs: torch.Tensor, # (..., K) the teacher's distributions
-) -> float: # 0 (one answer for all images) .. log min(N, K)
+    probs: torch.Tensor,  # (..., K) the teacher's distributions
+) -> float:  # 0 (one answer for all images) .. log min(N, K)
     "Information of the answer about the image: entropy of the mean answer less the mean entropy."
     probs = probs.flatten(0, -2)
     return (entropy(probs.mean(0)) - entropy(probs).mean()).item()
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-022
-SILENT = .01 # nats of information below which all images get one answer
-NARROW = 2. # RankMe below which all features lie along one line
-MEMORIES = 3 # lengths of the teacher's memory that a state must last
+SILENT = 0.01  # nats of information below which all images get one answer
+NARROW = 2.0  # RankMe below which all features lie along one line
+MEMORIES = 3  # lengths of the teacher's memory that a state must last
+
 
 @dataclasses.dataclass(frozen=True)
 class Collapse:
     "What went wrong in a run, and what to change."
-    kind: str # "log K", "constant" or "dimensional"
-    since: int # step at which it began
-    message: str # what was seen, and the remedies
-    fatal: bool # false: a warning, the run may still be worth its time
 
-    def __str__(self): return self.message
+    kind: str  # "log K", "constant" or "dimensional"
+    since: int  # step at which it began
+    message: str  # what was seen, and the remedies
+    fatal: bool  # false: a warning, the run may still be worth its time
+
+    def __str__(self):
+        return self.message
+
 
 def _lasting(rows, name, limit, floor, patience):
     "The rows at the end of the log whose `name` is below `limit`, if they last and are not on their way out; else []."
-    tail = list(itertools.takewhile(lambda row: row[name] < limit, reversed([row for row in rows if name in row])))[::-1]
-    if len(tail) < 3 or tail[-1]["step"] - tail[0]["step"] < patience: return []
-    early, late = (np.median([row[name] for row in half]) for half in (tail[:len(tail)//2], tail[len(tail)//2:]))
-    return [] if late - floor > 1.5*max(early - floor, 1e-4) else tail
+    tail = list(itertools.takewhile(lambda row: row[name] < limit, reversed([row for row in rows if name in row])))[
+        ::-1
+    ]
+    if len(tail) < 3 or tail[-1]["step"] - tail[0]["step"] < patience:
+        return []
+    early, late = (np.median([row[name] for row in half]) for half in (tail[: len(tail) // 2], tail[len(tail) // 2 :]))
+    return [] if late - floor > 1.5 * max(early - floor, 1e-4) else tail
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-023
 def _silent(tail, log_k):
     "Name the collapse of a teacher that gives all images one answer."
-    last, since = tail[-1], tail[0]["step"]
-    seen = (f"since step {since} the teacher tells all images the same: information {max(last['information'], 0.):.1e} nats "
-            f"(a healthy run has above {SILENT}), entropy {last['entropy']:.3f} of log K = {log_k:.3f}, loss {last['loss']:.3f}")
-    if min(row["entropy"] for row in tail) > .9*log_k:
-        return Collapse("log K", since, f"Stuck at log K: {seen}. Every prototype is as likely as any other: lower teacher_temp "
-                        "(it must be well below student_temp), raise lr, lower the teacher's momentum, or lower out_dim.", True)
-    equal = last.get("feature_std", 1.) < .05
-    where = f"The features themselves are equal (feature_std {last.get('feature_std', 0):.1e})" if equal else "One prototype, or one mixture, wins for all"
-    return Collapse("constant", since, f"Constant output: {seen}. {where}: " +
-                    ("lower lr, lengthen warmup_epochs, lower clip, " if equal else "lower center_momentum (.9 is usual), lower lr, lengthen warmup_epochs, ") +
-                    "and begin again.", True)
+    last = tail[-1]
+    since = tail[0]["step"]
+    seen = (
+        f"since step {since} the teacher tells all images the same: information {max(last['information'], 0.0):.1e} nats "
+        f"(a healthy run has above {SILENT}), entropy {last['entropy']:.3f} of log K = {log_k:.3f}, loss {last['loss']:.3f}"
+    )
+    if min(row["entropy"] for row in tail) > 0.9 * log_k:
+        return Collapse(
+            "log K",
+            since,
+            f"Stuck at log K: {seen}. Every prototype is as likely as any other: lower teacher_temp "
+            "(it must be well below student_temp), raise lr, lower the teacher's momentum, or lower out_dim.",
+            True,
+        )
+    equal = last.get("feature_std", 1.0) < 0.05
+    where = (
+        f"The features themselves are equal (feature_std {last.get('feature_std', 0):.1e})"
+        if equal
+        else "One prototype, or one mixture, wins for all"
+    )
+    return Collapse(
+        "constant",
+        since,
+        f"Constant output: {seen}. {where}: "
+        + (
+            "lower lr, lengthen warmup_epochs, lower clip, "
+            if equal
+            else "lower center_momentum (.9 is usual), lower lr, lengthen warmup_epochs, "
+        )
+        + "and begin again.",
+        True,
+    )
 
+# %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-023-2
 def collapse(
-    rows: list, # of the log, oldest first
-    out_dim: int, # K
-    patience: float = 0., # steps that a state must last; 0 = three times the teacher's memory, at least 50
-) -> Collapse | None: # None where nothing is wrong, or too little is known
+    rows: list,  # of the log, oldest first
+    out_dim: int,  # K
+    patience: float = 0.0,  # steps that a state must last; 0 = three times the teacher's memory, at least 50
+) -> Collapse | None:  # None where nothing is wrong, or too little is known
     "Whether the latest rows of a log show a collapse. Cheap: call it with every new row."
     told = [row for row in rows if "information" in row]
-    if not told: return None
-    patience = patience or max(50., MEMORIES/max(1 - told[0].get("momentum", 0.), 1e-6))
-    found, tail = None, _lasting(told, "information", SILENT, 0., patience)
-    if tail: found = _silent(tail, math.log(out_dim))
+    if not told:
+        return None
+    patience = patience or max(50.0, MEMORIES / max(1 - told[0].get("momentum", 0.0), 1e-6))
+    found = None
+    tail = _lasting(told, "information", SILENT, 0.0, patience)
+    if tail:
+        found = _silent(tail, math.log(out_dim))
     if found and found.kind == "log K":
-        peak = max(told, key=lambda row: row.get("lr", 0.))["step"]  # while the rate rises, the peak is now
-        tail = _lasting([row for row in told if row["step"] >= peak], "information", SILENT, 0., patience)
+        peak = max(told, key=lambda row: row.get("lr", 0.0))["step"]  # while the rate rises, the peak is now
+        tail = _lasting([row for row in told if row["step"] >= peak], "information", SILENT, 0.0, patience)
         found = _silent(tail, math.log(out_dim)) if tail else None
-    if found: return found
-    tail = _lasting(rows, "rankme", NARROW, 1., patience)
-    return Collapse("dimensional", tail[0]["step"], f"Dimensional collapse: since step {tail[0]['step']} RankMe is {tail[-1]['rankme']:.2f}, below {NARROW:g}: "
-                    "all features lie along one line. Lower lr or weight_decay_end, use stronger or more crops, a larger batch, or more varied tiles.", False) if tail else None
+    if found:
+        return found
+    tail = _lasting(rows, "rankme", NARROW, 1.0, patience)
+    return (
+        Collapse(
+            "dimensional",
+            tail[0]["step"],
+            f"Dimensional collapse: since step {tail[0]['step']} RankMe is {tail[-1]['rankme']:.2f}, below {NARROW:g}: "
+            "all features lie along one line. Lower lr or weight_decay_end, use stronger or more crops, a larger batch, or more varied tiles.",
+            False,
+        )
+        if tail
+        else None
+    )
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-031
 def suspect(
-    named, # pairs (name, tensor or None), in the order of the network
-) -> str: # who is to blame, in words
+    named,  # pairs (name, tensor or None), in the order of the network
+) -> str:  # who is to blame, in words
     "The first tensor that is not finite; where all are, the one with the largest value."
     named = [(name, x.detach()) for name, x in named if x is not None]
     broken = next((name for name, x in named if not torch.isfinite(x).all()), None)
-    if broken: return f"first not finite: {broken}"
+    if broken:
+        return f"first not finite: {broken}"
     size, name = max((x.abs().max().item(), name) for name, x in named)
     return f"all finite so far, the largest value {size:.1e} in {name}"
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-034
-PANELS = { # name in the log -> title
-    "loss": "loss (dotted: log K)", "entropy": "teacher entropy", "kl": "KL(teacher || student)", "information": "information",
-    "knn": "online kNN", "feature_std": "feature std", "rankme": "RankMe", "center_norm": "centre norm",
-    "grad_norm": "gradient norm", "lr": "learning rate", "weight_decay": "weight decay", "momentum": "EMA momentum",
-    "teacher_temp": "teacher temperature", "images_per_s": "images/s", "data_wait": "data wait (share)", "memory": "memory (GiB)",
+PANELS = {  # name in the log -> title
+    "loss": "loss (dotted: log K)",
+    "entropy": "teacher entropy",
+    "kl": "KL(teacher || student)",
+    "information": "information",
+    "knn": "online kNN",
+    "feature_std": "feature std",
+    "rankme": "RankMe",
+    "center_norm": "centre norm",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "weight_decay": "weight decay",
+    "momentum": "EMA momentum",
+    "teacher_temp": "teacher temperature",
+    "images_per_s": "images/s",
+    "data_wait": "data wait (share)",
+    "memory": "memory (GiB)",
 }
+
 
 def _panel(ax, points, title, log_k):
     "One curve with its latest value."
@@ -149,75 +208,97 @@ def _panel(ax, points, title, log_k):
     ax.tick_params(labelsize=6.5)
     ax.spines[["top", "right"]].set_visible(False)
     if not points:
-        ax.text(.5, .5, "not logged", transform=ax.transAxes, ha="center", color="grey", fontsize=8)
+        ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color="grey", fontsize=8)
         ax.set(xticks=[], yticks=[])
         return
     ax.set_title(f"{points[-1][1]:.4g}", fontsize=8, loc="right", color="tab:blue")
     ax.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 30 else None, ms=4)
-    if log_k: ax.axhline(log_k, color="grey", ls=":", lw=1)
+    if log_k:
+        ax.axhline(log_k, color="grey", ls=":", lw=1)
 
+# %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-034-2
 def _panels(fig, rows, log_k):
     "A curve for each of `PANELS`."
     for ax, (name, title) in zip(fig.subplots(4, 4).flat, PANELS.items(), strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
         wide = [y for _, y in points if 0 < y < math.inf] if name == "grad_norm" else []
-        if wide and max(wide) > 30*min(wide): ax.set_yscale("log")
-        else: ax.ticklabel_format(axis="y", useOffset=False)
+        if wide and max(wide) > 30 * min(wide):
+            ax.set_yscale("log")
+        else:
+            ax.ticklabel_format(axis="y", useOffset=False)
         _panel(ax, points, title, log_k if name in ("loss", "entropy") else None)
 
+
 def curves(
-    folder, # of a run
-    fig=None, # matplotlib figure to draw on; None: a new one of pyplot, which a notebook shows
-): # matplotlib figure
+    folder,  # of a run
+    fig=None,  # matplotlib figure to draw on; None: a new one of pyplot, which a notebook shows
+):  # matplotlib figure
     "All diagnostics of a run in one figure."
     folder = Path(folder)
-    if not (folder/"log.jsonl").exists(): raise BadInput(folder, "holds no log.jsonl", "Give the folder of a pre-training run that has begun.")
-    rows = read_jsonl(folder/"log.jsonl")
-    config = folder/"config.json"
+    if not (folder / "log.jsonl").exists():
+        raise BadInput(folder, "holds no log.jsonl", "Give the folder of a pre-training run that has begun.")
+    rows = read_jsonl(folder / "log.jsonl")
+    config = folder / "config.json"
     with foreign_errors(config, "Copy it again.", "no parameters of a pre-training"):
         log_k = math.log(read_record(config, "out_dim")["out_dim"]) if config.exists() else None
     if fig is None:
         import matplotlib.pyplot as plt
+
         fig = plt.figure()
     fig.set_size_inches(10, 6)
-    fig.subplots_adjust(left=.055, right=.99, top=.96, bottom=.07, hspace=.42, wspace=.25)  # a layout engine would draw twice
-    with foreign_errors(folder/"log.jsonl", "Copy it again.", "not the log of a training"): _panels(fig, rows, log_k)
+    fig.subplots_adjust(
+        left=0.055, right=0.99, top=0.96, bottom=0.07, hspace=0.42, wspace=0.25
+    )  # a layout engine would draw twice
+    with foreign_errors(folder / "log.jsonl", "Copy it again.", "not the log of a training"):
+        _panels(fig, rows, log_k)
     fig.supxlabel("step", fontsize=8)
     return fig
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-039
 class LiveCurves:
     "Keeps a run's figure fresh: `curves.png` in its folder, and the output of a notebook's cell."
+
     def __init__(
         self,
-        folder, # of the run
-        every: float = 30., # seconds between figures, at least
+        folder,  # of the run
+        every: float = 30.0,  # seconds between figures, at least
     ):
-        self.folder, self.every, self.handle = Path(folder), every, None
+        self.folder = Path(folder)
+        self.every = every
+        self.handle = None
         self.notebook = in_notebook()
         self.due = time.monotonic() + (0 if self.notebook else every)
 
     def __call__(
         self,
-        now: bool = False, # draw whether or not it is time: at the end of the run
+        now: bool = False,  # draw whether or not it is time: at the end of the run
     ):
         "Draw, if it is time. Never raises."
         began = time.monotonic()
-        if began < self.due and not now: return
-        try: self._draw()
-        except Exception as e: warnings.warn(f"the curves of {self.folder} could not be drawn ({e!r}); the run goes on", stacklevel=2)
+        if began < self.due and not now:
+            return
+        try:
+            self._draw()
+        except Exception as e:
+            warnings.warn(f"the curves of {self.folder} could not be drawn ({e!r}); the run goes on", stacklevel=2)
         ended = time.monotonic()
-        self.due = ended + max(self.every, 50*(ended - began))
+        self.due = ended + max(self.every, 50 * (ended - began))
 
     def _draw(self):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        if not (self.folder/"log.jsonl").exists(): return
+        if not (self.folder / "log.jsonl").exists():
+            return
         fig = curves(self.folder, Figure())
-        with atomic_path(self.folder/"curves.png") as p: FigureCanvasAgg(fig).print_figure(p, dpi=90)
-        if not self.notebook: return
+        with atomic_path(self.folder / "curves.png") as p:
+            FigureCanvasAgg(fig).print_figure(p, dpi=90)
+        if not self.notebook:
+            return
         from IPython.display import Image, display
-        image = Image(data=(self.folder/"curves.png").read_bytes())
-        if self.handle is None: self.handle = display(image, display_id=True)
-        else: self.handle.update(image)
+
+        image = Image(data=(self.folder / "curves.png").read_bytes())
+        if self.handle is None:
+            self.handle = display(image, display_id=True)
+        else:
+            self.handle.update(image)

@@ -22,23 +22,27 @@ from ..models.masking import hide
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-013
 def view_pairs(
-    n_global: int, # G, crops that both networks see
-    n_local: int, # L, small crops that only the student sees
-) -> torch.Tensor: # (G, V) bool, true where teacher view g is compared with student view v
+    n_global: int,  # G, crops that both networks see
+    n_local: int,  # L, small crops that only the student sees
+) -> torch.Tensor:  # (G, V) bool, true where teacher view g is compared with student view v
     "Pairs of (teacher view, student view) that enter the loss: all but those of the same crop."
     if n_global < 1 or n_local < 0 or n_global + n_local < 2:
-        raise BadInput("crops", f"{n_global} global and {n_local} local crops make no pair of different views",
-                       "Use at least one global crop and one more crop.")
+        raise BadInput(
+            "crops",
+            f"{n_global} global and {n_local} local crops make no pair of different views",
+            "Use at least one global crop and one more crop.",
+        )
     return ~torch.eye(n_global, n_global + n_local, dtype=torch.bool)
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-016
 class CentredLoss(nn.Module):
     "A teacher that is centred and sharpened; the centre is a buffer."
+
     def __init__(
         self,
-        out_dim: int, # K
-        student_temp: float = .1, # tau_s
-        center_momentum: float = .9, # m_c
+        out_dim: int,  # K
+        student_temp: float = 0.1,  # tau_s
+        center_momentum: float = 0.9,  # m_c
     ):
         super().__init__()
         self.student_temp, self.center_momentum = student_temp, center_momentum
@@ -46,93 +50,105 @@ class CentredLoss(nn.Module):
 
     def teacher_probs(
         self,
-        teacher: torch.Tensor, # (..., K) scores
-        teacher_temp: float, # tau_t
-    ) -> torch.Tensor: # (..., K) q, float32
+        teacher: torch.Tensor,  # (..., K) scores
+        teacher_temp: float,  # tau_t
+    ) -> torch.Tensor:  # (..., K) q, float32
         "The teacher's centred and sharpened distribution."
-        return F.softmax((teacher.detach().float() - self.center)/teacher_temp, dim=-1)
+        return F.softmax((teacher.detach().float() - self.center) / teacher_temp, dim=-1)
 
     @torch.no_grad()
     def update_center(
         self,
-        teacher: torch.Tensor, # (..., K) scores of the step just taken, or their mean
+        teacher: torch.Tensor,  # (..., K) scores of the step just taken, or their mean
     ):
         "Move the centre towards the batch's mean score; call it after the loss."
         self.center.lerp_(teacher.float().reshape(-1, len(self.center)).mean(0), 1 - self.center_momentum)
 
+# %% ../../nbs/08_pretrain/01_dino.ipynb #cell-016-2
 class DINOLoss(CentredLoss):
     "Cross-entropy of student against teacher over pairs of views (DINO, equations 2 and 4)."
+
     def __init__(
         self,
-        out_dim: int, # K
-        n_global: int = 2, # G
-        n_local: int = 8, # L
-        student_temp: float = .1, # tau_s
-        center_momentum: float = .9, # m_c
+        out_dim: int,  # K
+        n_global: int = 2,  # G
+        n_local: int = 8,  # L
+        student_temp: float = 0.1,  # tau_s
+        center_momentum: float = 0.9,  # m_c
     ):
         super().__init__(out_dim, student_temp, center_momentum)
         pairs = view_pairs(n_global, n_local)
         self.skip = 1 if n_global == 1 else 0  # leading views that the student need not see
-        self.register_buffer("pairs", pairs[:, self.skip:], persistent=False)
+        self.register_buffer("pairs", pairs[:, self.skip :], persistent=False)
 
     def cross_entropy(
         self,
-        student: torch.Tensor, # (V, B, K) scores, global views first; with one global view (L, B, K), the local ones
-        q: torch.Tensor, # (G, B, K) the teacher's distributions
-        first: int = 0, # where `student` holds only some of the views: the place of its first one
-    ) -> torch.Tensor: # scalar, float32; the parts that the views of a batch make in turn add up to the loss
-        logp = F.log_softmax(student.float()/self.student_temp, dim=-1)
-        ce = -torch.einsum("gbk,vbk->gv", q, logp)/student.shape[1]
-        return ce[self.pairs[:, first:first + len(student)]].sum()/self.pairs.sum()
+        student: torch.Tensor,  # (V, B, K) scores, global views first; with one global view (L, B, K), the local ones
+        q: torch.Tensor,  # (G, B, K) the teacher's distributions
+        first: int = 0,  # where `student` holds only some of the views: the place of its first one
+    ) -> torch.Tensor:  # scalar, float32; the parts that the views of a batch make in turn add up to the loss
+        logp = F.log_softmax(student.float() / self.student_temp, dim=-1)
+        ce = -torch.einsum("gbk,vbk->gv", q, logp) / student.shape[1]
+        return ce[self.pairs[:, first : first + len(student)]].sum() / self.pairs.sum()
 
     def forward(
         self,
-        student: torch.Tensor, # as in `cross_entropy`
-        teacher: torch.Tensor, # (G, B, K) scores
-        teacher_temp: float = .04, # tau_t
-        first: int = 0, # as in `cross_entropy`
-    ) -> torch.Tensor: # scalar, float32
+        student: torch.Tensor,  # as in `cross_entropy`
+        teacher: torch.Tensor,  # (G, B, K) scores
+        teacher_temp: float = 0.04,  # tau_t
+        first: int = 0,  # as in `cross_entropy`
+    ) -> torch.Tensor:  # scalar, float32
         return self.cross_entropy(student, self.teacher_probs(teacher, teacher_temp), first)
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-030
 @torch.no_grad()
 def ema_update(
-    teacher: nn.Module, # changed in place
-    student: nn.Module, # same parameters in the same order
-    momentum: float, # m: 0 copies the student, 1 leaves the teacher as it is
-    buffers: str = "own", # batch-norm statistics: "own" are left alone, "ema" follow the student's
+    teacher: nn.Module,  # changed in place
+    student: nn.Module,  # same parameters in the same order
+    momentum: float,  # m: 0 copies the student, 1 leaves the teacher as it is
+    buffers: str = "own",  # batch-norm statistics: "own" are left alone, "ema" follow the student's
 ):
     "Move the teacher's parameters towards the student's (DINO, section 3.1)."
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
     if buffers == "ema":
         for t, s in zip(teacher.buffers(), student.buffers(), strict=True):
-            if t.is_floating_point(): t.lerp_(s, 1 - momentum)
-            else: t.copy_(s)
+            if t.is_floating_point():
+                t.lerp_(s, 1 - momentum)
+            else:
+                t.copy_(s)
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-033
 def stack_crops(
-    samples: list, # B lists of V crops (3, h, w), the same sizes in the same order in each
-) -> list: # per run of equal sizes one tensor (v, B, 3, h, w); view-major
+    samples: list,  # B lists of V crops (3, h, w), the same sizes in the same order in each
+) -> list:  # per run of equal sizes one tensor (v, B, 3, h, w); view-major
     "Collate multi-crop samples: consecutive crops of one size become one tensor."
     shapes = [tuple(crop.shape) for crop in samples[0]]
     starts = [v for v in range(len(shapes)) if v == 0 or shapes[v] != shapes[v - 1]] + [len(shapes)]
-    return [torch.stack([torch.as_tensor(sample[v]) for v in range(a, b) for sample in samples]).unflatten(0, (b - a, len(samples)))
-            for a, b in zip(starts, starts[1:], strict=False)]
+    return [
+        torch.stack([torch.as_tensor(sample[v]) for v in range(a, b) for sample in samples]).unflatten(
+            0, (b - a, len(samples))
+        )
+        for a, b in zip(starts, starts[1:], strict=False)
+    ]
 
+# %% ../../nbs/08_pretrain/01_dino.ipynb #cell-033-2
 class MultiCropNet(nn.Module):
     "Backbone and head over stacked crops: one backbone pass a crop size, one head pass in all."
+
     def __init__(
         self,
-        backbone: nn.Module, # (B, 3, h, w) -> (B, D)
-        head: nn.Module, # (..., D) -> (..., K)
-        pool: str = "class", # what of the backbone's tokens the head is given, of `backbones.POOLS`
-        patch_head: nn.Module | None = None, # (..., D) -> (..., K), for single patches; may be `head` itself
+        backbone: nn.Module,  # (B, 3, h, w) -> (B, D)
+        head: nn.Module,  # (..., D) -> (..., K)
+        pool: str = "class",  # what of the backbone's tokens the head is given, of `backbones.POOLS`
+        patch_head: nn.Module | None = None,  # (..., D) -> (..., K), for single patches; may be `head` itself
     ):
         super().__init__()
         self.backbone, self.head, self.pool = backbone, head, pool
-        if patch_head is not None: self.patch_head, self.mask_token = patch_head, nn.Parameter(torch.zeros(backbone.num_features))
+        if patch_head is not None:
+            self.patch_head = patch_head
+            self.mask_token = nn.Parameter(torch.zeros(backbone.num_features))
 
-    def networks(self) -> list: # of lists of parameters
+    def networks(self) -> list:  # of lists of parameters
         "Parameters of the backbone, the token of its masked patches among them, and of each head."
         heads = {id(head): head for head in (self.head, getattr(self, "patch_head", self.head))}.values()
         parts = [list(head.parameters()) for head in heads]
@@ -141,84 +157,93 @@ class MultiCropNet(nn.Module):
 
     def forward(
         self,
-        crops: list, # tensors (v, B, 3, h, w), as `stack_crops` makes them
-        masks: torch.Tensor | None = None, # (v, B, rows, columns) bool: patches of the only crops that are asked about one by one
-        hidden: bool = False, # those patches are not shown
-    ) -> tuple: # features (V, B, D), scores (V, B, K), and with masks the scores (M, K) of those patches
+        crops: list,  # tensors (v, B, 3, h, w), as `stack_crops` makes them
+        masks: torch.Tensor
+        | None = None,  # (v, B, rows, columns) bool: patches of the only crops that are asked about one by one
+        hidden: bool = False,  # those patches are not shown
+    ) -> tuple:  # features (V, B, D), scores (V, B, K), and with masks the scores (M, K) of those patches
         if masks is None:
-            tokens = torch.cat([features(self.backbone, c.flatten(0, 1), self.pool).unflatten(0, c.shape[:2]) for c in crops])
+            tokens = torch.cat(
+                [features(self.backbone, c.flatten(0, 1), self.pool).unflatten(0, c.shape[:2]) for c in crops]
+            )
             return tokens, self.head(tokens)
         (views,), at = crops, masks.flatten().nonzero().flatten()
         with hide(self.backbone, masks.flatten(0, 1), self.mask_token) if hidden else contextlib.nullcontext():
             tokens = self.backbone.forward_features(views.flatten(0, 1))
-        patches = tokens[:, self.backbone.num_prefix_tokens:].flatten(0, 1).index_select(0, at)
+        patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1).index_select(0, at)
         tokens = pooled(self.backbone, tokens, self.pool).unflatten(0, views.shape[:2])
         return tokens, self.head(tokens), self.patch_head(patches)
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-036
 def cosine_schedule(
-    start: float, # value after the warm-up
-    end: float, # value of the last step
-    steps: int, # n
-    warmup: int = 0, # w, steps of linear rise from `warmup_start`
-    warmup_start: float = 0., # value of the first step where there is a warm-up
-) -> np.ndarray: # (n,) float64, one value a step
+    start: float,  # value after the warm-up
+    end: float,  # value of the last step
+    steps: int,  # n
+    warmup: int = 0,  # w, steps of linear rise from `warmup_start`
+    warmup_start: float = 0.0,  # value of the first step where there is a warm-up
+) -> np.ndarray:  # (n,) float64, one value a step
     "Linear warm-up, then half a cosine."
     warmup = min(warmup, steps)
-    i = np.arange(steps - warmup)/max(steps - warmup - 1, 1)
-    return np.concatenate([np.linspace(warmup_start, start, warmup, endpoint=False),
-                           end + (start - end)*(1 + np.cos(np.pi*i))/2])
+    i = np.arange(steps - warmup) / max(steps - warmup - 1, 1)
+    return np.concatenate(
+        [np.linspace(warmup_start, start, warmup, endpoint=False), end + (start - end) * (1 + np.cos(np.pi * i)) / 2]
+    )
+
 
 def linear_schedule(
-    start: float, # value of the first step
-    end: float, # value from step `warmup` on
-    steps: int, # n
-    warmup: int, # steps of the linear part
-) -> np.ndarray: # (n,) float64
+    start: float,  # value of the first step
+    end: float,  # value from step `warmup` on
+    steps: int,  # n
+    warmup: int,  # steps of the linear part
+) -> np.ndarray:  # (n,) float64
     "Linear for `warmup` steps, then constant: the teacher's temperature."
     return np.interp(np.arange(steps), [0, max(warmup, 1e-9)], [start, end])
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-040
 def param_groups(
-    module: nn.Module, # student
-) -> list: # two groups for the optimiser: the second has `weight_decay` 0, and keeps it
+    module: nn.Module,  # student
+) -> list:  # two groups for the optimiser: the second has `weight_decay` 0, and keeps it
     "Split the trainable parameters into those that decay and those that do not."
-    groups = [{"params": [], "decay": True}, {"params": [], "decay": False, "weight_decay": 0.}]
+    groups = [{"params": [], "decay": True}, {"params": [], "decay": False, "weight_decay": 0.0}]
     for name, p in module.named_parameters():
-        if p.requires_grad: groups[p.squeeze().ndim < 2 or "pos_embed" in name or "reg_token" in name]["params"].append(p)
+        if p.requires_grad:
+            groups[p.squeeze().ndim < 2 or "pos_embed" in name or "reg_token" in name]["params"].append(p)
     return groups
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-043
 @torch.no_grad()
 def clip_gradients(
-    parameters, # iterable of parameters; those without gradient are left out
-    max_norm: float, # limit; 0 only measures
-    how: str = "tensor", # "tensor": each tensor by its own norm (DINO); "global": all by their common norm
-) -> torch.Tensor: # scalar, norm of the whole gradient before clipping
+    parameters,  # iterable of parameters; those without gradient are left out
+    max_norm: float,  # limit; 0 only measures
+    how: str = "tensor",  # "tensor": each tensor by its own norm (DINO); "global": all by their common norm
+) -> torch.Tensor:  # scalar, norm of the whole gradient before clipping
     "Clip gradients in place."
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     total = norms.norm()
     if max_norm:
-        factors = (max_norm/((norms if how == "tensor" else total.expand_as(norms)) + 1e-6)).clamp(max=1.)
+        factors = (max_norm / ((norms if how == "tensor" else total.expand_as(norms)) + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, list(factors.unbind()))
     return total
 
+
 def clip_student(
-    student: MultiCropNet, # after `backward`
-    max_norm: float, # limit; 0 only measures
-    how: str = "tensor", # as in `clip_gradients`, or "network": the backbone and each head by their own norms (DINOv2)
-) -> torch.Tensor: # scalar, norm of the whole gradient before clipping
+    student: MultiCropNet,  # after `backward`
+    max_norm: float,  # limit; 0 only measures
+    how: str = "tensor",  # as in `clip_gradients`, or "network": the backbone and each head by their own norms (DINOv2)
+) -> torch.Tensor:  # scalar, norm of the whole gradient before clipping
     "Clip the gradients of a student in place."
-    if how != "network": return clip_gradients(student.parameters(), max_norm, how)
+    if how != "network":
+        return clip_gradients(student.parameters(), max_norm, how)
     trained = [part for part in student.networks() if any(p.grad is not None for p in part)]
     return torch.stack([clip_gradients(part, max_norm, "global") for part in trained]).norm()
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-047
 def freeze_last_layer(
-    student: nn.Module, # one or more `DINOHead` in it, after `backward`
+    student: nn.Module,  # one or more `DINOHead` in it, after `backward`
 ):
     "Drop the gradients of the prototypes; the optimiser then leaves them as they are."
     for head in student.modules():
         if isinstance(head, DINOHead):
-            for p in head.last_layer.parameters(): p.grad = None
+            for p in head.last_layer.parameters():
+                p.grad = None

@@ -27,25 +27,44 @@ from .config import PRESETS, preset
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-007
 def timm_config(
-    model: torch.nn.Module, # from `histonb.models.backbones.load`
-    info: dict, # the content of its backbone.json
-    size: int = 224, # pixels of an image, the global crops' size
-) -> dict: # for config.json
+    model: torch.nn.Module,  # from `histonb.models.backbones.load`
+    info: dict,  # the content of its backbone.json
+    size: int = 224,  # pixels of an image, the global crops' size
+) -> dict:  # for config.json
     "What `timm.create_model('local-dir:...')` reads. An architecture that `timm` lacks is a `BadInput`."
-    name = info["name"] if timm.is_model(info["name"]) else f"{info['name']}_224"  # an XCiT without its size is the same model
-    if not timm.is_model(name): raise BadInput(info["name"], "timm has no such architecture", "Load it with histonb.models.backbones.load.")
-    channels, own = info.get("in_chans", 3), timm.get_pretrained_cfg(name)
+    name = (
+        info["name"] if timm.is_model(info["name"]) else f"{info['name']}_224"
+    )  # an XCiT without its size is the same model
+    if not timm.is_model(name):
+        raise BadInput(info["name"], "timm has no such architecture", "Load it with histonb.models.backbones.load.")
+    channels = info.get("in_chans", 3)
+    own = timm.get_pretrained_cfg(name)
     resizing = hasattr(model, "dynamic_img_size")  # a ViT
     arguments = {"dynamic_img_size": True} if resizing else {}
-    if channels != 3: arguments["in_chans"] = channels
-    if info.get("pool") == "mean": arguments |= {"global_pool": "avg"} | ({"fc_norm": False} if resizing else {})
-    return {"architecture": name, "num_classes": 0, "num_features": model.num_features, "model_args": arguments,
-            "pretrained_cfg": {"input_size": [channels, size, size], "fixed_input_size": False, "interpolation": "bicubic", "crop_pct": 1.,
-                               "mean": info["mean"], "std": info["std"], "num_classes": 0,
-                               "first_conv": own.first_conv, "classifier": own.classifier}}
+    if channels != 3:
+        arguments["in_chans"] = channels
+    if info.get("pool") == "mean":
+        arguments |= {"global_pool": "avg"} | ({"fc_norm": False} if resizing else {})
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [channels, size, size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": info["mean"],
+            "std": info["std"],
+            "num_classes": 0,
+            "first_conv": own.first_conv,
+            "classifier": own.classifier,
+        },
+    }
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-010
-FIGURES = { # name in log.jsonl: what it says
+FIGURES = {  # name in log.jsonl: what it says
     "knn": "accuracy of the nearest neighbours on labelled tiles, features frozen",
     "rankme": "effective number of dimensions the features fill",
     "feature_std": "spread of the features: 0 all alike, 1 over all directions",
@@ -56,47 +75,68 @@ FIGURES = { # name in log.jsonl: what it says
     "center_norm": "length of the teacher's centre",
 }
 
+
 def last_figures(
-    run, # folder of a run
-    step: float = float("inf"), # leave out what came after it
-) -> dict: # name -> last value in log.jsonl, in the order of `FIGURES`
+    run,  # folder of a run
+    step: float = float("inf"),  # leave out what came after it
+) -> dict:  # name -> last value in log.jsonl, in the order of `FIGURES`
     "The last value of each figure."
-    log = Path(run)/"log.jsonl"
+    log = Path(run) / "log.jsonl"
     rows = read_jsonl(log) if log.exists() else []
     with foreign_errors(log, _LOG, "not the log of a training"):
         last = {k: v for row in rows if row["step"] <= step for k, v in row.items()}
         return {name: float(last[name]) for name in FIGURES if last.get(name) is not None}
 
+
 _LOG = "Copy it again, or leave it out."
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-013
-PRIVATE = { # parameters of one machine or one data set
-    "out", "tiles", "knn_tiles", "device", "workers", "log_every", "checkpoint_every", "keep", "n_images", "data", "steps"}
+PRIVATE = {  # parameters of one machine or one data set
+    "out",
+    "tiles",
+    "knn_tiles",
+    "device",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "n_images",
+    "data",
+    "steps",
+}
+
 
 def nearest_preset(
-    config: dict, # content of a run's config.json
-) -> tuple[str, dict]: # name of the preset, and the parameters that differ from it
+    config: dict,  # content of a run's config.json
+) -> tuple[str, dict]:  # name of the preset, and the parameters that differ from it
     "The preset with the fewest differences; what it left to be settled is none."
+
     def changes(name):
         theirs = json.loads(json.dumps(dataclasses.asdict(preset(name, out=""))))
         return {k: v for k, v in config.items() if k not in PRIVATE and theirs.get(k) not in (v, "auto")}
+
     return min(((name, changes(name)) for name in PRESETS), key=lambda found: len(found[1]))
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-016
 def origin(
-    run, # folder of a run
-) -> dict: # `commit`, `tiles`, `images`, `mpp` (um/px), where known
+    run,  # folder of a run
+) -> dict:  # `commit`, `tiles`, `images`, `mpp` (um/px), where known
     "What a run was trained with."
     run = Path(run)
-    config, provenance, found = read_record(run/"config.json", "tiles"), run/"provenance.json", {}
+    config = read_record(run / "config.json", "tiles")
+    provenance = run / "provenance.json"
+    found = {}
     git = read_record(provenance).get("git", {}) if provenance.exists() else {}
-    if isinstance(git, dict) and git.get("commit"): found["commit"] = str(git["commit"]) + (" with local changes" if git.get("dirty") else "")
-    table = Path(str(config["tiles"]))/"tiles.parquet"
+    if isinstance(git, dict) and git.get("commit"):
+        found["commit"] = str(git["commit"]) + (" with local changes" if git.get("dirty") else "")
+    table = Path(str(config["tiles"])) / "tiles.parquet"
     if config["tiles"] and table.exists():
         found["tiles"] = digest(table)
         mpp = read_parquet(table, ["mpp"], only=True)["mpp"].dropna()
-        if len(mpp): found["mpp"] = float(mpp.median())
-    if "n_images" in config: found["images"] = config["n_images"]
+        if len(mpp):
+            found["mpp"] = float(mpp.median())
+    if "n_images" in config:
+        found["images"] = config["n_images"]
     return found
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-019
@@ -142,41 +182,58 @@ splitting by patient. A self-supervised model inherits what is common in its tra
 ## Licence
 {licence}
 """
-NO_LICENCE = ("None is stated. That of the code (Apache 2.0) does not cover these weights; the terms of the images they were trained on may. "
-              "Settle this before passing them on.")
 
+# %% ../../nbs/08_pretrain/11_export.ipynb #cell-019-2
+NO_LICENCE = (
+    "None is stated. That of the code (Apache 2.0) does not cover these weights; the terms of the images they were trained on may. "
+    "Settle this before passing them on."
+)
 POOLING = {
     "class": "The features are the class token.",
     "mean": "The features are the mean patch token; the class token was not trained.",
     "class+mean": "The features are the class token; the mean patch token was trained beside it: "
-                  "`tokens = model.forward_features(images); tokens[:, model.num_prefix_tokens:].mean(1)`.",
+    "`tokens = model.forward_features(images); tokens[:, model.num_prefix_tokens:].mean(1)`.",
 }
 
+# %% ../../nbs/08_pretrain/11_export.ipynb #cell-019-3
 def card(
-    run, # folder of a run
-    info: dict, # the content of the backbone.json that is exported
-    settings: dict, # from `timm_config`
-    folder: str = ".", # name of the folder it will stand in
-    licence: str = "", # terms of the weights; empty: the card says that none are stated
-) -> str: # Markdown
+    run,  # folder of a run
+    info: dict,  # the content of the backbone.json that is exported
+    settings: dict,  # from `timm_config`
+    folder: str = ".",  # name of the folder it will stand in
+    licence: str = "",  # terms of the weights; empty: the card says that none are stated
+) -> str:  # Markdown
     "The model card of a run."
-    config, known, figures = read_record(Path(run)/"config.json"), origin(run), last_figures(run, info.get("step", float("inf")))
+    config = read_record(Path(run) / "config.json")
+    known = origin(run)
+    figures = last_figures(run, info.get("step", float("inf")))
     preset_name, changes = nearest_preset(config)
-    with torch.device("meta"): model = backbones.backbone(info["name"])
+    with torch.device("meta"):
+        model = backbones.backbone(info["name"])
     cfg = settings["pretrained_cfg"]
-    return CARD.format(**config | info | settings | dict(
-        folder=folder, version=histonb.__version__, preset=preset_name,
-        mean=tuple(round(x, 4) for x in cfg["mean"]), std=tuple(round(x, 4) for x in cfg["std"]),
-        parameters=sum(p.numel() for p in model.parameters())/1e6,
-        images=f"{known['images']:,} tiles" if "images" in known else "tiles of unknown number",
-        tiles=known.get("tiles", "not known"), commit=known.get("commit", "not recorded"),
-        mpp=f" at {known['mpp']:.3g} um/px" if "mpp" in known else "",
-        arguments="".join(f", {k}={v!r}".replace("'", '"') for k, v in settings["model_args"].items()),
-        pooling=POOLING[info.get("pool", "class")],
-        unfinished="" if info.get("step") == info.get("steps") else " (**not the last step**)",
-        changes=" with " + ", ".join(f"`{k}` {v}" for k, v in changes.items()) if changes else "",
-        figures="\n".join(f"| {k} | {v:.4g} | {FIGURES[k]} |" for k, v in figures.items()),
-        licence=licence or NO_LICENCE))
+    return CARD.format(
+        **config
+        | info
+        | settings
+        | dict(
+            folder=folder,
+            version=histonb.__version__,
+            preset=preset_name,
+            mean=tuple(round(x, 4) for x in cfg["mean"]),
+            std=tuple(round(x, 4) for x in cfg["std"]),
+            parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+            images=f"{known['images']:,} tiles" if "images" in known else "tiles of unknown number",
+            tiles=known.get("tiles", "not known"),
+            commit=known.get("commit", "not recorded"),
+            mpp=f" at {known['mpp']:.3g} um/px" if "mpp" in known else "",
+            arguments="".join(f", {k}={v!r}".replace("'", '"') for k, v in settings["model_args"].items()),
+            pooling=POOLING[info.get("pool", "class")],
+            unfinished="" if info.get("step") == info.get("steps") else " (**not the last step**)",
+            changes=" with " + ", ".join(f"`{k}` {v}" for k, v in changes.items()) if changes else "",
+            figures="\n".join(f"| {k} | {v:.4g} | {FIGURES[k]} |" for k, v in figures.items()),
+            licence=licence or NO_LICENCE,
+        )
+    )
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-022
 def _check_in_timm(model, info, folder, size):
@@ -187,32 +244,41 @@ def _check_in_timm(model, info, folder, size):
         ours = backbones.features(model, image, "mean" if info.get("pool") == "mean" else "class")
         torch.testing.assert_close(theirs(image), ours, atol=1e-4, rtol=1e-4)
 
+# %% ../../nbs/08_pretrain/11_export.ipynb #cell-022-2
 def export(
-    run, # folder of a run; the teacher's backbone is taken
-    out, # folder to write, which must not exist yet
-    licence: str = "", # terms of the weights, for the card
-    unfinished: bool = False, # export a run that has not reached its last step
-    best: bool = False, # the backbone with the best kNN score instead of the last one
-) -> Path: # the folder
+    run,  # folder of a run; the teacher's backbone is taken
+    out,  # folder to write, which must not exist yet
+    licence: str = "",  # terms of the weights, for the card
+    unfinished: bool = False,  # export a run that has not reached its last step
+    best: bool = False,  # the backbone with the best kNN score instead of the last one
+) -> Path:  # the folder
     "Write a run's backbone as `model.safetensors`, `config.json` and `README.md`, for `timm`."
-    run, out = Path(run), Path(out)
-    if out.exists(): raise BadInput(out, "exists already", "Choose another folder, or remove this one.")
-    model, info = backbones.load(run/"best" if best else run)
-    if not (run/"config.json").exists(): raise BadInput(run, "has a backbone but no config.json", "Give the folder of a pre-training run.")
-    config = read_json(run/"config.json")
+    run = Path(run)
+    out = Path(out)
+    if out.exists():
+        raise BadInput(out, "exists already", "Choose another folder, or remove this one.")
+    model, info = backbones.load(run / "best" if best else run)
+    if not (run / "config.json").exists():
+        raise BadInput(run, "has a backbone but no config.json", "Give the folder of a pre-training run.")
+    config = read_json(run / "config.json")
     if not isinstance(config, dict) or "global_size" not in config or not {"step", "steps"} <= info.keys():
         raise BadInput(run, "has a backbone, but is no pre-training run", "Give the folder of a pre-training run.")
     if info["step"] != info["steps"] and not (unfinished or best):
-        raise BadInput(run, f"the run stands at step {info['step']} of {info['steps']}", "Let it finish, or ask for the unfinished one.")
+        raise BadInput(
+            run,
+            f"the run stands at step {info['step']} of {info['steps']}",
+            "Let it finish, or ask for the unfinished one.",
+        )
     settings = timm_config(model, info, config["global_size"])
     partial = out.with_name(f".{out.name[:40]}-{secrets.token_hex(4)}")
     with refusals_told(out):
         try:
             partial.mkdir(parents=True)
-            write_tensors(model.state_dict(), partial/"model.safetensors")
-            write_json(partial/"config.json", settings)
-            (partial/"README.md").write_text(card(run, info, settings, out.name, licence), encoding="utf-8")
+            write_tensors(model.state_dict(), partial / "model.safetensors")
+            write_json(partial / "config.json", settings)
+            (partial / "README.md").write_text(card(run, info, settings, out.name, licence), encoding="utf-8")
             _check_in_timm(model, info, partial, settings["pretrained_cfg"]["input_size"][1])
             os.rename(partial, out)
-        finally: shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return out

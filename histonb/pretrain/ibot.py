@@ -16,51 +16,61 @@ from .dino import CentredLoss
 
 # %% ../../nbs/08_pretrain/02_ibot.ipynb #cell-005
 def block_mask(
-    grid: tuple[int, int], # rows and columns of tokens
-    n: int, # tokens to hide, 0 .. rows*columns
-    rng: np.random.Generator, # draws the blocks
-    smallest: int = 4, # tokens of a block, at least
-) -> np.ndarray: # (rows, columns) bool, exactly n of them true
+    grid: tuple[int, int],  # rows and columns of tokens
+    n: int,  # tokens to hide, 0 .. rows*columns
+    rng: np.random.Generator,  # draws the blocks
+    smallest: int = 4,  # tokens of a block, at least
+) -> np.ndarray:  # (rows, columns) bool, exactly n of them true
     "Blocks of hidden tokens."
     mask = np.zeros(grid, bool)
     for _ in range(50):
         left = n - mask.sum()
-        if left < smallest: break
-        area, ratio = rng.uniform(smallest, left), math.exp(rng.uniform(-1, 1)*math.log(1/.3))
-        sides = [max(1, round(math.sqrt(v))) for v in (area*ratio, area/ratio)]
-        if any(side > most for side, most in zip(sides, grid, strict=True)): continue
+        if left < smallest:
+            break
+        area = rng.uniform(smallest, left)
+        ratio = math.exp(rng.uniform(-1, 1) * math.log(1 / 0.3))
+        sides = [max(1, round(math.sqrt(v))) for v in (area * ratio, area / ratio)]
+        if any(side > most for side, most in zip(sides, grid, strict=True)):
+            continue
         (y, x), (h, w) = [rng.integers(most - side + 1) for side, most in zip(sides, grid, strict=True)], sides
-        if (~mask[y:y + h, x:x + w]).sum() <= left: mask[y:y + h, x:x + w] = True
+        if (~mask[y : y + h, x : x + w]).sum() <= left:
+            mask[y : y + h, x : x + w] = True
     mask.flat[rng.choice(np.flatnonzero(~mask), n - mask.sum(), replace=False)] = True
     return mask
 
+
 def draw_masks(
-    views: int, # G, crops that both networks see
-    grid: tuple[int, int], # rows and columns of tokens of such a crop
-    seed, # the same seed, the same masks: an int or a tuple of ints
-    chance: float = .5, # share of the crops in which anything is hidden
-    share: tuple = (.1, .5), # of the tokens of such a crop, least and most
-) -> np.ndarray: # (G, rows, columns) bool
+    views: int,  # G, crops that both networks see
+    grid: tuple[int, int],  # rows and columns of tokens of such a crop
+    seed,  # the same seed, the same masks: an int or a tuple of ints
+    chance: float = 0.5,  # share of the crops in which anything is hidden
+    share: tuple = (0.1, 0.5),  # of the tokens of such a crop, least and most
+) -> np.ndarray:  # (G, rows, columns) bool
     "Masks of a tile's large crops: of two crops at a chance of .5 one, at random which."
     rng = np.random.default_rng(seed)
-    chosen, tokens = rng.permutation(views) < int(chance*views + rng.random()), grid[0]*grid[1]
-    return np.stack([block_mask(grid, max(1, round(rng.uniform(*share)*tokens)) if hidden else 0, rng) for hidden in chosen])
+    chosen = rng.permutation(views) < int(chance * views + rng.random())
+    tokens = grid[0] * grid[1]
+    return np.stack(
+        [block_mask(grid, max(1, round(rng.uniform(*share) * tokens)) if hidden else 0, rng) for hidden in chosen]
+    )
 
 # %% ../../nbs/08_pretrain/02_ibot.ipynb #cell-010
 def mask_weights(
-    masks: torch.Tensor, # (v, B, rows, columns) bool
-    views: int, # G, of which these v are some
-) -> torch.Tensor: # (M,) for the hidden tokens in their order: 1/(G B |M_vb|)
+    masks: torch.Tensor,  # (v, B, rows, columns) bool
+    views: int,  # G, of which these v are some
+) -> torch.Tensor:  # (M,) for the hidden tokens in their order: 1/(G B |M_vb|)
     "What each hidden token counts."
     n = masks.flatten(2).sum(-1)  # (v, B)
-    return (1/n[n > 0]).repeat_interleave(n[n > 0])/(views*masks.shape[1])
+    return (1 / n[n > 0]).repeat_interleave(n[n > 0]) / (views * masks.shape[1])
+
 
 class PatchLoss(CentredLoss):
     "Cross-entropy over hidden patches (iBOT, equation 2), with a centre of its own."
+
     def cross_entropy(
         self,
-        student: torch.Tensor, # (M, K) scores of the hidden patches, unseen
-        q: torch.Tensor, # (M, K) the teacher's distributions, from `teacher_probs`
-        weights: torch.Tensor, # (M,) from `mask_weights`
-    ) -> torch.Tensor: # scalar, float32; parts of a batch add up
-        return -(weights[:, None]*q*F.log_softmax(student.float()/self.student_temp, dim=-1)).sum()
+        student: torch.Tensor,  # (M, K) scores of the hidden patches, unseen
+        q: torch.Tensor,  # (M, K) the teacher's distributions, from `teacher_probs`
+        weights: torch.Tensor,  # (M,) from `mask_weights`
+    ) -> torch.Tensor:  # scalar, float32; parts of a batch add up
+        return -(weights[:, None] * q * F.log_softmax(student.float() / self.student_temp, dim=-1)).sum()

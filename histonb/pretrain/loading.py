@@ -14,86 +14,119 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import BadInput
-from ..training.augmentation import MultiCrop
 from ..models.backbones import backbone
 from ..models.masking import token_grid
-from ..training.running import loader
-from ..training import distributed as ranks
 from .config import PretrainConfig, micro_batches
 from .dino import stack_crops
 from .ibot import draw_masks
+from ..training import distributed as ranks
+from ..training.augmentation import MultiCrop
+from ..training.running import loader
 
 # %% ../../nbs/08_pretrain/06_loading.ipynb #cell-005
 class Views(Dataset):
     "Crops of the tiles of a dataset, asked for by (epoch, index)."
+
     def __init__(
         self,
-        images, # map-style dataset of (uint8 (H, W, 3) image, label)
-        crops, # function of an image and a seed, such as `MultiCrop`
-        seed: int = 0, # of the run
-        masks=None, # function of a seed: an array that goes with the crops, such as `draw_masks`
+        images,  # map-style dataset of (uint8 (H, W, 3) image, label)
+        crops,  # function of an image and a seed, such as `MultiCrop`
+        seed: int = 0,  # of the run
+        masks=None,  # function of a seed: an array that goes with the crops, such as `draw_masks`
     ):
         self.images, self.crops, self.seed, self.masks = images, crops, seed, masks
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
 
     def __getitem__(self, key):
         epoch, index = key
         image = np.asarray(self.images[index][0])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise BadInput(f"tile {index}", f"an array of {image.dtype} {image.shape}, not uint8 (H, W, 3)", "Give RGB tiles of whole numbers 0..255.")
+            raise BadInput(
+                f"tile {index}",
+                f"an array of {image.dtype} {image.shape}, not uint8 (H, W, 3)",
+                "Give RGB tiles of whole numbers 0..255.",
+            )
         crops = self.crops(image, (self.seed, epoch, index))
         return crops if self.masks is None else [*crops, self.masks(seed=(self.seed, epoch, index, 1))]
 
 # %% ../../nbs/08_pretrain/06_loading.ipynb #cell-007
 class Batches:
     "Micro-batches of (epoch, index) of one process for the steps from `start` to `stop`."
+
     def __init__(
         self,
-        n_images: int, # tiles of an epoch
-        batch_size: int, # tiles a step, over all processes
-        seed: int, # of the run
-        start: int, # first step
-        stop: int, # after the last step
-        parts: int = 1, # micro-batches of a process in a step
-        rank: int = 0, # this process
-        world: int = 1, # processes
+        n_images: int,  # tiles of an epoch
+        batch_size: int,  # tiles a step, over all processes
+        seed: int,  # of the run
+        start: int,  # first step
+        stop: int,  # after the last step
+        parts: int = 1,  # micro-batches of a process in a step
+        rank: int = 0,  # this process
+        world: int = 1,  # processes
     ):
         self.n_images, self.batch_size, self.seed, self.start, self.stop = n_images, batch_size, seed, start, stop
         self.parts, self.rank, self.world = parts, rank, world
 
-    def __len__(self): return (self.stop - self.start)*self.parts
+    def __len__(self):
+        return (self.stop - self.start) * self.parts
 
     def __iter__(self):
-        known, size = None, self.batch_size//(self.world*self.parts)
+        known = None
+        size = self.batch_size // (self.world * self.parts)
         for step in range(self.start, self.stop):
-            epoch, i = divmod(step, self.n_images//self.batch_size)
+            epoch, i = divmod(step, self.n_images // self.batch_size)
             if epoch != known:
-                known, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_images).tolist()
-            first = i*self.batch_size + self.rank*self.parts*size
+                known = epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.n_images).tolist()
+            first = i * self.batch_size + self.rank * self.parts * size
             for part in range(self.parts):
-                yield [(epoch, index) for index in order[first + part*size:first + (part + 1)*size]]
+                yield [(epoch, index) for index in order[first + part * size : first + (part + 1) * size]]
 
 # %% ../../nbs/08_pretrain/06_loading.ipynb #cell-013
 def _collate(samples, n_global, masked):
     "Global crops first, and apart from local ones of the same size; masks last."
     end = len(samples[0]) - masked
-    parts = [s[:n_global] for s in samples], [s[n_global:end] for s in samples], [[torch.from_numpy(m) for m in s[end:]] for s in samples]
+    parts = (
+        [s[:n_global] for s in samples],
+        [s[n_global:end] for s in samples],
+        [[torch.from_numpy(m) for m in s[end:]] for s in samples],
+    )
     stacked = [x for part in parts[:2] if part[0] for x in stack_crops(part)]
-    return [*stacked, torch.stack([masks for masks, in parts[2]], 1)] if masked else stacked
+    return [*stacked, torch.stack([masks for (masks,) in parts[2]], 1)] if masked else stacked
 
+# %% ../../nbs/08_pretrain/06_loading.ipynb #cell-013-2
 def crop_loader(
-    images, # map-style dataset of (uint8 image, label)
-    config: PretrainConfig, # settled
-    start: int = 0, # first step
-) -> DataLoader: # of micro-batches: lists of tensors (n_global, b, 3, H, W), (n_local, b, 3, h, w) where there are local crops, and with a patch loss masks (n_global, b, rows, columns)
+    images,  # map-style dataset of (uint8 image, label)
+    config: PretrainConfig,  # settled
+    start: int = 0,  # first step
+) -> DataLoader:  # of micro-batches: lists of tensors (n_global, b, 3, H, W), (n_local, b, 3, h, w) where there are local crops, and with a patch loss masks (n_global, b, rows, columns)
     "This process's crops for the steps from `start` to the last."
-    c, world = config, ranks.world()
-    crops = MultiCrop(c.n_global, c.n_local, c.global_size, c.local_size, c.global_scale or None, c.local_scale or None, c.recipe, c.mean, c.std)
+    c = config
+    world = ranks.world()
+    crops = MultiCrop(
+        c.n_global,
+        c.n_local,
+        c.global_size,
+        c.local_size,
+        c.global_scale or None,
+        c.local_scale or None,
+        c.recipe,
+        c.mean,
+        c.std,
+    )
     masks = None
     if c.patch_weight:
-        with torch.device("meta"): grid = token_grid(backbone(c.arch), (c.global_size, c.global_size))
+        with torch.device("meta"):
+            grid = token_grid(backbone(c.arch), (c.global_size, c.global_size))
         masks = partial(draw_masks, c.n_global, grid, chance=c.mask_chance, share=c.mask_share)
     batches = Batches(len(images), c.batch_size, c.seed, start, c.steps, micro_batches(c, world), ranks.rank(), world)
-    return loader(Views(images, crops, c.seed, masks), batches, c.workers, c.device, collate_fn=partial(_collate, n_global=c.n_global, masked=masks is not None),
-                  multiprocessing_context="fork" if c.workers and sys.platform == "linux" else None)
+    return loader(
+        Views(images, crops, c.seed, masks),
+        batches,
+        c.workers,
+        c.device,
+        collate_fn=partial(_collate, n_global=c.n_global, masked=masks is not None),
+        multiprocessing_context="fork" if c.workers and sys.platform == "linux" else None,
+    )

@@ -31,24 +31,36 @@ from .trainer import networks, passes
 # %% ../../nbs/08_pretrain/10_memory.ipynb #cell-006
 class Ledger(TorchDispatchMode):
     "Books the storages that operations make: `now` holds the bytes in use by part, `peak` what `now` was when their sum was largest."
+
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.part, self.open = Counter(), {}, "", {}
-        self.shares = {} # length of a mask: share of it that is true; of others all
+        self.now = Counter()
+        self.peak = {}
+        self.part = ""
+        self.open = {}
+        self.shares = {}  # length of a mask: share of it that is true; of others all
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.nonzero.default: out = args[0].new_zeros((round(args[0].numel()*self.shares.get(args[0].numel(), 1.)), args[0].ndim), dtype=torch.long)
-        else: out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            out = args[0].new_zeros(
+                (round(args[0].numel() * self.shares.get(args[0].numel(), 1.0)), args[0].ndim), dtype=torch.long
+            )
+        else:
+            out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor): self._take(x.untyped_storage())
+            if isinstance(x, torch.Tensor):
+                self._take(x.untyped_storage())
         return out
 
     def _take(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.open or not size: return
+        key = storage._cdata
+        size = storage.nbytes()
+        if key in self.open or not size:
+            return
         self.open[key] = self.part, size, weakref.ref(storage, lambda _: self._give_back(key))
         self.now[self.part] += size
-        if self.now.total() > sum(self.peak.values()): self.peak = dict(self.now)
+        if self.now.total() > sum(self.peak.values()):
+            self.peak = dict(self.now)
 
     def _give_back(self, key):
         part, size, _ = self.open.pop(key)
@@ -56,8 +68,8 @@ class Ledger(TorchDispatchMode):
 
     def move(
         self,
-        x: torch.Tensor, # a booked tensor
-        part: str, # where it belongs from now on
+        x: torch.Tensor,  # a booked tensor
+        part: str,  # where it belongs from now on
     ):
         "Book a tensor under another part."
         key = x.untyped_storage()._cdata
@@ -67,7 +79,7 @@ class Ledger(TorchDispatchMode):
         self.now[part] += size
 
 # %% ../../nbs/08_pretrain/10_memory.ipynb #cell-010
-PARTS = { # part: what it is; in this order they are reported
+PARTS = {  # part: what it is; in this order they are reported
     "student": "weights of the student",
     "teacher": "weights of the teacher, and the centre",
     "moments": "the optimiser's two running averages",
@@ -80,28 +92,43 @@ PARTS = { # part: what it is; in this order they are reported
     "update": "made by clipping, optimiser and moving average",
 }
 
+# %% ../../nbs/08_pretrain/10_memory.ipynb #cell-010-2
 def _rehearse(c, tiles, parts, world):
     "A step on tensors without data; returns its peak by part."
-    with torch.device("meta"): student, teacher = networks(c, torch.device("meta"))
+    with torch.device("meta"):
+        student, teacher = networks(c, torch.device("meta"))
     ledger = Ledger()
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        ledger.part = "student"; student.to_empty(device="cpu")
-        ledger.part = "teacher"; teacher.to_empty(device="cpu")
+        ledger.part = "student"
+        student.to_empty(device="cpu")
+        ledger.part = "teacher"
+        teacher.to_empty(device="cpu")
         loss = DINOLoss(c.out_dim, c.n_global, c.n_local)
-        weights, optimiser = [p for p in student.parameters() if p.requires_grad], torch.optim.AdamW(param_groups(student), fused=True)
+        weights = [p for p in student.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(param_groups(student), fused=True)
         ledger.part = "gradients"
-        for p in weights: p.grad = torch.empty_like(p)
-        ledger.part = "moments"; optimiser.step()
-        if parts == 1: optimiser.zero_grad()  # of several micro-batches all but the first find gradients there
-        for p in weights: p.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
+        for p in weights:
+            p.grad = torch.empty_like(p)
+        ledger.part = "moments"
+        optimiser.step()
+        if parts == 1:
+            optimiser.zero_grad()  # of several micro-batches all but the first find gradients there
+        for p in weights:
+            p.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         ledger.part = "exchange"
         buckets = [torch.empty_like(p) for p in weights] if world > 1 else []
         ledger.part = "crops"
-        crops = [torch.empty(n, tiles, 3, size, size) for n, size in ((c.n_global, c.global_size), (c.n_local, c.local_size)) if n]
+        crops = [
+            torch.empty(n, tiles, 3, size, size)
+            for n, size in ((c.n_global, c.global_size), (c.n_local, c.local_size))
+            if n
+        ]
         masks = None
         if c.patch_weight:
-            masks = torch.empty(c.n_global, tiles, *token_grid(student.backbone, (c.global_size, c.global_size)), dtype=torch.bool)
-            ledger.shares = {n: c.mask_chance*sum(c.mask_share)/2 for n in (masks.numel(), masks[0].numel())}
+            masks = torch.empty(
+                c.n_global, tiles, *token_grid(student.backbone, (c.global_size, c.global_size)), dtype=torch.bool
+            )
+            ledger.shares = {n: c.mask_chance * sum(c.mask_share) / 2 for n in (masks.numel(), masks[0].numel())}
         _accumulate(c, ledger, student, teacher, loss, crops, masks)
         del crops, masks
         ledger.part = "update"
@@ -111,31 +138,36 @@ def _rehearse(c, tiles, parts, world):
         del buckets
     return ledger.peak
 
+# %% ../../nbs/08_pretrain/10_memory.ipynb #cell-010-3
 def _accumulate(c, ledger, student, teacher, loss, crops, masks):
     "The passes over one micro-batch, as in `Trainer`."
     cast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=c.precision == "bf16")
     ledger.part = "teacher pass"
-    with torch.no_grad(), cast(): _, t, *patches = teacher(crops[:1], masks)
+    with torch.no_grad(), cast():
+        _, t, *patches = teacher(crops[:1], masks)
     q, patch_q = (loss.teacher_probs(x, c.teacher_temp) for x in (t, patches[0] if patches else t[:0]))
     for views, _, hidden in passes(c, loss.skip, crops, masks):
         ledger.part = "activations"
-        with cast(): _, s, *gaps = student([views], hidden, hidden is not None)
-        logp = F.log_softmax(s.float()/c.student_temp, dim=-1)
+        with cast():
+            _, s, *gaps = student([views], hidden, hidden is not None)
+        logp = F.log_softmax(s.float() / c.student_temp, dim=-1)
         value = -torch.einsum("gbk,vbk->gv", q, logp).mean()
         del logp
-        if gaps: value = value - (patch_q[:len(gaps[0])]*F.log_softmax(gaps[0].float()/c.student_temp, dim=-1)).sum()
+        if gaps:
+            value = value - (patch_q[: len(gaps[0])] * F.log_softmax(gaps[0].float() / c.student_temp, dim=-1)).sum()
         ledger.part = "backward"
         value.backward()
         del s, gaps, value
 
+
 def estimate_memory(
-    config: PretrainConfig, # settled or not
-    world: int = 1, # processes that share the batch
-) -> dict: # bytes by part of `PARTS` at the peak, and their sum as `total`; for one process
+    config: PretrainConfig,  # settled or not
+    world: int = 1,  # processes that share the batch
+) -> dict:  # bytes by part of `PARTS` at the peak, and their sum as `total`; for one process
     "Memory that a training step needs, counted on tensors without data."
     c = settle(dataclasses.replace(config, steps=1), config.batch_size, world)
     c, parts = dataclasses.replace(c, device="cpu", sync_bn="no"), micro_batches(c, world)
-    peak = _rehearse(c, c.batch_size//(world*parts), parts, world)
+    peak = _rehearse(c, c.batch_size // (world * parts), parts, world)
     return {part: peak.get(part, 0) for part in PARTS} | {"total": sum(peak.values())}
 
 # %% ../../nbs/08_pretrain/10_memory.ipynb #cell-016
@@ -163,55 +195,77 @@ train(c)
 print(torch.cuda.max_memory_allocated() if c.device.startswith("cuda") else memory("VmHWM") - before)
 """
 
+
 def measure_memory(
-    config: PretrainConfig, # small enough to run here, on one process
-) -> int: # bytes: on CUDA the most that PyTorch had allocated, on the CPU the growth of a process (Linux only)
+    config: PretrainConfig,  # small enough to run here, on one process
+) -> int:  # bytes: on CUDA the most that PyTorch had allocated, on the CPU the growth of a process (Linux only)
     "Most memory that two real steps took."
     values = json.dumps(dataclasses.asdict(dataclasses.replace(config, steps=config.steps or 2)))
-    found = subprocess.run([sys.executable, "-c", MEASURE, values], env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
-                           capture_output=True, text=True)
-    if found.returncode: raise RuntimeError(f"the measured process failed: {found.stderr.strip().splitlines()[-1]}")
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, values],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        raise RuntimeError(f"the measured process failed: {found.stderr.strip().splitlines()[-1]}")
     return int(found.stdout)
 
 # %% ../../nbs/08_pretrain/10_memory.ipynb #cell-019
 def free_memory(
-    device: str, # of a settled configuration: cpu, cuda
-) -> int | None: # bytes; None where that cannot be known
+    device: str,  # of a settled configuration: cpu, cuda
+) -> int | None:  # bytes; None where that cannot be known
     "Memory that can still be taken."
-    if device.startswith("cuda"): return torch.cuda.mem_get_info(torch.device(device))[0] if torch.cuda.is_available() else None
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0] if torch.cuda.is_available() else None
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text()) if meminfo.exists() else None
-    return int(found[1])*1024 if found else None
+    return int(found[1]) * 1024 if found else None
+
 
 def largest_micro_batch(
     config: PretrainConfig,
-    free: int, # bytes
-    world: int = 1, # processes that share the batch
-) -> int: # tiles; 0 where not even one fits
+    free: int,  # bytes
+    world: int = 1,  # processes that share the batch
+) -> int:  # tiles; 0 where not even one fits
     "The largest micro-batch whose estimate is below `free`."
-    share = config.batch_size//world
-    sizes = [n for n in range(share//2, 0, -1) if share % n == 0]
-    least, most = (estimate_memory(dataclasses.replace(config, micro_batch=n), world)["total"] for n in (1, max(share//2, 1)))
-    line = lambda n: least + (n - 1)*(most - least)/max(share//2 - 1, 1)
+    share = config.batch_size // world
+    sizes = [n for n in range(share // 2, 0, -1) if share % n == 0]
+    least, most = (
+        estimate_memory(dataclasses.replace(config, micro_batch=n), world)["total"] for n in (1, max(share // 2, 1))
+    )
+    line = lambda n: least + (n - 1) * (most - least) / max(share // 2 - 1, 1)
     return next((n for n in sizes if line(n) <= free), 0)
 
-def _size(n): return f"{n/2**30:.1f} GiB" if n >= 2**30 else f"{n/2**20:.0f} MiB"
 
+def _size(n):
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+# %% ../../nbs/08_pretrain/10_memory.ipynb #cell-019-2
 def memory_text(
-    config: PretrainConfig, # settled or not
-    world: int = 1, # processes that share the batch
-    free: int | None = None, # bytes that are free for a process; by default what this machine says
-) -> str: # one line; where it does not fit, a second with the remedy
+    config: PretrainConfig,  # settled or not
+    world: int = 1,  # processes that share the batch
+    free: int | None = None,  # bytes that are free for a process; by default what this machine says
+) -> str:  # one line; where it does not fit, a second with the remedy
     "What a step will need, in words."
     c = settle(dataclasses.replace(config, steps=1), config.batch_size, world)
-    needed, tiles = estimate_memory(c, world), c.batch_size//(world*micro_batches(c, world))
+    needed = estimate_memory(c, world)
+    tiles = c.batch_size // (world * micro_batches(c, world))
     free = free_memory(c.device) if free is None else free
     options = [name.replace("_", " ") for name in ("per_crop_backward", "activation_checkpointing") if getattr(c, name)]
-    parts = sorted((part for part in PARTS if needed[part] > .005*needed["total"]), key=needed.get, reverse=True)
-    text = (f"memory of a step, estimated: {_size(needed['total'])} on {c.device}{' of each process' if world > 1 else ''} "
-            f"({', '.join([f'{tiles} tiles at a time', c.precision, *options])}): " + ", ".join(f"{part} {_size(needed[part])}" for part in parts))
-    if free is None or needed["total"] <= free: return text
+    parts = sorted((part for part in PARTS if needed[part] > 0.005 * needed["total"]), key=needed.get, reverse=True)
+    text = (
+        f"memory of a step, estimated: {_size(needed['total'])} on {c.device}{' of each process' if world > 1 else ''} "
+        f"({', '.join([f'{tiles} tiles at a time', c.precision, *options])}): "
+        + ", ".join(f"{part} {_size(needed[part])}" for part in parts)
+    )
+    if free is None or needed["total"] <= free:
+        return text
     fits = largest_micro_batch(c, free, world)
-    remedy = f"micro_batch={fits} fits" if fits else "not even single tiles fit: choose a smaller arch or crops, or more memory"
+    remedy = (
+        f"micro_batch={fits} fits"
+        if fits
+        else "not even single tiles fit: choose a smaller arch or crops, or more memory"
+    )
     others = " or ".join(name for name in ("per_crop_backward", "activation_checkpointing") if not getattr(c, name))
     return f"{text}\nMore than the {_size(free)} that are free: {remedy}{f'; {others} saves memory too' if others else ''}."

@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 
 from ..core.errors import BadInput
-from ..training.augmentation import MEAN, STD, eval_transform
-from ..slides.labels import IGNORE
-from ..slides.tile_store import TileShards
 from ..datasets.splits import grouped_split
 from ..metrics.classification import confusion_by_group, scores
-from ..probe.probes import knn
 from ..models.backbones import features
+from ..probe.probes import knn
+from ..slides.labels import IGNORE
+from ..slides.tile_store import TileShards
+from ..training.augmentation import MEAN, STD, eval_transform
 
 # %% ../../nbs/08_pretrain/07_online.ipynb #cell-007
 def _even(table, limit, seed):
@@ -27,43 +27,54 @@ def _even(table, limit, seed):
     table = table.sample(frac=1, random_state=seed)
     return table.iloc[np.argsort(table.groupby("label").cumcount(), kind="stable")[:limit]]
 
+
 def voters_and_asked(
-    table: pd.DataFrame, # kept and stored tiles: label, case or slide, and split where there is one
-    limit: int, # rows of each part, at most
-    seed: int = 0, # of the draw
-    name="tile table", # where it comes from, for the error
-) -> tuple[pd.DataFrame, pd.DataFrame]: # tiles that vote, tiles asked about
+    table: pd.DataFrame,  # kept and stored tiles: label, case or slide, and split where there is one
+    limit: int,  # rows of each part, at most
+    seed: int = 0,  # of the draw
+    name="tile table",  # where it comes from, for the error
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # tiles that vote, tiles asked about
     "Choose the tiles of both sides. A table without labels, or with one class only, is a `BadInput`."
     remedy = "Give a labelled tile table, or leave knn_tiles empty: the other diagnostics need no labels."
     known = table[~table["label"].isin([-1, IGNORE])]
-    if not len(known): raise BadInput(name, f"none of its {len(table)} tiles has a label", remedy)
-    if known["label"].nunique() < 2: raise BadInput(name, f"all labels are {known['label'].iat[0]}, so there is nothing to tell apart", remedy)
+    if not len(known):
+        raise BadInput(name, f"none of its {len(table)} tiles has a label", remedy)
+    if known["label"].nunique() < 2:
+        raise BadInput(name, f"all labels are {known['label'].iat[0]}, so there is nothing to tell apart", remedy)
     if "split" not in known or not {"train", "val"} <= set(known["split"]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a class of one case is on one side only
-            known = grouped_split(known, (.7, .3, 0), group="case" if "case" in known else "slide", seed=seed)
+            known = grouped_split(known, (0.7, 0.3, 0), group="case" if "case" in known else "slide", seed=seed)
     voters, asked = (_even(known[known["split"] == split], limit, seed) for split in ("train", "val"))
     if voters["label"].nunique() < 2:
-        raise BadInput(name, f"all labels of its train part are {voters['label'].iat[0]}", "Divide the table again, with every class in train.")
+        raise BadInput(
+            name,
+            f"all labels of its train part are {voters['label'].iat[0]}",
+            "Divide the table again, with every class in train.",
+        )
     return voters, asked
 
 # %% ../../nbs/08_pretrain/07_online.ipynb #cell-013
 class OnlineKNN:
     "Balanced accuracy of nearest neighbours on labelled tiles, which are decoded once and stay in memory."
+
     def __init__(
         self,
-        tiles, # folder of a labelled tile table and its shards
-        size: int = 224, # side at which the network sees the tiles, pixels
-        mean: tuple = MEAN, # of each channel, 0..1
+        tiles,  # folder of a labelled tile table and its shards
+        size: int = 224,  # side at which the network sees the tiles, pixels
+        mean: tuple = MEAN,  # of each channel, 0..1
         std: tuple = STD,
-        limit: int = 500, # voters, and tiles asked about, at most; 1000 tiles of 224 pixels take 150 MB
-        k: int = 20, # neighbours that vote
-        pool: str = "class", # the feature to compare, of `backbones.POOLS`
-        seed: int = 0, # of the choice of tiles
+        limit: int = 500,  # voters, and tiles asked about, at most; 1000 tiles of 224 pixels take 150 MB
+        k: int = 20,  # neighbours that vote
+        pool: str = "class",  # the feature to compare, of `backbones.POOLS`
+        seed: int = 0,  # of the choice of tiles
     ):
         parts = voters_and_asked(TileShards(tiles).table, limit, seed, tiles)
-        self.prepare, self.k, self.pool = eval_transform(size, mean, std), k, pool
-        self.images, self.labels = [], [part["label"].to_numpy(np.int64) for part in parts]
+        self.prepare = eval_transform(size, mean, std)
+        self.k = k
+        self.pool = pool
+        self.images = []
+        self.labels = [part["label"].to_numpy(np.int64) for part in parts]
         for part in parts:
             stored = TileShards(tiles, part)
             self.images.append([stored[i][0] for i in range(len(stored))])
@@ -71,29 +82,42 @@ class OnlineKNN:
     @torch.no_grad()
     def features(
         self,
-        backbone, # images (B, 3, h, w) -> (B, D)
-        images: list, # of uint8 (h, w, 3)
-        bf16: bool, # matrix products in bfloat16
-        batch: int, # tiles at once
-    ) -> np.ndarray: # (N, D) float32
-        device, out = next(backbone.parameters()).device, []
+        backbone,  # images (B, 3, h, w) -> (B, D)
+        images: list,  # of uint8 (h, w, 3)
+        bf16: bool,  # matrix products in bfloat16
+        batch: int,  # tiles at once
+    ) -> np.ndarray:  # (N, D) float32
+        device = next(backbone.parameters()).device
+        out = []
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             for i in range(0, len(images), batch):
-                out.append(features(backbone, torch.stack([self.prepare(image) for image in images[i:i + batch]]).to(device), self.pool).float().cpu())
+                out.append(
+                    features(
+                        backbone,
+                        torch.stack([self.prepare(image) for image in images[i : i + batch]]).to(device),
+                        self.pool,
+                    )
+                    .float()
+                    .cpu()
+                )
         return torch.cat(out).numpy()
 
     def __call__(
         self,
-        backbone, # of the teacher, with parameters
-        bf16: bool = False, # matrix products in bfloat16
-        batch: int = 64, # tiles at once
-    ) -> dict: # {"knn": balanced accuracy, 0..1}; NaN where a feature is not finite
+        backbone,  # of the teacher, with parameters
+        bf16: bool = False,  # matrix products in bfloat16
+        batch: int = 64,  # tiles at once
+    ) -> dict:  # {"knn": balanced accuracy, 0..1}; NaN where a feature is not finite
         training = backbone.training
         backbone.eval()
-        try: voters, asked = (self.features(backbone, images, bf16, batch) for images in self.images)
-        finally: backbone.train(training)
-        if not (np.isfinite(voters).all() and np.isfinite(asked).all()): return {"knn": float("nan")}
+        try:
+            voters, asked = (self.features(backbone, images, bf16, batch) for images in self.images)
+        finally:
+            backbone.train(training)
+        if not (np.isfinite(voters).all() and np.isfinite(asked).all()):
+            return {"knn": float("nan")}
         n_classes = 1 + max(int(labels.max()) for labels in self.labels)
-        with torch.autocast("cpu", enabled=False): p = knn(voters, self.labels[0], asked, self.k, n_classes=n_classes)
+        with torch.autocast("cpu", enabled=False):
+            p = knn(voters, self.labels[0], asked, self.k, n_classes=n_classes)
         confusion = confusion_by_group(self.labels[1], p, np.zeros(len(p)), n_classes)[0]
         return {"knn": float(scores(confusion)["balanced_accuracy"])}

@@ -17,48 +17,62 @@ from ..training import distributed as ranks
 # %% ../../nbs/08_pretrain/03_regularisers.ipynb #cell-005
 @torch.no_grad()
 def sinkhorn(
-    scores: torch.Tensor, # (N, K) of this process's crops
-    temp: float, # tau
+    scores: torch.Tensor,  # (N, K) of this process's crops
+    temp: float,  # tau
     iterations: int = 3,
-) -> torch.Tensor: # (N, K) float32, rows sum to 1
+) -> torch.Tensor:  # (N, K) float32, rows sum to 1
     "Even assignment of the crops of all processes to prototypes."
-    log_q = scores.float()/temp
-    q = (log_q - ranks.largest(log_q.max() if len(log_q) else log_q.new_tensor(-math.inf))).exp()  # one factor for all: it goes with the first scaling
+    log_q = scores.float() / temp
+    q = (
+        log_q - ranks.largest(log_q.max() if len(log_q) else log_q.new_tensor(-math.inf))
+    ).exp()  # one factor for all: it goes with the first scaling
     for _ in range(iterations):
-        q = q/ranks.total(q.sum(0)).clamp_min(1e-30)
-        q = q/q.sum(1, keepdim=True).clamp_min(1e-30)
+        q = q / ranks.total(q.sum(0)).clamp_min(1e-30)
+        q = q / q.sum(1, keepdim=True).clamp_min(1e-30)
     return q
 
 # %% ../../nbs/08_pretrain/03_regularisers.ipynb #cell-009
 def koleo(
-    x: torch.Tensor, # (B, D) features of B images, at least 2
-) -> torch.Tensor: # scalar, float32; -log of the distance, so below 0 beyond distance 1
+    x: torch.Tensor,  # (B, D) features of B images, at least 2
+) -> torch.Tensor:  # scalar, float32; -log of the distance, so below 0 beyond distance 1
     "Push each feature away from its nearest neighbour (DINOv2, section 4)."
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.float(), dim=-1)
-        with torch.no_grad(): nearest = (x @ x.T).fill_diagonal_(-2.).argmax(1)
-        return -((x - x[nearest]).square().sum(1) + 1e-8).log().mean()/2  # copies are 1e-4 apart, not 0
+        with torch.no_grad():
+            nearest = (x @ x.T).fill_diagonal_(-2.0).argmax(1)
+        return -((x - x[nearest]).square().sum(1) + 1e-8).log().mean() / 2  # copies are 1e-4 apart, not 0
 
 # %% ../../nbs/08_pretrain/03_regularisers.ipynb #cell-011
 def kde(
-    x: torch.Tensor, # (B, D) features of B images, at least 2
-    kappa: float = 5., # concentration of the kernel
-) -> torch.Tensor: # scalar, float32, -2 kappa .. 0
+    x: torch.Tensor,  # (B, D) features of B images, at least 2
+    kappa: float = 5.0,  # concentration of the kernel
+) -> torch.Tensor:  # scalar, float32, -2 kappa .. 0
     "Push features to where the density of the batch is low (Virchow2, section 3)."
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.float(), dim=-1)
-        score = kappa*(x @ x.T - 1)
-        return (score.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -math.inf).logsumexp(1) - math.log(len(x) - 1)).mean()
+        score = kappa * (x @ x.T - 1)
+        return (
+            score.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -math.inf).logsumexp(1)
+            - math.log(len(x) - 1)
+        ).mean()
+
 
 SPREADS = {"koleo": koleo, "kde": kde}
 
+
 def spread(
-    features: torch.Tensor, # (v, B, D) of v crops of B images
-    how: str = "koleo", # of SPREADS
-    group: int = 0, # images among which neighbours are sought; 0 = all B
-) -> torch.Tensor: # (v,) float32: mean over the groups of each crop; their sum enters the loss
+    features: torch.Tensor,  # (v, B, D) of v crops of B images
+    how: str = "koleo",  # of SPREADS
+    group: int = 0,  # images among which neighbours are sought; 0 = all B
+) -> torch.Tensor:  # (v,) float32: mean over the groups of each crop; their sum enters the loss
     "Spread of each crop's features, in groups."
-    if how not in SPREADS: raise BadInput("spread", f"unknown: `{how}`", nearest(how, SPREADS))
+    if how not in SPREADS:
+        raise BadInput("spread", f"unknown: `{how}`", nearest(how, SPREADS))
     group = group or features.shape[1]
-    if group < 2 or features.shape[1] % group: raise BadInput("spread_group", f"{group} for {features.shape[1]} images at a time", "Choose 2 or more, and a divisor of the micro-batch.")
+    if group < 2 or features.shape[1] % group:
+        raise BadInput(
+            "spread_group",
+            f"{group} for {features.shape[1]} images at a time",
+            "Choose 2 or more, and a divisor of the micro-batch.",
+        )
     return torch.stack([torch.stack([SPREADS[how](part) for part in view.split(group)]).mean() for view in features])

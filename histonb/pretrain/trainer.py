@@ -14,22 +14,16 @@ import math
 import time
 import warnings
 from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
 from ..core.digests import digest
 from ..core.errors import BadInput
 from ..core.files import append_jsonl, read_record, write_json
 from ..core.progress import progress
-from ..slides.tile_store import TileShards
 from ..models import backbones
 from ..models.heads import DINOHead
-from ..training.running import (Stopped, checkpoints, claim, draw_seed, find_device, hold_signals, keep_precision, kept_rows, latest_checkpoint,
-                              memory_used, read_checkpoint, same_run, timed, write_checkpoint)
-from ..training import distributed as ranks
 from .config import PretrainConfig, micro_batches, schedules, settle
 from .diagnostics import LiveCurves, collapse, entropy, feature_std, rankme, suspect
 from .dino import DINOLoss, MultiCropNet, clip_student, ema_update, freeze_last_layer, param_groups
@@ -37,78 +31,124 @@ from .ibot import PatchLoss, mask_weights
 from .loading import crop_loader
 from .online import OnlineKNN
 from .regularisers import sinkhorn, spread
+from ..slides.tile_store import TileShards
+from ..training import distributed as ranks
+
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-002-2
+from histonb.training.running import (
+    Stopped,
+    checkpoints,
+    claim,
+    draw_seed,
+    find_device,
+    hold_signals,
+    keep_precision,
+    kept_rows,
+    latest_checkpoint,
+    memory_used,
+    read_checkpoint,
+    same_run,
+    timed,
+    write_checkpoint,
+)
 
 # %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-005
 class Diverged(ArithmeticError):
     "The loss or a gradient is not finite."
 
+
 def networks(
-    config: PretrainConfig, # settled
-    device: torch.device, # where to put them
-) -> tuple[MultiCropNet, MultiCropNet]: # student, teacher: equal weights
+    config: PretrainConfig,  # settled
+    device: torch.device,  # where to put them
+) -> tuple[MultiCropNet, MultiCropNet]:  # student, teacher: equal weights
     "Student and teacher; the teacher is built without stochastic depth and not copied, since in train mode a copy would drop paths too."
     c = config
+
     def build_one(drop_path):
         backbone = backbones.backbone(c.arch, drop_path_rate=drop_path)
-        def head(dim): return DINOHead(dim, c.out_dim, c.hidden, c.bottleneck, c.norm_last_layer, c.head_bn)
+
+        def head(dim):
+            return DINOHead(dim, c.out_dim, c.hidden, c.bottleneck, c.norm_last_layer, c.head_bn)
+
         crop_head = head(backbones.feature_dim(backbone, c.pool))
-        patch_head = (crop_head if c.patch_head == "shared" else head(backbone.num_features)) if c.patch_weight else None
+        patch_head = (
+            (crop_head if c.patch_head == "shared" else head(backbone.num_features)) if c.patch_weight else None
+        )
         net = MultiCropNet(backbone, crop_head, c.pool, patch_head)
         return (nn.SyncBatchNorm.convert_sync_batchnorm(net) if c.sync_bn == "yes" else net).to(device)
-    student, teacher = build_one(c.drop_path), build_one(0.)
+
+    student = build_one(c.drop_path)
+    teacher = build_one(0.0)
     teacher.load_state_dict(student.state_dict())
-    if c.activation_checkpointing: student.backbone.set_grad_checkpointing(True)
+    if c.activation_checkpointing:
+        student.backbone.set_grad_checkpointing(True)
     return student.train(), teacher.requires_grad_(False).train(c.teacher_bn == "own")
 
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-005-2
 @dataclasses.dataclass
 class Taught:
     "A micro-batch with the teacher's answers."
-    crops: list # tensors (v, b, 3, h, w), the large ones first
-    masks: torch.Tensor | None # (G, b, rows, columns) bool: patches that the student is not shown
-    features: torch.Tensor # (G, b, D) of the teacher
-    scores: torch.Tensor # (G, b, K)
-    patches: torch.Tensor # (M, K) scores of the masked patches; without a patch loss (0, K)
-    q: torch.Tensor | None = None # (G, b, K) distributions that the student is to give
-    patch_q: torch.Tensor | None = None # (M, K) the same for the patches
+
+    crops: list  # tensors (v, b, 3, h, w), the large ones first
+    masks: torch.Tensor | None  # (G, b, rows, columns) bool: patches that the student is not shown
+    features: torch.Tensor  # (G, b, D) of the teacher
+    scores: torch.Tensor  # (G, b, K)
+    patches: torch.Tensor  # (M, K) scores of the masked patches; without a patch loss (0, K)
+    q: torch.Tensor | None = None  # (G, b, K) distributions that the student is to give
+    patch_q: torch.Tensor | None = None  # (M, K) the same for the patches
+
 
 def passes(
-    config: PretrainConfig, # settled
-    skip: int, # leading views that no pair of DINO's loss needs, `DINOLoss.skip`
-    crops: list, # tensors (v, b, 3, h, w), the large ones first
-    masks: torch.Tensor | None, # (G, b, rows, columns) of the large crops; None without a patch loss
-) -> list: # (crops, place of their first in DINO's loss, masks): what the student sees in one go; place -1: in no pair
+    config: PretrainConfig,  # settled
+    skip: int,  # leading views that no pair of DINO's loss needs, `DINOLoss.skip`
+    crops: list,  # tensors (v, b, 3, h, w), the large ones first
+    masks: torch.Tensor | None,  # (G, b, rows, columns) of the large crops; None without a patch loss
+) -> list:  # (crops, place of their first in DINO's loss, masks): what the student sees in one go; place -1: in no pair
     "The student's passes over a micro-batch. With a patch loss large crops come last: they alone use every parameter, and processes exchange gradients then."
     c = config
-    large = [(crops[0], -skip, masks)]*(not skip or c.patch_weight > 0 or c.spread_weight > 0)
+    large = [(crops[0], -skip, masks)] * (not skip or c.patch_weight > 0 or c.spread_weight > 0)
     small = [(x, c.n_global - skip, None) for x in crops[1:]]
     found = [*small, *large] if c.patch_weight else [*large, *small]
-    if not c.per_crop_backward: return found
-    return [(x[i:i + 1], first + i if first >= 0 else -1, None if m is None else m[i:i + 1]) for x, first, m in found for i in range(len(x))]
+    if not c.per_crop_backward:
+        return found
+    return [
+        (x[i : i + 1], first + i if first >= 0 else -1, None if m is None else m[i : i + 1])
+        for x, first, m in found
+        for i in range(len(x))
+    ]
 
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-005-3
 class Trainer:
     "Student, teacher, centre, optimiser, position: what a checkpoint holds, and the step that moves it on."
+
     def __init__(
         self,
-        config: PretrainConfig, # settled
-        n_images: int, # tiles of an epoch
-        device: torch.device | None = None, # of this process; that of `config` by default
+        config: PretrainConfig,  # settled
+        n_images: int,  # tiles of an epoch
+        device: torch.device | None = None,  # of this process; that of `config` by default
     ):
-        c, self.device, self.world = config, torch.device(device or config.device), ranks.world()
+        c = config
+        self.device = torch.device(device or config.device)
+        self.world = ranks.world()
         torch.manual_seed(c.seed)
-        self.config, self.per_epoch, self.schedules = c, n_images//c.batch_size, schedules(c, n_images)
+        self.config = c
+        self.per_epoch = n_images // c.batch_size
+        self.schedules = schedules(c, n_images)
         self.parts = micro_batches(c, self.world)
         self.student, self.teacher = networks(c, self.device)
         self.parallel = self.student
         if self.world > 1:
-            self.parallel = DistributedDataParallel(self.student, find_unused_parameters=c.pool == "mean")  # the class token then has no gradient
+            self.parallel = DistributedDataParallel(
+                self.student, find_unused_parameters=c.pool == "mean"
+            )  # the class token then has no gradient
             self.parallel.broadcast_buffers = False  # batch-norm statistics are averaged after the step instead
         self.loss = DINOLoss(c.out_dim, c.n_global, c.n_local, c.student_temp, c.center_momentum).to(self.device)
         self.patch_loss = PatchLoss(c.out_dim, c.student_temp, c.center_momentum).to(self.device)
-        self.optimiser = torch.optim.AdamW(param_groups(self.student), lr=0., fused=True)
-        self.step = 0 # steps taken
-        self.best = -math.inf # highest kNN score so far
-        self.window = [] # values of the steps since the last row of the log
-        self.tokens = [] # latest features of the teacher, for RankMe
+        self.optimiser = torch.optim.AdamW(param_groups(self.student), lr=0.0, fused=True)
+        self.step = 0  # steps taken
+        self.best = -math.inf  # highest kNN score so far
+        self.window = []  # values of the steps since the last row of the log
+        self.tokens = []  # latest features of the teacher, for RankMe
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -117,184 +157,318 @@ class Trainer:
         "Micro-batches of the step with the teacher's answers."
         batches = (self._ask(batch) for batch in itertools.islice(batches, self.parts))
         if self.config.centering == "center":
-            for t in batches: yield dataclasses.replace(t, q=self.loss.teacher_probs(t.scores, temp), patch_q=self.patch_loss.teacher_probs(t.patches, temp))
+            for t in batches:
+                yield dataclasses.replace(
+                    t, q=self.loss.teacher_probs(t.scores, temp), patch_q=self.patch_loss.teacher_probs(t.patches, temp)
+                )
             return
         batches = list(batches)  # an even assignment looks at all of them
-        def even(scores): return sinkhorn(torch.cat(scores), temp).split([len(s) for s in scores])
+
+        def even(scores):
+            return sinkhorn(torch.cat(scores), temp).split([len(s) for s in scores])
+
         answers = even([t.scores.flatten(0, 1) for t in batches])
         patch_answers = even([t.patches for t in batches])
-        for t, q, patch_q in zip(batches, answers, patch_answers, strict=True): yield dataclasses.replace(t, q=q.view_as(t.scores), patch_q=patch_q)
+        for t, q, patch_q in zip(batches, answers, patch_answers, strict=True):
+            yield dataclasses.replace(t, q=q.view_as(t.scores), patch_q=patch_q)
 
     def _ask(self, batch):
         "Move a micro-batch to the device, and ask the teacher."
         batch = [x.to(self.device, non_blocking=True) for x in batch]
         crops, masks = (batch[:-1], batch[-1]) if self.config.patch_weight else (batch, None)
-        with torch.no_grad(), self._autocast(): features, scores, *patches = self.teacher(crops[:1], masks)
-        return Taught(crops, masks, features, scores, patches[0] if patches else scores.new_zeros(0, self.config.out_dim))
+        with torch.no_grad(), self._autocast():
+            features, scores, *patches = self.teacher(crops[:1], masks)
+        return Taught(
+            crops, masks, features, scores, patches[0] if patches else scores.new_zeros(0, self.config.out_dim)
+        )
 
     def _losses(self, t, views, first, masks, patch_q):
         "Losses of the student over some crops: DINO's, that of the patches, that of the spread."
-        c, zero = self.config, torch.zeros((), device=self.device)
-        with self._autocast(): features, scores, *patches = self.parallel([views], masks, masks is not None)
+        c = self.config
+        zero = torch.zeros((), device=self.device)
+        with self._autocast():
+            features, scores, *patches = self.parallel([views], masks, masks is not None)
         large = first < c.n_global - self.loss.skip
-        return torch.stack([self.loss.cross_entropy(scores, t.q, first) if first >= 0 else 0*scores.sum(),  # every parameter has a gradient
-                            self.patch_loss.cross_entropy(patches[0], patch_q, mask_weights(masks, c.n_global)) if patches else zero,
-                            spread(features, c.spread, c.spread_group).sum() if c.spread_weight and large else zero])
+        return torch.stack(
+            [
+                self.loss.cross_entropy(scores, t.q, first)
+                if first >= 0
+                else 0 * scores.sum(),  # every parameter has a gradient
+                self.patch_loss.cross_entropy(patches[0], patch_q, mask_weights(masks, c.n_global))
+                if patches
+                else zero,
+                spread(features, c.spread, c.spread_group).sum() if c.spread_weight and large else zero,
+            ]
+        )
 
     def _accumulate(self, t, part):
         "Add a micro-batch's gradient; returns (3K + 6,): mean score, mean answer, sum and number of the patches' scores, teacher entropy, feature std, losses."
         c = self.config
         torch.manual_seed(draw_seed(c.seed, self.step, part, ranks.rank()))
-        losses, weights = torch.zeros(3, device=self.device), torch.tensor([1., c.patch_weight, c.spread_weight], device=self.device)
+        losses = torch.zeros(3, device=self.device)
+        weights = torch.tensor([1.0, c.patch_weight, c.spread_weight], device=self.device)
         seen = passes(c, self.loss.skip, t.crops, t.masks)
         answers = iter(t.patch_q.split([0 if masks is None else int(masks.sum()) for *_, masks in seen]))
         for i, (views, first, masks) in enumerate(seen):
             exchange = self.world == 1 or (part == self.parts - 1 and i == len(seen) - 1)
             with contextlib.nullcontext() if exchange else self.parallel.no_sync():
                 values = self._losses(t, views, first, masks, next(answers))
-                (values @ weights/self.parts).backward()
+                (values @ weights / self.parts).backward()
             losses += values.detach()
-        if not torch.isfinite(losses).all(): self._diverged("loss", [*((f"crops of {tuple(x.shape[-2:])} pixels", x) for x in t.crops),
-                                                                    *self.student.named_parameters(), *self.teacher.named_parameters()])
-        self.tokens = [*self.tokens, t.features[0].float().cpu()][-max(2048//t.features.shape[1], 1):]
-        return torch.cat([t.scores.float().mean((0, 1)), t.q.mean((0, 1)), t.patches.float().sum(0), losses.new_tensor([len(t.patches)]),
-                          torch.stack([entropy(t.q).mean(), losses.new_tensor(feature_std(t.features[0]))]), losses])
+        if not torch.isfinite(losses).all():
+            self._diverged(
+                "loss",
+                [
+                    *((f"crops of {tuple(x.shape[-2:])} pixels", x) for x in t.crops),
+                    *self.student.named_parameters(),
+                    *self.teacher.named_parameters(),
+                ],
+            )
+        self.tokens = [*self.tokens, t.features[0].float().cpu()][-max(2048 // t.features.shape[1], 1) :]
+        return torch.cat(
+            [
+                t.scores.float().mean((0, 1)),
+                t.q.mean((0, 1)),
+                t.patches.float().sum(0),
+                losses.new_tensor([len(t.patches)]),
+                torch.stack([entropy(t.q).mean(), losses.new_tensor(feature_std(t.features[0]))]),
+                losses,
+            ]
+        )
 
     def train_step(
         self,
-        batches, # iterable over this process's micro-batches, as `crop_loader` gives them; as many as make a step are taken
-    ) -> dict: # figures of this step, over all processes
+        batches,  # iterable over this process's micro-batches, as `crop_loader` gives them; as many as make a step are taken
+    ) -> dict:  # figures of this step, over all processes
         "Take one step."
-        c, now = self.config, {name: float(values[self.step]) for name, values in self.schedules.items()}
+        c = self.config
+        now = {name: float(values[self.step]) for name, values in self.schedules.items()}
         for group in self.optimiser.param_groups:
             group["lr"] = now["lr"]
-            if group["decay"]: group["weight_decay"] = now["weight_decay"]
+            if group["decay"]:
+                group["weight_decay"] = now["weight_decay"]
         self.optimiser.zero_grad()
         sums = sum(self._accumulate(t, part) for part, t in enumerate(self._taught(batches, now["teacher_temp"])))
-        scores, answers, patches, n, figures = (ranks.total(sums)/(self.parts*self.world)).split([c.out_dim]*3 + [1, 5])
+        scores, answers, patches, n, figures = (ranks.total(sums) / (self.parts * self.world)).split(
+            [c.out_dim] * 3 + [1, 5]
+        )
         norm = clip_student(self.student, c.clip, c.clip_how)
-        if not torch.isfinite(norm): self._diverged("gradient", [(n, p.grad) for n, p in self.student.named_parameters()])
-        if self.step < c.freeze_last_epochs*self.per_epoch: freeze_last_layer(self.student)
+        if not torch.isfinite(norm):
+            self._diverged("gradient", [(n, p.grad) for n, p in self.student.named_parameters()])
+        if self.step < c.freeze_last_epochs * self.per_epoch:
+            freeze_last_layer(self.student)
         self.optimiser.step()
         self.loss.update_center(scores)
-        if n > 0: self.patch_loss.update_center(patches/n)
+        if n > 0:
+            self.patch_loss.update_center(patches / n)
         if c.sync_bn == "no":
-            nets = [self.student, self.teacher][:1 + (c.teacher_bn == "own")]
+            nets = [self.student, self.teacher][: 1 + (c.teacher_bn == "own")]
             ranks.average([b for net in nets for b in net.buffers() if b.is_floating_point()])
         ema_update(self.teacher, self.student, now["momentum"], c.teacher_bn)
         self.step += 1
         h, std, loss, patch, apart = figures.tolist()
-        return {"loss": loss, "entropy": h, "kl": loss - h, "information": entropy(answers).item() - h, "feature_std": std,
-                "center_norm": self.loss.center.norm().item(), "grad_norm": norm.item(), **now} \
-            | ({"patch_loss": patch} if c.patch_weight else {}) | ({"spread_loss": apart} if c.spread_weight else {})
+        return (
+            {
+                "loss": loss,
+                "entropy": h,
+                "kl": loss - h,
+                "information": entropy(answers).item() - h,
+                "feature_std": std,
+                "center_norm": self.loss.center.norm().item(),
+                "grad_norm": norm.item(),
+                **now,
+            }
+            | ({"patch_loss": patch} if c.patch_weight else {})
+            | ({"spread_loss": apart} if c.spread_weight else {})
+        )
 
     def _diverged(self, what, named):
-        raise Diverged(f"step {self.step + 1}: the {what} is not finite; {suspect(named)}. "
-                       "Lower lr, or lengthen the warm-up; the last checkpoint is kept.")
+        raise Diverged(
+            f"step {self.step + 1}: the {what} is not finite; {suspect(named)}. "
+            "Lower lr, or lengthen the warm-up; the last checkpoint is kept."
+        )
 
-    def state_dict(self) -> dict: # tensors, numbers and text only, so that it loads without unpickling anything else
+    def state_dict(self) -> dict:  # tensors, numbers and text only, so that it loads without unpickling anything else
         "All that a continued run needs. Its keys are those of DINO's own checkpoints, so `heads.split_checkpoint` reads it too."
-        return {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "loss": self.loss.state_dict(),
-                "patch_loss": self.patch_loss.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step, "best": self.best, "window": self.window,
-                "tokens": self.tokens, "world": self.world}
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "loss": self.loss.state_dict(),
+            "patch_loss": self.patch_loss.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "window": self.window,
+            "tokens": self.tokens,
+            "world": self.world,
+        }
 
     def load_state_dict(
         self,
-        state: dict, # what `state_dict` gave
+        state: dict,  # what `state_dict` gave
     ):
         "Continue where the state was taken; the state of another network is `BadInput`."
         for name in ("student", "teacher", "loss", "patch_loss"):
-            try: getattr(self, name).load_state_dict(state[name])
+            try:
+                getattr(self, name).load_state_dict(state[name])
             except RuntimeError as e:
-                raise BadInput(f"checkpoint, {name}", " ".join(str(e).split())[:400], f"It belongs to another network than {self.config.arch} with {self.config.out_dim} prototypes.") from None
+                raise BadInput(
+                    f"checkpoint, {name}",
+                    " ".join(str(e).split())[:400],
+                    f"It belongs to another network than {self.config.arch} with {self.config.out_dim} prototypes.",
+                ) from None
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.best, self.window, self.tokens = (state[k] for k in ("step", "best", "window", "tokens"))
 
 # %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-015
-MACHINE = ("out", "tiles", "device", "workers", "log_every", "checkpoint_every", "keep", "knn_tiles", "knn_every", "on_collapse") # may change when a run is continued
-ELASTIC = ("micro_batch", "sync_bn", "precision", "per_crop_backward", "activation_checkpointing") # may also change where the run need not stay exact
+MACHINE = (
+    "out",
+    "tiles",
+    "device",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "knn_tiles",
+    "knn_every",
+    "on_collapse",
+)  # may change when a run is continued
+ELASTIC = (
+    "micro_batch",
+    "sync_bn",
+    "precision",
+    "per_crop_backward",
+    "activation_checkpointing",
+)  # may also change where the run need not stay exact
+
 
 def load_backbone(
-    path, # folder of a run, or its backbone.safetensors
-) -> nn.Module: # in eval mode, without gradients
+    path,  # folder of a run, or its backbone.safetensors
+) -> nn.Module:  # in eval mode, without gradients
     "The pre-trained backbone."
     return backbones.load(path)[0].eval().requires_grad_(False)
 
+
 def data_key(
-    dataset, # map-style; with a `table` where it has one
-) -> str: # 16 hexadecimal digits
+    dataset,  # map-style; with a `table` where it has one
+) -> str:  # 16 hexadecimal digits
     "Name a data set by which tiles it holds in which order, wherever its files lie."
     table = getattr(dataset, "table", None)
     columns = [c for c in ("slide", "x", "y", "level", "mpp", "nbytes") if table is not None and c in table]
     return digest(len(dataset), *([c, table[c].astype(str).tolist()] for c in columns))
 
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-015-2
 def _identity(c, dataset, elastic):
     "What makes a run this run: `claim`'s parameters, those that may change, those that `elastic` would set free."
-    return (dataclasses.asdict(c) | {"n_images": len(dataset), "data": data_key(dataset)},
-            (*MACHINE, *ELASTIC*elastic), ELASTIC)
+    return (
+        dataclasses.asdict(c) | {"n_images": len(dataset), "data": data_key(dataset)},
+        (*MACHINE, *ELASTIC * elastic),
+        ELASTIC,
+    )
+
 
 def _finished(c, identity):
     "Whether the folder holds this very run, at its end."
     folder = Path(c.out)
-    return (same_run(folder, *identity) and (folder/"backbone.json").exists() and (folder/"backbone.safetensors").exists()
-            and read_record(folder/"backbone.json").get("step") == c.steps)
+    return (
+        same_run(folder, *identity)
+        and (folder / "backbone.json").exists()
+        and (folder / "backbone.safetensors").exists()
+        and read_record(folder / "backbone.json").get("step") == c.steps
+    )
+
 
 def _resume(trainer, folder, elastic):
     "Continue from the latest whole checkpoint, the same on all processes."
     state, step = ranks.first_does(lambda: latest_checkpoint(folder), trainer.device) or (None, -1)
     step = ranks.first_says(step, trainer.device)
-    if step < 0: return
-    if state is None: state = read_checkpoint(next(p for s, p, _ in checkpoints(folder) if s == step))
+    if step < 0:
+        return
+    if state is None:
+        state = read_checkpoint(next(p for s, p, _ in checkpoints(folder) if s == step))
     if state["world"] != trainer.world and not elastic:
-        raise BadInput(folder, f"a run of {state['world']} processes, continued on {trainer.world}",
-                       f"Start {state['world']} processes, or pass elastic (`--elastic`): the run then goes on, but not bit for bit.")
+        raise BadInput(
+            folder,
+            f"a run of {state['world']} processes, continued on {trainer.world}",
+            f"Start {state['world']} processes, or pass elastic (`--elastic`): the run then goes on, but not bit for bit.",
+        )
     if state["world"] != trainer.world and ranks.rank() == 0:
         print(f"continues on {trainer.world} processes a run of {state['world']}: not bit for bit", flush=True)
     trainer.load_state_dict(state)
 
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-015-3
 def _save(trainer, best=False):
     "Write a checkpoint, and the teacher's backbone: into the run's folder, or into `best/`."
-    c, folder = trainer.config, Path(trainer.config.out)
+    c = trainer.config
+    folder = Path(trainer.config.out)
     write_checkpoint(trainer.state_dict(), folder, trainer.step, c.keep, best)
-    backbones.save(trainer.teacher.backbone, folder/"best" if best else folder, c.arch, c.mean, c.std, step=trainer.step, steps=c.steps, pool=c.pool)
+    backbones.save(
+        trainer.teacher.backbone,
+        folder / "best" if best else folder,
+        c.arch,
+        c.mean,
+        c.std,
+        step=trainer.step,
+        steps=c.steps,
+        pool=c.pool,
+    )
+
 
 class Collapsed(ArithmeticError):
     "The log shows a collapse, and the run was to stop then."
 
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-015-4
 class _Log:
     "The first process's book: rows of the log and their picture, scores once an epoch, and whether they show a collapse."
+
     def __init__(self, trainer, on_epoch):
         c = trainer.config
-        self.trainer, self.on_epoch, self.path = trainer, on_epoch, Path(c.out)/"log.jsonl"
+        self.trainer = trainer
+        self.on_epoch = on_epoch
+        self.path = Path(c.out) / "log.jsonl"
         self.rows = kept_rows(self.path, trainer.step)
-        self.online = OnlineKNN(c.knn_tiles, c.global_size, c.mean, c.std, pool=c.pool, seed=c.seed) if c.knn_tiles else None
-        self.picture, self.told = LiveCurves(c.out), {row["collapse"] for row in self.rows if "collapse" in row}
-        self.clock = {"began": time.perf_counter(), "wait": 0., "steps": 0}
+        self.online = (
+            OnlineKNN(c.knn_tiles, c.global_size, c.mean, c.std, pool=c.pool, seed=c.seed) if c.knn_tiles else None
+        )
+        self.picture = LiveCurves(c.out)
+        self.told = {row["collapse"] for row in self.rows if "collapse" in row}
+        self.clock = {"began": time.perf_counter(), "wait": 0.0, "steps": 0}
 
     def _add(self, values):
         t = self.trainer
-        self.rows.append({"step": t.step, "epoch": t.step/t.per_epoch, **values})
+        self.rows.append({"step": t.step, "epoch": t.step / t.per_epoch, **values})
         append_jsonl(self.path, self.rows[-1])
         self.picture()
 
     def write(self):
         "A row of means over the steps since the last one."
-        t, now = self.trainer, time.perf_counter()
+        t = self.trainer
+        now = time.perf_counter()
         seconds = now - self.clock["began"]
-        self._add({k: float(np.mean([row[k] for row in t.window])) for k in t.window[0]}
-                  | {"images_per_s": self.clock["steps"]*t.config.batch_size/seconds, "data_wait": self.clock["wait"]/seconds, "memory": memory_used(t.device)})
+        self._add(
+            {k: float(np.mean([row[k] for row in t.window])) for k in t.window[0]}
+            | {
+                "images_per_s": self.clock["steps"] * t.config.batch_size / seconds,
+                "data_wait": self.clock["wait"] / seconds,
+                "memory": memory_used(t.device),
+            }
+        )
         t.window = []
-        self.clock.update(began=now, wait=0., steps=0)
-        if len(self.rows) % 10 == 0: self._judge()
+        self.clock.update(began=now, wait=0.0, steps=0)
+        if len(self.rows) % 10 == 0:
+            self._judge()
 
     def end_epoch(self):
         "RankMe and the online kNN score, the best of which is worth a checkpoint; and what `on_epoch` gives."
         t, c = self.trainer, self.trainer.config
-        values, training = {"rankme": rankme(torch.cat(t.tokens))}, t.teacher.training
-        every = max(round(c.knn_every*t.per_epoch), 1)
-        if self.online and (t.step//every > (t.step - t.per_epoch)//every or t.step == c.steps): values |= self.online(t.teacher.backbone, c.precision == "bf16")
+        values = {"rankme": rankme(torch.cat(t.tokens))}
+        training = t.teacher.training
+        every = max(round(c.knn_every * t.per_epoch), 1)
+        if self.online and (t.step // every > (t.step - t.per_epoch) // every or t.step == c.steps):
+            values |= self.online(t.teacher.backbone, c.precision == "bf16")
         if self.on_epoch is not None:
-            with torch.no_grad(): values |= self.on_epoch(t.step, t.teacher.backbone.eval()) or {}
+            with torch.no_grad():
+                values |= self.on_epoch(t.step, t.teacher.backbone.eval()) or {}
         t.teacher.train(training)
         self._add(values)
         self._judge()
@@ -306,62 +480,85 @@ class _Log:
         "Warn, once of each kind, or stop, where the log shows a collapse."
         c = self.trainer.config
         found = collapse(self.rows, c.out_dim) if c.on_collapse != "ignore" else None
-        if found is None or found.kind in self.told: return
+        if found is None or found.kind in self.told:
+            return
         self.told.add(found.kind)
         self._add({"collapse": found.kind, "since": found.since})
-        if c.on_collapse == "stop" and found.fatal: raise Collapsed(f"{found} The last checkpoint is kept.")
+        if c.on_collapse == "stop" and found.fatal:
+            raise Collapsed(f"{found} The last checkpoint is kept.")
         warnings.warn(str(found), stacklevel=2)
 
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-015-5
 def pretrain(
     config: PretrainConfig,
-    dataset=None, # map-style dataset of (uint8 (H, W, 3) image, label); the tiles of `config.tiles` by default
-    on_epoch=None, # called with (step, teacher's backbone in eval mode) after each epoch, on the first process; a dict it returns goes to the log
-    restart: bool = False, # discard the run in the folder
-    elastic: bool = False, # continue also on another number of processes or in other micro-batches; no longer bit for bit
-) -> Path: # folder of the run
+    dataset=None,  # map-style dataset of (uint8 (H, W, 3) image, label); the tiles of `config.tiles` by default
+    on_epoch=None,  # called with (step, teacher's backbone in eval mode) after each epoch, on the first process; a dict it returns goes to the log
+    restart: bool = False,  # discard the run in the folder
+    elastic: bool = False,  # continue also on another number of processes or in other micro-batches; no longer bit for bit
+) -> Path:  # folder of the run
     "Pre-train a backbone with DINO, or continue, or return at once where that is done."
     if dataset is None:
         dataset = TileShards(config.tiles, columns=["split"] if config.split else ())
-        if config.split: dataset = TileShards(config.tiles, table=dataset.table[dataset.table["split"] == config.split])
+        if config.split:
+            dataset = TileShards(config.tiles, table=dataset.table[dataset.table["split"] == config.split])
     find_device(config.device)  # refuses one that this machine lacks
-    c, folder = settle(keep_precision(config, restart), len(dataset), ranks.announced()), Path(config.out)
+    c = settle(keep_precision(config, restart), len(dataset), ranks.announced())
+    folder = Path(config.out)
     identity = _identity(c, dataset, elastic)
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(ranks.joined(c.device))
         asked = stack.enter_context(hold_signals())
         ranks.all_equal(len(dataset), "numbers of tiles", device)
         ranks.all_equal(int(digest(identity[0])[:12], 16), "tiles or parameters", device)
-        if ranks.first_says(int(bool(ranks.first_does(lambda: not restart and _finished(c, identity), device))), device): return folder
+        if ranks.first_says(
+            int(bool(ranks.first_does(lambda: not restart and _finished(c, identity), device))), device
+        ):
+            return folder
         made = "backbone.json", "backbone.safetensors"
         ranks.first_does(lambda: stack.enter_context(claim(folder, *identity[:2], made, restart, ELASTIC)), device)
         trainer = Trainer(c, len(dataset), device)
         _resume(trainer, folder, elastic)
         first = ranks.rank() == 0
-        if first and trainer.step == c.steps: _save(trainer)  # killed after its last checkpoint, before its backbone was written
+        if first and trainer.step == c.steps:
+            _save(trainer)  # killed after its last checkpoint, before its backbone was written
         _loop(trainer, dataset, _Log(trainer, on_epoch) if first else None, asked)
     return folder
 
+# %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-015-6
 def _loop(trainer, dataset, log, asked):
     "Steps until the last; `log` is the first process's."
-    c, stop = trainer.config, Path(trainer.config.out)/"stop"
-    clock = log.clock if log else {"wait": 0.}
+    c = trainer.config
+    stop = Path(trainer.config.out) / "stop"
+    clock = log.clock if log else {"wait": 0.0}
     batches = timed(crop_loader(dataset, c, trainer.step), clock)
-    with progress(desc="pre-training", total=c.steps - trainer.step, unit="step") if log else contextlib.nullcontext() as bar:
+    with (
+        progress(desc="pre-training", total=c.steps - trainer.step, unit="step")
+        if log
+        else contextlib.nullcontext() as bar
+    ):
         while trainer.step < c.steps:
             row = trainer.train_step(batches)
             trainer.window.append(row)
-            last, step = trainer.step == c.steps, trainer.step
+            last = trainer.step == c.steps
+            step = trainer.step
             halt = ranks.anybody(bool(asked) or (log is not None and stop.exists()), trainer.device)
             if log is not None:
                 clock["steps"] += 1
-                if step % c.log_every == 0 or last: log.write()
-                if step % trainer.per_epoch == 0 or last: log.end_epoch()
-                bar.update(note=f"loss {row['loss']:.3f}, entropy {row['entropy']:.3f}, log K {math.log(c.out_dim):.3f}")
-                if step % c.checkpoint_every == 0 or last or halt: _save(trainer)
-            if halt: break
+                if step % c.log_every == 0 or last:
+                    log.write()
+                if step % trainer.per_epoch == 0 or last:
+                    log.end_epoch()
+                bar.update(
+                    note=f"loss {row['loss']:.3f}, entropy {row['entropy']:.3f}, log K {math.log(c.out_dim):.3f}"
+                )
+                if step % c.checkpoint_every == 0 or last or halt:
+                    _save(trainer)
+            if halt:
+                break
     if log is not None:
         log.picture(now=True)
         stop.unlink(missing_ok=True)
     if trainer.step < c.steps:
-        if log is not None: write_json(stop.with_name("stopped"), {"step": trainer.step, "steps": c.steps})
+        if log is not None:
+            write_json(stop.with_name("stopped"), {"step": trainer.step, "steps": c.steps})
         raise Stopped(f"stopped at step {trainer.step} of {c.steps}, checkpoint written")

@@ -21,119 +21,190 @@ from torch.utils.data import DataLoader, Subset
 
 from ..core.errors import BadInput, nearest
 from ..core.progress import progress
-from ..slides.tile_store import tile_span
-from ..slides.slides import open_slide
-from .encoders import Pooled
 from ..models.vit import look
 from ..models.xcit import XCiT
+from .encoders import Pooled
+from ..slides.slides import open_slide
+from ..slides.tile_store import tile_span
 
 # %% ../../nbs/07_probe/10_attention.ipynb #cell-005
-KINDS = {"class_attention": "class attention", "token_norm": "length of Attention(Q,K,V)", "channel": "channel by channel (no place in the image)"}
+KINDS = {
+    "class_attention": "class attention",
+    "token_norm": "length of Attention(Q,K,V)",
+    "channel": "channel by channel (no place in the image)",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
     "One map: its kind, and from where in the encoder. As text it is the map's caption."
-    kind: str # of `KINDS`
-    block: int # from 0
-    head: int | str # from 0; `mean`: of all heads; `all`: a length of all heads together
-    layer: str = "block" # what the block is called: `class layer` where an XCiT has its class attention
+
+    kind: str  # of `KINDS`
+    block: int  # from 0
+    head: int | str  # from 0; `mean`: of all heads; `all`: a length of all heads together
+    layer: str = "block"  # what the block is called: `class layer` where an XCiT has its class attention
 
     @property
-    def spatial(self): return self.kind != "channel"  # has a place in the image
+    def spatial(self):
+        return self.kind != "channel"  # has a place in the image
 
     @property
-    def whose(self): return {"mean": "mean of heads", "all": "all heads"}.get(self.head, f"head {self.head}")
+    def whose(self):
+        return {"mean": "mean of heads", "all": "all heads"}.get(self.head, f"head {self.head}")
 
-    def __str__(self): return f"{KINDS[self.kind]}, {self.layer} {self.block}, {self.whose}"
+    def __str__(self):
+        return f"{KINDS[self.kind]}, {self.layer} {self.block}, {self.whose}"
+
 
 def backbone_of(
-    encoder, # from `load_encoder`
-) -> nn.Module: # what is within its pooling or before its head
+    encoder,  # from `load_encoder`
+) -> nn.Module:  # what is within its pooling or before its head
     "The network of an encoder."
     model = encoder.model
     return model.model if isinstance(model, Pooled) else model[0] if isinstance(model, nn.Sequential) else model
 
+# %% ../../nbs/07_probe/10_attention.ipynb #cell-005-2
 def possible(
-    encoder, # from `load_encoder`
-) -> dict: # kind -> (what its blocks are called, how many, heads of each; 0: none of its own)
+    encoder,  # from `load_encoder`
+) -> dict:  # kind -> (what its blocks are called, how many, heads of each; 0: none of its own)
     "The maps that an encoder has; none where it has no attention that can be shown."
     model = backbone_of(encoder)
     if isinstance(model, XCiT):
         heads = model.blocks[0].attn.num_heads
-        return {"class_attention": ("class layer", len(model.cls_attn_blocks), heads), "token_norm": ("block", len(model.blocks), 0), "channel": ("block", len(model.blocks), heads)}
-    if not isinstance(model, VisionTransformer) or not isinstance(attn := getattr(model.blocks[0], "attn", None), Attention): return {}
-    found = {"class_attention": ("block", len(model.blocks), attn.num_heads), "token_norm": ("block", len(model.blocks), 0)}
+        return {
+            "class_attention": ("class layer", len(model.cls_attn_blocks), heads),
+            "token_norm": ("block", len(model.blocks), 0),
+            "channel": ("block", len(model.blocks), heads),
+        }
+    if not isinstance(model, VisionTransformer) or not isinstance(
+        attn := getattr(model.blocks[0], "attn", None), Attention
+    ):
+        return {}
+    found = {
+        "class_attention": ("block", len(model.blocks), attn.num_heads),
+        "token_norm": ("block", len(model.blocks), 0),
+    }
     return found if model.cls_token is not None else {"token_norm": found["token_norm"]}
 
+# %% ../../nbs/07_probe/10_attention.ipynb #cell-005-3
 def views(
-    encoder, # from `load_encoder`
-    kind: str = "class_attention", # of `KINDS`
-    blocks=-1, # one or several, from 0 or negative from the end
-    heads=None, # one or several, from 0; None: each; `mean`: their mean
-) -> list[View]: # block by block
+    encoder,  # from `load_encoder`
+    kind: str = "class_attention",  # of `KINDS`
+    blocks=-1,  # one or several, from 0 or negative from the end
+    heads=None,  # one or several, from 0; None: each; `mean`: their mean
+) -> list[View]:  # block by block
     "The maps of one kind. An unknown kind, block or head is a `BadInput` that says what there is."
-    if kind not in KINDS: raise BadInput("kind", f"unknown kind `{kind}`", nearest(kind, KINDS))
-    there, name = possible(encoder), encoder.spec.name
-    if not there: raise BadInput(name, "has no attention that can be shown", "Give an encoder that is an XCiT, or one of timm's ViTs of ordinary blocks.")
-    if kind not in there: raise BadInput(name, f"has no `{kind}`: {'its attention is between tokens' if kind == 'channel' else 'it has no class token'}", f"It has: {', '.join(there)}.")
+    if kind not in KINDS:
+        raise BadInput("kind", f"unknown kind `{kind}`", nearest(kind, KINDS))
+    there = possible(encoder)
+    name = encoder.spec.name
+    if not there:
+        raise BadInput(
+            name,
+            "has no attention that can be shown",
+            "Give an encoder that is an XCiT, or one of timm's ViTs of ordinary blocks.",
+        )
+    if kind not in there:
+        raise BadInput(
+            name,
+            f"has no `{kind}`: {'its attention is between tokens' if kind == 'channel' else 'it has no class token'}",
+            f"It has: {', '.join(there)}.",
+        )
     layer, depth, n = there[kind]
 
     def chosen(what, value, count):
         values = [value] if isinstance(value, (int, np.integer, str)) else list(value)
         for v in values:
             if not isinstance(v, (int, np.integer)) or not -count <= v < count:
-                raise BadInput(name, f"`{kind}` has no {what} {v}", f"Choose from 0 to {count - 1}; negative numbers count from the end." if count else "It is one map for all heads together: leave `heads` out.")
+                raise BadInput(
+                    name,
+                    f"`{kind}` has no {what} {v}",
+                    f"Choose from 0 to {count - 1}; negative numbers count from the end."
+                    if count
+                    else "It is one map for all heads together: leave `heads` out.",
+                )
         return [int(v) % count for v in values]
 
-    if not n: heads = ["all"] if heads is None or isinstance(heads, str) and heads in ("all", "mean") else chosen("head", heads, 0)
-    elif isinstance(heads, str) and heads == "mean": heads = ["mean"]
-    else: heads = list(range(n)) if heads is None else chosen("head", heads, n)
+    if not n:
+        heads = (
+            ["all"]
+            if heads is None or isinstance(heads, str) and heads in ("all", "mean")
+            else chosen("head", heads, 0)
+        )
+    elif isinstance(heads, str) and heads == "mean":
+        heads = ["mean"]
+    else:
+        heads = list(range(n)) if heads is None else chosen("head", heads, n)
     return [View(kind, block, head, layer) for block in chosen(layer, blocks, depth) for head in heads]
 
 # %% ../../nbs/07_probe/10_attention.ipynb #cell-008
 class Looking(nn.Module):
     "A backbone that answers with its maps."
+
     def __init__(
         self,
-        model: nn.Module, # XCiT or ViT
-        wanted: list[View], # which maps
+        model: nn.Module,  # XCiT or ViT
+        wanted: list[View],  # which maps
     ):
         super().__init__()
         self.model, self.wanted = model, wanted
 
     def forward(
         self,
-        x: torch.Tensor, # (B,3,H,W) normalised images
-    ) -> torch.Tensor: # (B,n,rows,columns) of patches; channel maps (B,n,d,d)
+        x: torch.Tensor,  # (B,3,H,W) normalised images
+    ) -> torch.Tensor:  # (B,n,rows,columns) of patches; channel maps (B,n,d,d)
         if isinstance(self.model, XCiT):
-            maps, prefix = self.model.forward_features(x, maps=True)[1], 1
-            found = {"class_attention": maps.class_attention, "token_norm": [v[:, None] for v in maps.xca_norm], "channel": maps.xca}
+            maps = self.model.forward_features(x, maps=True)[1]
+            prefix = 1
+            found = {
+                "class_attention": maps.class_attention,
+                "token_norm": [v[:, None] for v in maps.xca_norm],
+                "channel": maps.xca,
+            }
         else:
-            maps, prefix = look(self.model, x)[1], self.model.num_prefix_tokens
+            maps = look(self.model, x)[1]
+            prefix = self.model.num_prefix_tokens
             found = {"class_attention": maps.class_attention, "token_norm": [v[:, None, prefix:] for v in maps.norm]}
 
         def pick(view):
             values = found[view.kind][view.block].float()
-            if view.kind == "class_attention": values = values[..., prefix:]
-            if view.spatial: values = values.unflatten(-1, maps.grid)
+            if view.kind == "class_attention":
+                values = values[..., prefix:]
+            if view.spatial:
+                values = values.unflatten(-1, maps.grid)
             return values.mean(1) if view.head == "mean" else values[:, 0 if view.head == "all" else view.head]
+
         return torch.stack([pick(view) for view in self.wanted], 1)
 
+# %% ../../nbs/07_probe/10_attention.ipynb #cell-008-2
 @dataclasses.dataclass
 class AttentionMaps:
     "Maps of a batch of tiles, and what each of them is."
-    values: np.ndarray # (B,n,rows,columns) float32, patches in their places; channel maps (B,n,d,d)
-    views: list[View] # n: kind, block and head of each
-    patch: int # pixels a patch covers along each side
+
+    values: np.ndarray  # (B,n,rows,columns) float32, patches in their places; channel maps (B,n,d,d)
+    views: list[View]  # n: kind, block and head of each
+    patch: int  # pixels a patch covers along each side
 
     @property
-    def spatial(self): return self.views[0].spatial  # they have a place in the image
+    def spatial(self):
+        return self.views[0].spatial  # they have a place in the image
+
 
 def _wanted(encoder, what, blocks, heads):
     "Views by kind, or a list of them, checked."
-    wanted = views(encoder, what, blocks, heads) if isinstance(what, str) else [w for v in what for w in views(encoder, v.kind, v.block, v.head)]
-    if len({v.spatial for v in wanted}) != 1: raise BadInput("what", "no maps, or maps with and without a place in the image together", "Ask for channel maps by themselves.")
+    wanted = (
+        views(encoder, what, blocks, heads)
+        if isinstance(what, str)
+        else [w for v in what for w in views(encoder, v.kind, v.block, v.head)]
+    )
+    if len({v.spatial for v in wanted}) != 1:
+        raise BadInput(
+            "what",
+            "no maps, or maps with and without a place in the image together",
+            "Ask for channel maps by themselves.",
+        )
     return wanted
+
 
 def _looking(encoder, wanted):
     "The encoder with maps for its answer."
@@ -141,12 +212,13 @@ def _looking(encoder, wanted):
     looking.model = Looking(backbone_of(encoder), wanted)
     return looking
 
+# %% ../../nbs/07_probe/10_attention.ipynb #cell-008-3
 def attention_maps(
-    encoder, # from `load_encoder`
-    tiles, # (B,H,W,3) uint8
-    what="class_attention", # kind of `KINDS`, or a list of `View`
-    blocks=-1, # one or several, from 0 or negative from the end
-    heads=None, # one or several, from 0; None: each; `mean`: their mean
+    encoder,  # from `load_encoder`
+    tiles,  # (B,H,W,3) uint8
+    what="class_attention",  # kind of `KINDS`, or a list of `View`
+    blocks=-1,  # one or several, from 0 or negative from the end
+    heads=None,  # one or several, from 0; None: each; `mean`: their mean
 ) -> AttentionMaps:
     "What an encoder looked at in each tile."
     wanted = _wanted(encoder, what, blocks, heads)
@@ -154,193 +226,286 @@ def attention_maps(
 
 # %% ../../nbs/07_probe/10_attention.ipynb #cell-018
 def keep(
-    values: np.ndarray, # (...,rows,columns), not negative
-    share: float = .6, # of the sum of each map, above 0 to 1
-) -> np.ndarray: # bool, the same shape
+    values: np.ndarray,  # (...,rows,columns), not negative
+    share: float = 0.6,  # of the sum of each map, above 0 to 1
+) -> np.ndarray:  # bool, the same shape
     "The smallest set of patches of each map that holds a share of it."
-    if not 0 < share <= 1: raise BadInput("share", f"{share} of the attention", "Give a number above 0, at most 1.")
+    if not 0 < share <= 1:
+        raise BadInput("share", f"{share} of the attention", "Give a number above 0, at most 1.")
     flat = np.asarray(values, np.float64).reshape(*np.shape(values)[:-2], -1)
     order = np.argsort(-flat, -1, kind="stable")
     held = np.take_along_axis(flat, order, -1).cumsum(-1)
     before = np.concatenate([np.zeros_like(held[..., :1]), held[..., :-1]], -1)  # held by the greater ones
     kept = np.zeros(flat.shape, bool)
-    np.put_along_axis(kept, order, before < share*held[..., -1:], -1)
+    np.put_along_axis(kept, order, before < share * held[..., -1:], -1)
     return kept.reshape(np.shape(values))
 
 # %% ../../nbs/07_probe/10_attention.ipynb #cell-022
 def to_tile(
-    values: np.ndarray, # (...,rows,columns): bool, or numbers
-    shape: tuple[int, int], # height and width of the tile in pixels
-    patch: int, # pixels a patch covers along each side
-) -> np.ndarray: # (...,height,width): bool, or float32; beyond the last whole patch False, or NaN
+    values: np.ndarray,  # (...,rows,columns): bool, or numbers
+    shape: tuple[int, int],  # height and width of the tile in pixels
+    patch: int,  # pixels a patch covers along each side
+) -> np.ndarray:  # (...,height,width): bool, or float32; beyond the last whole patch False, or NaN
     "Maps at the size of the tile: masks by repetition, numbers bilinear."
     values, (rows, columns) = np.asarray(values), np.shape(values)[-2:]
-    if any(n not in (side//patch, -(-side//patch)) for n, side in zip((rows, columns), shape)):
-        raise BadInput("shape", f"a map of {rows}x{columns} patches of {patch} pixels does not fit a tile of {shape[0]}x{shape[1]}", "Give the tile's own height and width; channel maps have no place on it.")
-    if values.dtype == bool: large = values.repeat(patch, -2).repeat(patch, -1)
+    if any(n not in (side // patch, -(-side // patch)) for n, side in zip((rows, columns), shape)):
+        raise BadInput(
+            "shape",
+            f"a map of {rows}x{columns} patches of {patch} pixels does not fit a tile of {shape[0]}x{shape[1]}",
+            "Give the tile's own height and width; channel maps have no place on it.",
+        )
+    if values.dtype == bool:
+        large = values.repeat(patch, -2).repeat(patch, -1)
     else:
         flat = torch.tensor(values, dtype=torch.float32).reshape(1, -1, rows, columns)
-        large = nn.functional.interpolate(flat, size=(rows*patch, columns*patch), mode="bilinear").numpy().reshape(*values.shape[:-2], rows*patch, columns*patch)
-    out = np.full((*values.shape[:-2], *shape[:2]), False if values.dtype == bool else np.nan, bool if values.dtype == bool else np.float32)
-    height, width = min(rows*patch, shape[0]), min(columns*patch, shape[1])
+        large = (
+            nn.functional.interpolate(flat, size=(rows * patch, columns * patch), mode="bilinear")
+            .numpy()
+            .reshape(*values.shape[:-2], rows * patch, columns * patch)
+        )
+    out = np.full(
+        (*values.shape[:-2], *shape[:2]),
+        False if values.dtype == bool else np.nan,
+        bool if values.dtype == bool else np.float32,
+    )
+    height = min(rows * patch, shape[0])
+    width = min(columns * patch, shape[1])
     out[..., :height, :width] = large[..., :height, :width]
     return out
 
+# %% ../../nbs/07_probe/10_attention.ipynb #cell-022-2
 def overlay(
-    image: np.ndarray, # (H,W,3) uint8
-    values: np.ndarray, # (H,W): numbers, NaN where there is nothing to show; or bool
-    limits: tuple[float, float] | None = None, # numbers with the first and the last colour; None: this map's least and greatest
-    alpha: float = .6, # how much of the colour
-    cmap: str = "inferno", # of matplotlib
-) -> np.ndarray: # (H,W,3) uint8
+    image: np.ndarray,  # (H,W,3) uint8
+    values: np.ndarray,  # (H,W): numbers, NaN where there is nothing to show; or bool
+    limits: tuple[float, float]
+    | None = None,  # numbers with the first and the last colour; None: this map's least and greatest
+    alpha: float = 0.6,  # how much of the colour
+    cmap: str = "inferno",  # of matplotlib
+) -> np.ndarray:  # (H,W,3) uint8
     "A map in colours over an image; of a mask, what it leaves out is darkened."
     import matplotlib
+
     values = np.asarray(values)
-    if values.dtype == bool: return np.where(values[..., None], image, image//3)
+    if values.dtype == bool:
+        return np.where(values[..., None], image, image // 3)
     nothing = np.isnan(values)
-    if nothing.all(): return image.copy()
+    if nothing.all():
+        return image.copy()
     low, high = limits or (np.nanmin(values), np.nanmax(values))
-    color = matplotlib.colormaps[cmap](np.nan_to_num((values - low)/max(high - low, 1e-12)).clip(0, 1))[..., :3]*255
-    return np.where(nothing[..., None], image, (1 - alpha)*image + alpha*color).round().astype(np.uint8)
+    color = matplotlib.colormaps[cmap](np.nan_to_num((values - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3] * 255
+    return np.where(nothing[..., None], image, (1 - alpha) * image + alpha * color).round().astype(np.uint8)
 
 # %% ../../nbs/07_probe/10_attention.ipynb #cell-028
 def plot_maps(
-    tile: np.ndarray, # (H,W,3) uint8
-    maps: AttentionMaps, # of a batch
-    index: int = 0, # which of the batch is the tile
-    share: float | None = None, # draw masks that hold this share; None: the maps
-    width: float = 1.25, # of a panel, at most, in inches; channel maps get 3/4 of it
-): # the figure
+    tile: np.ndarray,  # (H,W,3) uint8
+    maps: AttentionMaps,  # of a batch
+    index: int = 0,  # which of the batch is the tile
+    share: float | None = None,  # draw masks that hold this share; None: the maps
+    width: float = 1.25,  # of a panel, at most, in inches; channel maps get 3/4 of it
+):  # the figure
     "Maps of one tile: blocks in rows, heads in columns. Each panel on its own scale; the number is greatest over mean."
     import matplotlib.pyplot as plt
+
     masks = share is not None
-    if masks and not maps.spatial: raise BadInput("share", "channel maps have no place that a mask could mark", "Leave `share` out.")
+    if masks and not maps.spatial:
+        raise BadInput("share", "channel maps have no place that a mask could mark", "Leave `share` out.")
     rows = {}
-    for view, value in zip(maps.views, maps.values[index], strict=True): rows.setdefault((view.kind, view.layer, view.block), []).append((view, value))
+    for view, value in zip(maps.views, maps.values[index], strict=True):
+        rows.setdefault((view.kind, view.layer, view.block), []).append((view, value))
     columns = max(map(len, rows.values())) + 1
-    width = min(width if maps.spatial else .75*width, 11/columns)
-    fig, axes = plt.subplots(len(rows), columns, figsize=(width*columns, (width + .2)*len(rows) + .25), dpi=80, layout="constrained", squeeze=False)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[])
-    for ax in axes[:, 0]: ax.set_frame_on(False)
+    width = min(width if maps.spatial else 0.75 * width, 11 / columns)
+    fig, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(width * columns, (width + 0.2) * len(rows) + 0.25),
+        dpi=80,
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for ax in axes[:, 0]:
+        ax.set_frame_on(False)
     axes[0, 0].imshow(tile)
     for ((_, layer, block), drawn), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(f"{layer} {block}", fontsize=8)
-        for ax in line[1 + len(drawn):]: ax.axis("off")
+        for ax in line[1 + len(drawn) :]:
+            ax.axis("off")
         for ax, (view, value) in zip(line[1:], drawn):
-            if not view.spatial: ax.imshow(value, cmap="magma")
-            else: ax.imshow(overlay(tile, to_tile(keep(value, share) if masks else value, tile.shape[:2], maps.patch)))
-            said = f"{keep(value, share).mean():.0%} of patches" if masks else f"{value.max()/max(value.mean(), 1e-12):.1f}x"
+            if not view.spatial:
+                ax.imshow(value, cmap="magma")
+            else:
+                ax.imshow(overlay(tile, to_tile(keep(value, share) if masks else value, tile.shape[:2], maps.patch)))
+            said = (
+                f"{keep(value, share).mean():.0%} of patches"
+                if masks
+                else f"{value.max() / max(value.mean(), 1e-12):.1f}x"
+            )
             ax.set_title(f"{view.whose}\n{said}", fontsize=7, pad=2)
-    fig.suptitle(" and ".join(dict.fromkeys(KINDS[v.kind] for v in maps.views)) + (f": patches that hold {share:.0%}" if masks else ""), fontsize=9)
+    fig.suptitle(
+        " and ".join(dict.fromkeys(KINDS[v.kind] for v in maps.views))
+        + (f": patches that hold {share:.0%}" if masks else ""),
+        fontsize=9,
+    )
     return fig
 
 # %% ../../nbs/07_probe/10_attention.ipynb #cell-035
 SCALES = {"slide": "one scale for all tiles", "tile": "each tile from its least to its greatest"}
 
+
 @dataclasses.dataclass
 class SlideMap:
     "Maps of the tiles of a slide, at their places."
-    values: np.ndarray # (n,h,w) float32, one for each view; NaN where there is no tile
-    views: list[View] # kind, block and head of each
-    image: np.ndarray # (h,w,3) uint8: the slide, as small
-    downsample: float # pixels of level 0 to one of the map
-    scale: str # of `SCALES`
+
+    values: np.ndarray  # (n,h,w) float32, one for each view; NaN where there is no tile
+    views: list[View]  # kind, block and head of each
+    image: np.ndarray  # (h,w,3) uint8: the slide, as small
+    downsample: float  # pixels of level 0 to one of the map
+    scale: str  # of `SCALES`
+
 
 def _tiles(items):
     "A batch (B,H,W,3)."
     return np.stack([np.asarray(image) for image, _ in items])
 
+# %% ../../nbs/07_probe/10_attention.ipynb #cell-035-2
 def slide_map(
-    slide, # an open `Slide`, or a path
-    dataset, # `TileShards` or `SlideTiles`: its rows of this slide are taken
-    encoder, # from `load_encoder`
-    what="class_attention", # kind of `KINDS` with a place in the image, or a list of `View`
-    blocks=-1, # one or several, from 0 or negative from the end
-    heads="mean", # one or several, from 0; None: each; `mean`: their mean
-    scale: str = "slide", # of `SCALES`
-    size: int = 600, # longest side of the map, in pixels
-    tile: int = 224, # side of a tile, in its own pixels
-    batch_size: int = 32, # tiles a step
-    workers: int = 0, # processes that read tiles
+    slide,  # an open `Slide`, or a path
+    dataset,  # `TileShards` or `SlideTiles`: its rows of this slide are taken
+    encoder,  # from `load_encoder`
+    what="class_attention",  # kind of `KINDS` with a place in the image, or a list of `View`
+    blocks=-1,  # one or several, from 0 or negative from the end
+    heads="mean",  # one or several, from 0; None: each; `mean`: their mean
+    scale: str = "slide",  # of `SCALES`
+    size: int = 600,  # longest side of the map, in pixels
+    tile: int = 224,  # side of a tile, in its own pixels
+    batch_size: int = 32,  # tiles a step
+    workers: int = 0,  # processes that read tiles
 ) -> SlideMap:
     "Maps of all tiles of a slide, stitched."
-    if scale not in SCALES: raise BadInput("scale", f"unknown scale `{scale}`", nearest(scale, SCALES))
+    if scale not in SCALES:
+        raise BadInput("scale", f"unknown scale `{scale}`", nearest(scale, SCALES))
     wanted = _wanted(encoder, what, blocks, heads)
-    if not wanted[0].spatial: raise BadInput("what", "channel maps have no place on a slide", "Choose `class_attention` or `token_norm`.")
+    if not wanted[0].spatial:
+        raise BadInput("what", "channel maps have no place on a slide", "Choose `class_attention` or `token_norm`.")
     looking = _looking(encoder, wanted)
     with contextlib.ExitStack() as stack:
-        if not hasattr(slide, "map_tiles"): slide = stack.enter_context(open_slide(slide))
+        if not hasattr(slide, "map_tiles"):
+            slide = stack.enter_context(open_slide(slide))
         table, name = dataset.table, slide.path.stem
         own = np.flatnonzero(table["slide"] == name)
-        if not len(own): raise BadInput(slide.path, "no tile of the table is of this slide", nearest(name, table["slide"].unique()))
+        if not len(own):
+            raise BadInput(slide.path, "no tile of the table is of this slide", nearest(name, table["slide"].unique()))
         image = slide.thumbnail(size)
-        downsample = max(slide.base.shape)/max(image.shape[:2])
-        fy, fx = (whole/small for whole, small in zip(slide.base.shape, image.shape[:2], strict=True))
-        sides = [tile_span(slide, t.level, t.mpp, tile)*slide.downsample(t.level) for t in table.iloc[own].itertuples()]
-        places = iter([(t.x/fx, t.y/fy, side/fy, side/fx) for t, side in zip(table.iloc[own].itertuples(), sides, strict=True)])
-    total, count = np.zeros((len(wanted), *image.shape[:2]), np.float32), np.zeros(image.shape[:2], np.float32)
+        downsample = max(slide.base.shape) / max(image.shape[:2])
+        fy, fx = (whole / small for whole, small in zip(slide.base.shape, image.shape[:2], strict=True))
+        sides = [
+            tile_span(slide, t.level, t.mpp, tile) * slide.downsample(t.level) for t in table.iloc[own].itertuples()
+        ]
+        places = iter(
+            [
+                (t.x / fx, t.y / fy, side / fy, side / fx)
+                for t, side in zip(table.iloc[own].itertuples(), sides, strict=True)
+            ]
+        )
+    total = np.zeros((len(wanted), *image.shape[:2]), np.float32)
+    count = np.zeros(image.shape[:2], np.float32)
     with progress(desc=f"maps of {name}", total=len(own), unit="tile") as bar:
-        for tiles in DataLoader(Subset(dataset, own.tolist()), batch_size=batch_size, num_workers=workers, collate_fn=_tiles):
+        for tiles in DataLoader(
+            Subset(dataset, own.tolist()), batch_size=batch_size, num_workers=workers, collate_fn=_tiles
+        ):
             values = looking(tiles)
             if scale == "tile":
                 values -= values.min((2, 3), keepdims=True)
                 values /= np.maximum(values.max((2, 3), keepdims=True), 1e-12)
-            seen = [n*encoder.spec.patch/pixels for n, pixels in zip(values.shape[2:], tiles.shape[1:3], strict=True)]  # what patches cover
-            if max(seen) > 1: values, seen = to_tile(values, tiles.shape[1:3], encoder.spec.patch), (1, 1)  # cut at the edge of the tile
-            for maps, (x, y, *sides) in zip(values, places): _put(total, count, maps, x, y, *np.multiply(sides, seen))
+            seen = [
+                n * encoder.spec.patch / pixels for n, pixels in zip(values.shape[2:], tiles.shape[1:3], strict=True)
+            ]  # what patches cover
+            if max(seen) > 1:
+                # cut at the edge of the tile
+                values = to_tile(values, tiles.shape[1:3], encoder.spec.patch)
+                seen = (1, 1)
+            for maps, (x, y, *sides) in zip(values, places):
+                _put(total, count, maps, x, y, *np.multiply(sides, seen))
             bar.update(len(tiles))
-    return SlideMap(np.where(count, total/np.maximum(count, 1), np.nan).astype(np.float32), wanted, image, downsample, scale)
+    return SlideMap(
+        np.where(count, total / np.maximum(count, 1), np.nan).astype(np.float32), wanted, image, downsample, scale
+    )
 
+# %% ../../nbs/07_probe/10_attention.ipynb #cell-035-3
 def _put(total, count, maps, x, y, height, width):
     "Add the maps (n,rows,columns) of a tile at its place on the canvas; edges are rounded, so that neighbours meet."
-    x0, y0 = round(x), round(y)
-    x1, y1 = max(x0 + 1, round(x + width)), max(y0 + 1, round(y + height))
-    h, w = min(y1, len(count)) - y0, min(x1, count.shape[1]) - x0
-    if h <= 0 or w <= 0: return
+    x0 = round(x)
+    y0 = round(y)
+    x1 = max(x0 + 1, round(x + width))
+    y1 = max(y0 + 1, round(y + height))
+    h = min(y1, len(count)) - y0
+    w = min(x1, count.shape[1]) - x0
+    if h <= 0 or w <= 0:
+        return
     for canvas, one in zip(total, maps, strict=True):
-        canvas[y0:y1, x0:x1] += cv2.resize(one, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA if x1 - x0 < one.shape[1] else cv2.INTER_LINEAR)[:h, :w]
+        canvas[y0:y1, x0:x1] += cv2.resize(
+            one, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA if x1 - x0 < one.shape[1] else cv2.INTER_LINEAR
+        )[:h, :w]
     count[y0:y1, x0:x1] += 1
 
+
 def plot_slide(
-    found: SlideMap, # from `slide_map`
-    index: int = 0, # which of its views
-    ax=None, # matplotlib axes; a new figure by default
-    label: str = "", # a line above the caption
-): # the axes
+    found: SlideMap,  # from `slide_map`
+    index: int = 0,  # which of its views
+    ax=None,  # matplotlib axes; a new figure by default
+    label: str = "",  # a line above the caption
+):  # the axes
     "A slide under one of its maps, with the range of its colours."
     import matplotlib.pyplot as plt
+
     values = found.values[index]
-    limits = (0., 1.) if found.scale == "tile" else tuple(np.nanpercentile(values, [1, 99]))
-    if ax is None: ax = plt.subplots(figsize=(5, 5*len(values)/values.shape[1]), dpi=80, layout="constrained")[1]
+    limits = (0.0, 1.0) if found.scale == "tile" else tuple(np.nanpercentile(values, [1, 99]))
+    if ax is None:
+        ax = plt.subplots(figsize=(5, 5 * len(values) / values.shape[1]), dpi=80, layout="constrained")[1]
     ax.imshow(overlay(found.image, values, limits))
-    ax.set_title(f"{label}\n"*bool(label) + f"{found.views[index]}\n{SCALES[found.scale]}", fontsize=8)
+    ax.set_title(f"{label}\n" * bool(label) + f"{found.views[index]}\n{SCALES[found.scale]}", fontsize=8)
     ax.axis("off")
-    ax.figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(*limits), "inferno"), ax=ax, shrink=.6).ax.tick_params(labelsize=7)
+    ax.figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(*limits), "inferno"), ax=ax, shrink=0.6).ax.tick_params(
+        labelsize=7
+    )
     return ax
 
 # %% ../../nbs/07_probe/10_attention.ipynb #cell-043
 def on_target(
-    kept: np.ndarray, # (T,rows,columns) bool, from `keep`
-    target: np.ndarray, # (T,rows,columns): share of each patch that is target, 0..1
-    draws: int = 1000, # of shifts
-    seed: int = 0, # of the shifts
-) -> dict: # `observed`; `chance`, its mean over all shifts; `low` and `high`, between which 95% of the shifts lie
+    kept: np.ndarray,  # (T,rows,columns) bool, from `keep`
+    target: np.ndarray,  # (T,rows,columns): share of each patch that is target, 0..1
+    draws: int = 1000,  # of shifts
+    seed: int = 0,  # of the shifts
+) -> dict:  # `observed`; `chance`, its mean over all shifts; `low` and `high`, between which 95% of the shifts lie
     "How much of the kept area lies on a target, and how much of it would after random shifts within the tiles."
-    kept, target = np.asarray(kept, float), np.asarray(target, float)
-    overlaps = np.fft.irfft2(np.fft.rfft2(kept).conj()*np.fft.rfft2(target), s=kept.shape[1:]).reshape(len(kept), -1)  # (T,N): one for each shift
-    rng, total = np.random.default_rng(seed), max(kept.sum(), 1)
-    drawn = sum(tile[rng.integers(0, len(tile), draws)] for tile in overlaps)/total
-    low, high = np.quantile(drawn, [.025, .975])
-    return {"observed": float((kept*target).sum()/total), "chance": float(overlaps.mean(1).sum()/total), "low": float(low), "high": float(high)}
+    kept = np.asarray(kept, float)
+    target = np.asarray(target, float)
+    overlaps = np.fft.irfft2(np.fft.rfft2(kept).conj() * np.fft.rfft2(target), s=kept.shape[1:]).reshape(
+        len(kept), -1
+    )  # (T,N): one for each shift
+    rng = np.random.default_rng(seed)
+    total = max(kept.sum(), 1)
+    drawn = sum(tile[rng.integers(0, len(tile), draws)] for tile in overlaps) / total
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {
+        "observed": float((kept * target).sum() / total),
+        "chance": float(overlaps.mean(1).sum() / total),
+        "low": float(low),
+        "high": float(high),
+    }
+
 
 def on_grid(
-    pixels: np.ndarray, # (...,H,W) bool
-    grid: tuple[int, int], # rows and columns of patches
-    patch: int, # pixels a patch covers along each side
-) -> np.ndarray: # (...,rows,columns) share of each patch, 0..1
+    pixels: np.ndarray,  # (...,H,W) bool
+    grid: tuple[int, int],  # rows and columns of patches
+    patch: int,  # pixels a patch covers along each side
+) -> np.ndarray:  # (...,rows,columns) share of each patch, 0..1
     "Share of each patch that a mask of pixels covers."
     (rows, columns), (height, width) = grid, pixels.shape[-2:]
-    y, x = np.arange(rows)*patch, np.arange(columns)*patch  # where patches begin; the last may reach over the edge
-    covered = np.add.reduceat(pixels[..., :rows*patch, :columns*patch], y, -2, dtype=float)
-    area = (np.minimum(y + patch, height) - y)[:, None]*(np.minimum(x + patch, width) - x)
-    return np.add.reduceat(covered, x, -1)/area
+    # where patches begin; the last may reach over the edge
+    y = np.arange(rows) * patch
+    x = np.arange(columns) * patch
+    covered = np.add.reduceat(pixels[..., : rows * patch, : columns * patch], y, -2, dtype=float)
+    area = (np.minimum(y + patch, height) - y)[:, None] * (np.minimum(x + patch, width) - x)
+    return np.add.reduceat(covered, x, -1) / area

@@ -13,22 +13,37 @@ from ..core.files import read_json, read_parquet
 
 # %% ../../nbs/07_probe/07_comparison.ipynb #cell-005
 def read_probes(
-    folders, # of probe stages
-    reference: str = "", # name of the encoder that the others are compared with; empty: the first
-) -> tuple[dict, dict, str]: # name -> content of metrics.json; name -> predictions (slide, x, y, label, case, a column for each probe); the reference
+    folders,  # of probe stages
+    reference: str = "",  # name of the encoder that the others are compared with; empty: the first
+) -> tuple[
+    dict, dict, str
+]:  # name -> content of metrics.json; name -> predictions (slide, x, y, label, case, a column for each probe); the reference
     "Read probes that can be compared; others are a `BadInput` that names the one that differs."
-    records = [read_json(Path(p)/"metrics.json") for p in folders]
+    records = [read_json(Path(p) / "metrics.json") for p in folders]
     for folder, record in zip(folders, records, strict=True):
         if not isinstance(record, dict) or not isinstance(record.get("encoder"), str):
             raise BadInput(folder, "its metrics.json names no encoder", "Name the folder of a probe stage.")
     names = [record["encoder"] for record in records]
-    if len(set(names)) < len(names): raise BadInput("probes", f"two of them are called the same: {', '.join(names)}", "Give each probe stage a `name` of its own.")
+    if len(set(names)) < len(names):
+        raise BadInput(
+            "probes",
+            f"two of them are called the same: {', '.join(names)}",
+            "Give each probe stage a `name` of its own.",
+        )
     reference = reference or names[0]
-    if reference not in names: raise BadInput("reference", f"no encoder `{reference}` among the probes", nearest(reference, names))
-    predictions = {name: read_parquet(Path(p)/"predictions.parquet", ["slide", "x", "y", "label"]) for name, p in zip(names, folders, strict=True)}
+    if reference not in names:
+        raise BadInput("reference", f"no encoder `{reference}` among the probes", nearest(reference, names))
+    predictions = {
+        name: read_parquet(Path(p) / "predictions.parquet", ["slide", "x", "y", "label"])
+        for name, p in zip(names, folders, strict=True)
+    }
     ours = predictions[reference]
     same = ours[[c for c in ("slide", "x", "y", "label", "repeat", "fold") if c in ours]]
     for name, p in predictions.items():
         if not p.reindex(columns=same.columns).equals(same):
-            raise BadInput(name, "was scored on other tiles, or in other folds", "Probe all encoders on one tile store, by one protocol with one seed.")
+            raise BadInput(
+                name,
+                "was scored on other tiles, or in other folds",
+                "Probe all encoders on one tile store, by one protocol with one seed.",
+            )
     return dict(zip(names, records, strict=True)), predictions, reference

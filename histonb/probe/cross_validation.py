@@ -17,86 +17,111 @@ from .prototypes import prototypes
 
 # %% ../../nbs/07_probe/06_cross_validation.ipynb #cell-005
 def case_folds(
-    y, # (N,) class ids
-    cases, # (N,) case of every tile
-    n_folds: int = 5, # parts; each is the test once in every repeat
-    repeats: int = 10, # divisions
-    seed: int = 0, # of the first division
-) -> np.ndarray: # (R,N) int: the fold in which each tile is tested
+    y,  # (N,) class ids
+    cases,  # (N,) case of every tile
+    n_folds: int = 5,  # parts; each is the test once in every repeat
+    repeats: int = 10,  # divisions
+    seed: int = 0,  # of the first division
+) -> np.ndarray:  # (R,N) int: the fold in which each tile is tested
     "Divide cases into folds, again and again. Raises `BadInput` where a class has one case only, or cases are too few."
-    y, cases = np.asarray(y), np.asarray(cases)
-    if pd.isna(cases).any() or (cases.astype(str) == "").any(): raise BadInput("cases", "tiles without a case", "Give every tile its case.")
+    y = np.asarray(y)
+    cases = np.asarray(cases)
+    if pd.isna(cases).any() or (cases.astype(str) == "").any():
+        raise BadInput("cases", "tiles without a case", "Give every tile its case.")
     pairs = pd.DataFrame({"y": y, "case": cases}).drop_duplicates()
     alone = (n := pairs["y"].value_counts())[n < 2].index.tolist()
-    if alone: raise BadInput("labels", f"one case only has class {alone[0]}", "A class is learnt from one case and tested on another: leave it out, or add a case.")
+    if alone:
+        raise BadInput(
+            "labels",
+            f"one case only has class {alone[0]}",
+            "A class is learnt from one case and tested on another: leave it out, or add a case.",
+        )
     if not 2 <= n_folds <= pairs["case"].nunique() or repeats < 1:
-        raise BadInput("folds", f"{n_folds} folds of {pairs['case'].nunique()} cases, {repeats} times", "Choose at least 2 folds, at most one for each case.")
+        raise BadInput(
+            "folds",
+            f"{n_folds} folds of {pairs['case'].nunique()} cases, {repeats} times",
+            "Choose at least 2 folds, at most one for each case.",
+        )
     return np.stack([_divide(y, cases, n_folds, seed + r) for r in range(repeats)])
+
 
 def _divide(y, cases, n_folds, seed):
     "One division: the fold of each tile."
     fold = np.zeros(len(y), int)
-    parts = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(np.zeros(len(y)), y, np.unique(cases, return_inverse=True)[1])
-    for k, (_, test) in enumerate(parts): fold[test] = k
+    parts = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(
+        np.zeros(len(y)), y, np.unique(cases, return_inverse=True)[1]
+    )
+    for k, (_, test) in enumerate(parts):
+        fold[test] = k
     return fold
 
 # %% ../../nbs/07_probe/06_cross_validation.ipynb #cell-010
-INNER = 3 # folds in which the training cases are divided for the choice
-STRENGTHS = tuple((10**np.arange(1, -3, -.5)).tolist()) # penalties of the linear probe that are tried
+INNER = 3  # folds in which the training cases are divided for the choice
+STRENGTHS = tuple((10 ** np.arange(1, -3, -0.5)).tolist())  # penalties of the linear probe that are tried
+
 
 def _linear(x, y, cases, x_test, n_classes, seed, balanced, k):
     fold = _divide(y, cases, INNER, seed)
     outs = [out for out in (fold == part for part in range(INNER)) if out.any() and len(np.unique(y[~out])) > 1]
-    if not outs: raise BadInput("training cases", "too few to choose a strength on", "Use fewer folds, or more cases.")
+    if not outs:
+        raise BadInput("training cases", "too few to choose a strength on", "Use fewer folds, or more cases.")
     tried = {l2: np.full((len(y), n_classes), np.nan, np.float32) for l2 in STRENGTHS}
     for out in outs:
-        for probe in sweep(x[~out], y[~out], STRENGTHS, n_classes, balanced, max_iter=100): tried[probe.l2][out] = probe(x[out])
+        for probe in sweep(x[~out], y[~out], STRENGTHS, n_classes, balanced, max_iter=100):
+            tried[probe.l2][out] = probe(x[out])
     seen = np.any(outs, axis=0)
     losses = {l2: selection_loss(p[seen], y[seen], balanced) for l2, p in tried.items()}
     return linear(x, y, x_test, l2=min(losses, key=losses.get), n_classes=n_classes, balanced=balanced)
+
 
 def _mlp(x, y, cases, x_test, n_classes, seed, balanced, k):
     out = _divide(y, cases, INNER, seed) == 0
     return mlp(x[~out], y[~out], x_test, x_val=x[out], y_val=y[out], n_classes=n_classes, seed=seed)
 
-def _knn(x, y, cases, x_test, n_classes, seed, balanced, k): return knn(x, y, x_test, k=k, n_classes=n_classes)
 
-def _prototypes(x, y, cases, x_test, n_classes, seed, balanced, k): return prototypes(x, y, x_test, n_classes)
+def _knn(x, y, cases, x_test, n_classes, seed, balanced, k):
+    return knn(x, y, x_test, k=k, n_classes=n_classes)
 
+
+def _prototypes(x, y, cases, x_test, n_classes, seed, balanced, k):
+    return prototypes(x, y, x_test, n_classes)
 TUNED = {"knn": _knn, "linear": _linear, "mlp": _mlp, "prototypes": _prototypes}
 
+# %% ../../nbs/07_probe/06_cross_validation.ipynb #cell-010-2
 def tuned(
-    probe: str, # knn, linear, mlp or prototypes
-    x, # (N,D) features of the training tiles
-    y, # (N,) their classes
-    cases, # (N,) their cases
-    x_test, # (M,D) features of the tiles to classify
-    n_classes: int, # number of classes C
-    seed: int = 0, # of the inner division and of the MLP
-    balanced: bool = False, # linear: let each class weigh alike
-    k: int = 20, # knn: neighbours
-) -> np.ndarray: # (M,C) probabilities
+    probe: str,  # knn, linear, mlp or prototypes
+    x,  # (N,D) features of the training tiles
+    y,  # (N,) their classes
+    cases,  # (N,) their cases
+    x_test,  # (M,D) features of the tiles to classify
+    n_classes: int,  # number of classes C
+    seed: int = 0,  # of the inner division and of the MLP
+    balanced: bool = False,  # linear: let each class weigh alike
+    k: int = 20,  # knn: neighbours
+) -> np.ndarray:  # (M,C) probabilities
     "Fit a probe that chooses within the training cases what it has to choose, and apply it."
-    if probe not in TUNED: raise BadInput("probe", f"unknown probe `{probe}`", nearest(probe, TUNED))
+    if probe not in TUNED:
+        raise BadInput("probe", f"unknown probe `{probe}`", nearest(probe, TUNED))
     return TUNED[probe](np.asarray(x), np.asarray(y), np.asarray(cases), x_test, n_classes, seed, balanced, k)
 
 # %% ../../nbs/07_probe/06_cross_validation.ipynb #cell-012
 def cross_validate(
-    probe: str, # knn, linear, mlp or prototypes
-    x, # (N,D) features
-    y, # (N,) class ids
-    cases, # (N,) cases
-    folds, # (R,N) from `case_folds`
-    n_classes: int, # number of classes C
-    seed: int = 0, # of what a probe draws
-    **options, # of `tuned`: balanced, k
-) -> np.ndarray: # (R,N,C) probabilities, float32, of probes that saw nothing of the tile's case
+    probe: str,  # knn, linear, mlp or prototypes
+    x,  # (N,D) features
+    y,  # (N,) class ids
+    cases,  # (N,) cases
+    folds,  # (R,N) from `case_folds`
+    n_classes: int,  # number of classes C
+    seed: int = 0,  # of what a probe draws
+    **options,  # of `tuned`: balanced, k
+) -> np.ndarray:  # (R,N,C) probabilities, float32, of probes that saw nothing of the tile's case
     "Out-of-fold probabilities. Raises `BadInput` for folds that divide a case."
     x, y, cases, folds = map(np.asarray, (x, y, cases, folds))
     out = np.full((*folds.shape, n_classes), np.nan, np.float32)
     with progress(desc=f"cross-validation {probe}", total=sum(len(np.unique(f)) for f in folds), unit="fold") as bar:
         for r, fold in enumerate(folds):
-            if pd.Series(fold).groupby(cases).nunique().max() > 1: raise BadInput("folds", "a case lies in two folds", "Divide with `case_folds`.")
+            if pd.Series(fold).groupby(cases).nunique().max() > 1:
+                raise BadInput("folds", "a case lies in two folds", "Divide with `case_folds`.")
             for part in np.unique(fold):
                 test = fold == part
                 out[r, test] = tuned(probe, x[~test], y[~test], cases[~test], x[test], n_classes, seed + r, **options)

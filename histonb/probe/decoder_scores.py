@@ -18,75 +18,99 @@ import pandas as pd
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..core.errors import BadInput
-from ..slides.labels import IGNORE, LABELS
-from .dense_probes import batches, check_rows, read_target
 from ..metrics.classification import caution, with_intervals
+from .dense_probes import batches, check_rows, read_target
+from ..slides.labels import IGNORE, LABELS
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-007
 @dataclasses.dataclass
 class Constant:
     "A baseline: the same output for every tile."
-    output: np.ndarray # (C,H,W)
 
-    def __call__(self, x): return np.broadcast_to(self.output, (len(x), *self.output.shape))
+    output: np.ndarray  # (C,H,W)
+
+    def __call__(self, x):
+        return np.broadcast_to(self.output, (len(x), *self.output.shape))
+
 
 def mask_baselines(
-    counts: np.ndarray, # (C,H,W) of the training masks, from `class_counts`
-) -> dict[str, Constant]: # by name
+    counts: np.ndarray,  # (C,H,W) of the training masks, from `class_counts`
+) -> dict[str, Constant]:  # by name
     "Zero, the train mean and the majority by pixel."
     classes = np.arange(len(counts))
-    if not counts.sum(): raise BadInput("train", "no gradable pixel in the training masks", "Check the code table of the masks.")
-    mean = (counts.sum((1, 2))*classes).sum()/counts.sum()/255
+    if not counts.sum():
+        raise BadInput("train", "no gradable pixel in the training masks", "Check the code table of the masks.")
+    mean = (counts.sum((1, 2)) * classes).sum() / counts.sum() / 255
     majority = (counts.argmax(0) == classes[:, None, None]).astype(np.float32)
-    return {"zero": Constant(np.zeros((1, *counts.shape[1:]), np.float32)), "train mean": Constant(np.full((1, *counts.shape[1:]), mean, np.float32)),
-            "majority by pixel": Constant(majority)}
+    return {
+        "zero": Constant(np.zeros((1, *counts.shape[1:]), np.float32)),
+        "train mean": Constant(np.full((1, *counts.shape[1:]), mean, np.float32)),
+        "majority by pixel": Constant(majority),
+    }
+
 
 def mean_image(
-    targets, # N images (H,W,3)
-    train, # rows of the training part
+    targets,  # N images (H,W,3)
+    train,  # rows of the training part
 ) -> Constant:
     "The mean of the training images."
-    return Constant(np.transpose(sum(read_target(targets, int(i)).astype(np.float64) for i in train)/len(train)/255, (2, 0, 1)).astype(np.float32))
+    return Constant(
+        np.transpose(
+            sum(read_target(targets, int(i)).astype(np.float64) for i in train) / len(train) / 255, (2, 0, 1)
+        ).astype(np.float32)
+    )
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-010
 MASK_FIGURES = ("mse", "dice", "iou", "tile_dice", "tile_iou")
 
+
 def read_out(
-    output: np.ndarray, # (B,C,H,W): values in 0..1 where C is 1, else class scores
-    n_classes: int = len(LABELS), # with one channel: ids end below it
-) -> tuple[np.ndarray, np.ndarray]: # values (B,H,W) on the scale of ids/255, class ids (B,H,W) uint8
+    output: np.ndarray,  # (B,C,H,W): values in 0..1 where C is 1, else class scores
+    n_classes: int = len(LABELS),  # with one channel: ids end below it
+) -> tuple[np.ndarray, np.ndarray]:  # values (B,H,W) on the scale of ids/255, class ids (B,H,W) uint8
     "What a decoder's output says."
-    ids = output.argmax(1).astype(np.uint8) if output.shape[1] > 1 else np.rint(output[:, 0]*255).clip(0, n_classes - 1).astype(np.uint8)
-    return (ids/np.float32(255) if output.shape[1] > 1 else output[:, 0]), ids
+    ids = (
+        output.argmax(1).astype(np.uint8)
+        if output.shape[1] > 1
+        else np.rint(output[:, 0] * 255).clip(0, n_classes - 1).astype(np.uint8)
+    )
+    return (ids / np.float32(255) if output.shape[1] > 1 else output[:, 0]), ids
+
 
 def mask_counts(
-    model, # from features (B,...) to an output (B,C,H,W): a `Decoder` or a `Constant`
-    features, # (N,D) or (N,T,D)
-    targets, # N masks (H,W)
-    rows, # n rows to score
-    n_classes: int = len(LABELS), # C
-    batch_size: int = 32, # tiles a step
-    workers: int = 0, # processes that read
-) -> dict: # `confusion` (n,C,C) pixels of each tile (truth, called), `error` (n,) sum of squared errors on ids/255
+    model,  # from features (B,...) to an output (B,C,H,W): a `Decoder` or a `Constant`
+    features,  # (N,D) or (N,T,D)
+    targets,  # N masks (H,W)
+    rows,  # n rows to score
+    n_classes: int = len(LABELS),  # C
+    batch_size: int = 32,  # tiles a step
+    workers: int = 0,  # processes that read
+) -> dict:  # `confusion` (n,C,C) pixels of each tile (truth, called), `error` (n,) sum of squared errors on ids/255
     "All that the figures need, tile by tile. Pixels to ignore are not counted."
-    rows, = check_rows(features, targets, scored=rows)
-    confusion, error = [], []
+    (rows,) = check_rows(features, targets, scored=rows)
+    confusion = []
+    error = []
     for x, y in batches(features, targets, rows, batch_size, workers):
         (values, called), y = read_out(model(x.numpy()), n_classes), y.numpy()
-        counts, place = y != IGNORE, np.arange(len(y))[:, None, None]*n_classes
-        cell = ((place + y)*n_classes + called)[counts]
-        confusion.append(np.bincount(cell, minlength=len(y)*n_classes**2).reshape(-1, n_classes, n_classes))
-        error.append(((values - y/np.float32(255))**2*counts).sum((1, 2), dtype=np.float64))
+        counts = y != IGNORE
+        place = np.arange(len(y))[:, None, None] * n_classes
+        cell = ((place + y) * n_classes + called)[counts]
+        confusion.append(np.bincount(cell, minlength=len(y) * n_classes**2).reshape(-1, n_classes, n_classes))
+        error.append(((values - y / np.float32(255)) ** 2 * counts).sum((1, 2), dtype=np.float64))
     return {"confusion": np.concatenate(confusion), "error": np.concatenate(error)}
 
+# %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-010-2
 def overlap(
-    confusion: np.ndarray, # (...,C,C) pixels: truth, called
-) -> tuple[np.ndarray, np.ndarray]: # Dice (...,C), IoU (...,C); NaN for a class that the truth has not
+    confusion: np.ndarray,  # (...,C,C) pixels: truth, called
+) -> tuple[np.ndarray, np.ndarray]:  # Dice (...,C), IoU (...,C); NaN for a class that the truth has not
     "Dice and IoU of each class."
     m = np.asarray(confusion, np.float64)
-    hit, truth, called = np.diagonal(m, axis1=-2, axis2=-1), m.sum(-1), m.sum(-2)
-    there = np.where(truth > 0, 1., np.nan)
-    return there*2*hit/np.maximum(truth + called, 1), there*hit/np.maximum(truth + called - hit, 1)
+    hit = np.diagonal(m, axis1=-2, axis2=-1)
+    truth = m.sum(-1)
+    called = m.sum(-2)
+    there = np.where(truth > 0, 1.0, np.nan)
+    return there * 2 * hit / np.maximum(truth + called, 1), there * hit / np.maximum(truth + called - hit, 1)
+
 
 def _macro(x, axis=-1):
     with warnings.catch_warnings():
@@ -98,125 +122,210 @@ def _grouped(repeats, groups, figures, n_boot, seed):
     "Figures of sums over tiles (n,K), one array a repeat, with intervals by group and the figures of each repeat."
     group, names = pd.factorize(np.asarray(groups))
     wrong = [len(r) for r in repeats if len(r) != len(group)]
-    if wrong: raise BadInput("groups", f"{len(group)} groups for {wrong[0]} scored tiles", "Give the slide or case of each scored tile.")
-    if (group < 0).any(): raise BadInput("groups", f"{(group < 0).sum()} tiles without a group", "Give every tile its slide.")
+    if wrong:
+        raise BadInput(
+            "groups", f"{len(group)} groups for {wrong[0]} scored tiles", "Give the slide or case of each scored tile."
+        )
+    if (group < 0).any():
+        raise BadInput("groups", f"{(group < 0).sum()} tiles without a group", "Give every tile its slide.")
     sums = np.zeros((len(names), repeats[0].shape[1]))
-    for r in repeats: np.add.at(sums, group, r)
+    for r in repeats:
+        np.add.at(sums, group, r)
     each = [figures(r.sum(0)) for r in repeats]
     return with_intervals(sums, figures, n_boot, seed) | {
         "repeats": {k: [float(e[k]) for e in each] for k, v in each[0].items() if np.ndim(v) == 0},
-        "n": len(group), "n_groups": len(names), "n_boot": n_boot, "note": caution(len(names))}
+        "n": len(group),
+        "n_groups": len(names),
+        "n_boot": n_boot,
+        "note": caution(len(names)),
+    }
 
+# %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-013-2
 def mask_figures(
-    counts, # from `mask_counts`, or a list of them: one for each seed
-    groups, # (n,) slide or case of each scored tile
-    classes=LABELS, # C class names in the order of the ids
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-    complete: bool = False, # leave out resamples that lack a class: where a class has few groups
-) -> dict: # each of `MASK_FIGURES` as `value, low, high`; `class_dice`, `class_iou`, `class_tile_dice` by name; `repeats`, `confusion`, `classes`, `n`, `n_groups`, `n_boot`, `note`
+    counts,  # from `mask_counts`, or a list of them: one for each seed
+    groups,  # (n,) slide or case of each scored tile
+    classes=LABELS,  # C class names in the order of the ids
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+    complete: bool = False,  # leave out resamples that lack a class: where a class has few groups
+) -> dict:  # each of `MASK_FIGURES` as `value, low, high`; `class_dice`, `class_iou`, `class_tile_dice` by name; `repeats`, `confusion`, `classes`, `n`, `n_groups`, `n_boot`, `note`
     "Figures of masks with 95% bootstrap intervals by group."
-    counts, names = [counts] if isinstance(counts, dict) else counts, [classes[i] for i in range(len(classes))]
-    C, total = len(names), sum(c["confusion"].sum(0) for c in counts)
+    counts = [counts] if isinstance(counts, dict) else counts
+    names = [classes[i] for i in range(len(classes))]
+    C = len(names)
+    total = sum(c["confusion"].sum(0) for c in counts)
+
     def per_tile(c):
         "What adds up: pixels, squared error, and of each tile Dice and IoU with the number of classes and tiles they are of."
         dice, iou = overlap(c["confusion"])
         macro = np.stack([_macro(dice), _macro(iou)], 1)
-        return np.concatenate([c["confusion"].reshape(-1, C*C), c["error"][:, None], np.nan_to_num(macro), np.isfinite(macro[:, :1]),
-                               np.nan_to_num(dice), np.isfinite(dice)], 1)
+        return np.concatenate(
+            [
+                c["confusion"].reshape(-1, C * C),
+                c["error"][:, None],
+                np.nan_to_num(macro),
+                np.isfinite(macro[:, :1]),
+                np.nan_to_num(dice),
+                np.isfinite(dice),
+            ],
+            1,
+        )
+
     def figures(s):
-        pixels, (error, tile_dice, tile_iou, tiles), by_class, having = s[..., :C*C], np.moveaxis(s[..., C*C:C*C + 4], -1, 0), s[..., C*C + 4:-C], s[..., -C:]
+        pixels, (error, tile_dice, tile_iou, tiles), by_class, having = (
+            s[..., : C * C],
+            np.moveaxis(s[..., C * C : C * C + 4], -1, 0),
+            s[..., C * C + 4 : -C],
+            s[..., -C:],
+        )
         dice, iou = overlap(pixels.reshape(*s.shape[:-1], C, C))
         present = total.sum(1) > 0
         mean = (lambda x: x[..., present].mean(-1)) if complete else _macro
         with np.errstate(divide="ignore", invalid="ignore"):
-            return {"mse": error/pixels.sum(-1), "dice": mean(dice), "iou": mean(iou), "tile_dice": tile_dice/tiles, "tile_iou": tile_iou/tiles,
-                    "class_dice": dice, "class_iou": iou, "class_tile_dice": by_class/having}
-    result = _grouped([per_tile(c) for c in counts], groups, figures, n_boot, seed)
-    return result | {k: dict(zip(names, v, strict=True)) for k, v in result.items() if k.startswith("class_")} | {
-        "confusion": (total/len(counts)).round(1).tolist(), "classes": names}
+            return {
+                "mse": error / pixels.sum(-1),
+                "dice": mean(dice),
+                "iou": mean(iou),
+                "tile_dice": tile_dice / tiles,
+                "tile_iou": tile_iou / tiles,
+                "class_dice": dice,
+                "class_iou": iou,
+                "class_tile_dice": by_class / having,
+            }
 
+    result = _grouped([per_tile(c) for c in counts], groups, figures, n_boot, seed)
+    return (
+        result
+        | {k: dict(zip(names, v, strict=True)) for k, v in result.items() if k.startswith("class_")}
+        | {"confusion": (total / len(counts)).round(1).tolist(), "classes": names}
+    )
+
+# %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-013-3
 def entry_text(
-    entry, # `value, low, high`; None where there is none
-) -> str: # `value [low, high]` to three digits, `-` where it does not exist
+    entry,  # `value, low, high`; None where there is none
+) -> str:  # `value [low, high]` to three digits, `-` where it does not exist
     "A figure as people read it."
-    if entry is None or not np.isfinite(entry["value"]): return "-"
-    return f"{entry['value']:.3g}" + (f" [{entry['low']:.3g}, {entry['high']:.3g}]" if np.isfinite(entry["low"]) else "")
+    if entry is None or not np.isfinite(entry["value"]):
+        return "-"
+    return f"{entry['value']:.3g}" + (
+        f" [{entry['low']:.3g}, {entry['high']:.3g}]" if np.isfinite(entry["low"]) else ""
+    )
+
 
 def table(
-    results: dict, # row name -> figures
-    figures=None, # which; by default all that are `value, low, high`
-) -> pd.DataFrame: # `value [low, high]` in each cell
+    results: dict,  # row name -> figures
+    figures=None,  # which; by default all that are `value, low, high`
+) -> pd.DataFrame:  # `value [low, high]` in each cell
     "Results side by side, for people to read."
-    return pd.DataFrame.from_dict({row: {k.replace("_", " "): entry_text(e) for k, e in r.items() if isinstance(e, dict) and "value" in e and (figures is None or k in figures)}
-                                   for row, r in results.items()}, orient="index")
+    return pd.DataFrame.from_dict(
+        {
+            row: {
+                k.replace("_", " "): entry_text(e)
+                for k, e in r.items()
+                if isinstance(e, dict) and "value" in e and (figures is None or k in figures)
+            }
+            for row, r in results.items()
+        },
+        orient="index",
+    )
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-020
 def tile_scores(
-    counts: dict, # from `mask_counts`
-) -> np.ndarray: # (n,) macro Dice of each tile; NaN where no pixel counts
+    counts: dict,  # from `mask_counts`
+) -> np.ndarray:  # (n,) macro Dice of each tile; NaN where no pixel counts
     "How well each tile was drawn."
     return _macro(overlap(counts["confusion"])[0])
 
+
 def extremes(
-    scores, # (n,) of each tile; larger is better
-    each: int = 2, # tiles of each kind
-) -> dict: # kind -> positions; fewer where there are few tiles
+    scores,  # (n,) of each tile; larger is better
+    each: int = 2,  # tiles of each kind
+) -> dict:  # kind -> positions; fewer where there are few tiles
     "The best, the middle and the worst tiles, none twice."
-    order = np.argsort(-np.asarray(scores, float), kind="stable")[:np.isfinite(scores).sum()]
-    each = max(1, min(each, len(order)//3))
-    middle = max(0, (len(order) - each)//2)
-    picked = {"best": order[:each], "median": order[middle:middle + each], "worst": order[max(0, len(order) - each):]}
+    order = np.argsort(-np.asarray(scores, float), kind="stable")[: np.isfinite(scores).sum()]
+    each = max(1, min(each, len(order) // 3))
+    middle = max(0, (len(order) - each) // 2)
+    picked = {
+        "best": order[:each],
+        "median": order[middle : middle + each],
+        "worst": order[max(0, len(order) - each) :],
+    }
     return {k: v.tolist() for k, v in picked.items() if len(order) >= 3 or k == "best"}
 
+# %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-020-2
 def plot_grid(
-    columns: dict, # title -> images, one a row; (H,W,3) bytes or (H,W) in 0..1
-    rows: list, # name of each row
-    side: float = 1., # of a picture, in inches
-): # the figure
+    columns: dict,  # title -> images, one a row; (H,W,3) bytes or (H,W) in 0..1
+    rows: list,  # name of each row
+    side: float = 1.0,  # of a picture, in inches
+):  # the figure
     "Pictures side by side: a column for each kind, a row for each tile."
-    fig, axes = plt.subplots(len(rows), len(columns), figsize=(side*len(columns) + .5, side*len(rows) + .3), dpi=75, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(side * len(columns) + 0.5, side * len(rows) + 0.3),
+        dpi=75,
+        layout="constrained",
+        squeeze=False,
+    )
     for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=8)
-        for ax, picture in zip(column, pictures, strict=True): ax.imshow(picture, cmap="gray", vmin=0, vmax=1); ax.set(xticks=[], yticks=[])
-    for ax, name in zip(axes[:, 0], rows, strict=True): ax.set_ylabel(name, fontsize=7)
+        for ax, picture in zip(column, pictures, strict=True):
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+    for ax, name in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(name, fontsize=7)
     return fig
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-023
 IMAGE_FIGURES = ("mse", "psnr", "ssim")
 
+
 def blurred(
-    tile: np.ndarray, # RGB, uint8, shape (H,W,3)
-    sigma: float = 4., # standard deviation of the Gaussian in pixels; 0: the tile as it is
-) -> np.ndarray: # RGB, uint8, the same shape
+    tile: np.ndarray,  # RGB, uint8, shape (H,W,3)
+    sigma: float = 4.0,  # standard deviation of the Gaussian in pixels; 0: the tile as it is
+) -> np.ndarray:  # RGB, uint8, the same shape
     "A tile after a Gaussian blur: the target of the reconstruction."
     return cv2.GaussianBlur(tile, (0, 0), sigma) if sigma > 0 else tile
 
+
 def image_errors(
-    model, # from features (B,...) to images (B,3,H,W) in 0..1: a `Decoder` or a `Constant`
-    features, # (N,D) or (N,T,D)
-    targets, # N images (H,W,3)
-    rows, # n rows to score
-    batch_size: int = 32, # tiles a step
-    workers: int = 0, # processes that read
-) -> np.ndarray: # (n,3): IMAGE_FIGURES of each tile
+    model,  # from features (B,...) to images (B,3,H,W) in 0..1: a `Decoder` or a `Constant`
+    features,  # (N,D) or (N,T,D)
+    targets,  # N images (H,W,3)
+    rows,  # n rows to score
+    batch_size: int = 32,  # tiles a step
+    workers: int = 0,  # processes that read
+) -> np.ndarray:  # (n,3): IMAGE_FIGURES of each tile
     "How far each image is from its target."
-    rows, = check_rows(features, targets, scored=rows)
+    (rows,) = check_rows(features, targets, scored=rows)
     out = []
     for x, y in batches(features, targets, rows, batch_size, workers):
-        for drawn, target in zip(np.moveaxis(model(x.numpy()), 1, -1), y.numpy()/np.float32(255), strict=True):
-            mse = float(np.mean((drawn - target)**2, dtype=np.float64))
-            out.append((mse, peak_signal_noise_ratio(target, drawn, data_range=1) if mse > 1e-10 else 100.,
-                        structural_similarity(target, drawn, channel_axis=-1, data_range=1)))
+        for drawn, target in zip(np.moveaxis(model(x.numpy()), 1, -1), y.numpy() / np.float32(255), strict=True):
+            mse = float(np.mean((drawn - target) ** 2, dtype=np.float64))
+            out.append(
+                (
+                    mse,
+                    peak_signal_noise_ratio(target, drawn, data_range=1) if mse > 1e-10 else 100.0,
+                    structural_similarity(target, drawn, channel_axis=-1, data_range=1),
+                )
+            )
     return np.array(out)
 
+# %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-023-2
 def image_figures(
-    errors, # from `image_errors`, or a list of them: one for each seed
-    groups, # (n,) slide or case of each scored tile
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # each of `IMAGE_FIGURES` as `value, low, high`: means over tiles; `repeats`, `n`, `n_groups`, `n_boot`, `note`
+    errors,  # from `image_errors`, or a list of them: one for each seed
+    groups,  # (n,) slide or case of each scored tile
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> (
+    dict
+):  # each of `IMAGE_FIGURES` as `value, low, high`: means over tiles; `repeats`, `n`, `n_groups`, `n_boot`, `note`
     "Figures of images with 95% bootstrap intervals by group."
     errors = [errors] if isinstance(errors, np.ndarray) else errors
-    return _grouped([np.pad(e, ((0, 0), (0, 1)), constant_values=1) for e in errors], groups,
-                    lambda s: {k: s[..., i]/s[..., -1] for i, k in enumerate(IMAGE_FIGURES)}, n_boot, seed)
+    return _grouped(
+        [np.pad(e, ((0, 0), (0, 1)), constant_values=1) for e in errors],
+        groups,
+        lambda s: {k: s[..., i] / s[..., -1] for i, k in enumerate(IMAGE_FIGURES)},
+        n_boot,
+        seed,
+    )

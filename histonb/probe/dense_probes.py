@@ -19,213 +19,283 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import BadInput
 from ..core.progress import progress
-from ..slides.labels import IGNORE, LABEL_COLORS, LABELS
 from ..models.decoders import MaskDecoder, PatchSegmenter
+from ..slides.labels import IGNORE, LABEL_COLORS, LABELS
 
 # %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-005
 def toy(
-    n_slides: int = 12, # slides
-    per_slide: int = 8, # tiles of each
-    seed: int = 0, # of everything
-    size: int = 64, # pixels a side
-    noise: float = .2, # of the tokens; half of it on the vectors
-) -> tuple: # masks (N,S,S), images (N,S,S,3) uint8, vectors (N,8), tokens (N,64,5) float16, slide of each (N,)
+    n_slides: int = 12,  # slides
+    per_slide: int = 8,  # tiles of each
+    seed: int = 0,  # of everything
+    size: int = 64,  # pixels a side
+    noise: float = 0.2,  # of the tokens; half of it on the vectors
+) -> tuple:  # masks (N,S,S), images (N,S,S,3) uint8, vectors (N,8), tokens (N,64,5) float16, slide of each (N,)
     "Tiles whose features are known, to try decoders on."
     rng = np.random.default_rng(seed)
     yy, xx = np.mgrid[:size, :size]
     slide = np.repeat(np.arange(n_slides), per_slide)
-    masks, vectors = np.ones((len(slide), size, size), np.uint8), np.zeros((len(slide), 8), np.float32)
+    masks = np.ones((len(slide), size, size), np.uint8)
+    vectors = np.zeros((len(slide), 8), np.float32)
     for i, mask in enumerate(masks):
-        border, cy, cx, r, c = rng.integers(0, 20), *rng.integers(14, 50, 2), rng.integers(7, 15), rng.choice([2, 3, 4], p=[.5, .35, .15])
-        mask[(yy - cy)**2 + (xx - cx)**2 < r*r] = c
+        border, cy, cx, r, c = (
+            rng.integers(0, 20),
+            *rng.integers(14, 50, 2),
+            rng.integers(7, 15),
+            rng.choice([2, 3, 4], p=[0.5, 0.35, 0.15]),
+        )
+        mask[(yy - cy) ** 2 + (xx - cx) ** 2 < r * r] = c
         mask[xx < border] = 0
-        vectors[i, :4], vectors[i, 4 + c - 1] = (border/10, cy/20, cx/20, r/5), 1
-    images = np.array([LABEL_COLORS[c] for c in LABELS])[masks] + rng.normal(0, 6, (len(slide), size, size, 3)) + rng.normal(0, 9, (n_slides, 3))[slide][:, None, None]
-    tokens = (masks[..., None] == np.arange(5)).reshape(len(slide), 8, 8, 8, 8, 5).mean((2, 4)).reshape(len(slide), 64, 5)
-    tokens = tokens + rng.normal(0, noise, tokens.shape) + rng.normal(0, noise/4, (n_slides, 1, 5))[slide]
-    vectors += rng.normal(0, noise/2, vectors.shape)
+        vectors[i, :4], vectors[i, 4 + c - 1] = (border / 10, cy / 20, cx / 20, r / 5), 1
+    images = (
+        np.array([LABEL_COLORS[c] for c in LABELS])[masks]
+        + rng.normal(0, 6, (len(slide), size, size, 3))
+        + rng.normal(0, 9, (n_slides, 3))[slide][:, None, None]
+    )
+    tokens = (
+        (masks[..., None] == np.arange(5)).reshape(len(slide), 8, 8, 8, 8, 5).mean((2, 4)).reshape(len(slide), 64, 5)
+    )
+    tokens = tokens + rng.normal(0, noise, tokens.shape) + rng.normal(0, noise / 4, (n_slides, 1, 5))[slide]
+    vectors += rng.normal(0, noise / 2, vectors.shape)
     return masks, images.clip(0, 255).astype(np.uint8), vectors, tokens.astype(np.float16), slide
 
 # %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-007
 def check_rows(
-    features, # (N,D) or (N,T,D)
-    targets, # N targets
-    **parts, # name -> rows, as indices or a mask
-): # the indices of each part
+    features,  # (N,D) or (N,T,D)
+    targets,  # N targets
+    **parts,  # name -> rows, as indices or a mask
+):  # the indices of each part
     "Rows of each part as indices. Features and targets that do not match, empty parts and rows that are not there are `BadInput`."
-    if getattr(features, "ndim", 0) not in (2, 3): raise BadInput("features", f"of shape {np.shape(features)}", "Give vectors (N,D) or patch tokens (N,T,D).")
-    if len(features) != len(targets): raise BadInput("features", f"{len(features)} rows for {len(targets)} targets", "Extract both from the same tile table.")
+    if getattr(features, "ndim", 0) not in (2, 3):
+        raise BadInput("features", f"of shape {np.shape(features)}", "Give vectors (N,D) or patch tokens (N,T,D).")
+    if len(features) != len(targets):
+        raise BadInput(
+            "features", f"{len(features)} rows for {len(targets)} targets", "Extract both from the same tile table."
+        )
     for name, rows in parts.items():
         rows = np.asarray(rows)
         parts[name] = rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        if not len(rows): raise BadInput(name, "this part has no tile", "Divide the tiles anew: there may be too few slides.")
-        if rows.min() < 0 or rows.max() >= len(features): raise BadInput(name, f"row {rows.max()} of {len(features)}", "Give rows of the tile table the features are of.")
+        if not len(rows):
+            raise BadInput(name, "this part has no tile", "Divide the tiles anew: there may be too few slides.")
+        if rows.min() < 0 or rows.max() >= len(features):
+            raise BadInput(
+                name, f"row {rows.max()} of {len(features)}", "Give rows of the tile table the features are of."
+            )
     return parts.values()
 
+
 def read_target(
-    targets, # N targets
-    i: int, # which
-) -> np.ndarray: # (H,W) or (H,W,3) uint8
+    targets,  # N targets
+    i: int,  # which
+) -> np.ndarray:  # (H,W) or (H,W,3) uint8
     "One target, alone or from `(target, label)`."
     item = targets[i]
     return np.asarray(item[0] if isinstance(item, tuple) else item)
 
+# %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-007-2
 class _Pairs(Dataset):
     "Features and target of some rows."
-    def __init__(self, features, targets, rows): self.features, self.targets, self.rows = features, targets, rows
-    def __len__(self): return len(self.rows)
+
+    def __init__(self, features, targets, rows):
+        self.features, self.targets, self.rows = features, targets, rows
+
+    def __len__(self):
+        return len(self.rows)
+
     def __getitem__(self, i):
         row = int(self.rows[i])
         return np.array(self.features[row], np.float32), read_target(self.targets, row)
 
+
 def _stack(items):
     shapes = {t.shape for _, t in items}
-    if len(shapes) > 1: raise BadInput("targets", f"sizes differ: {sorted(shapes)}", "Tile the cohort with one size.")
+    if len(shapes) > 1:
+        raise BadInput("targets", f"sizes differ: {sorted(shapes)}", "Tile the cohort with one size.")
     return tuple(torch.from_numpy(np.stack(part)) for part in zip(*items))
 
+
 def batches(
-    features, # (N,D) or (N,T,D)
-    targets, # N targets
-    rows, # indices, in the order in which they are served
-    batch_size: int = 32, # tiles a batch
-    workers: int = 0, # processes that read
-) -> DataLoader: # of features (B,D) or (B,T,D) float32, and targets (B,H,W) or (B,H,W,3) uint8
+    features,  # (N,D) or (N,T,D)
+    targets,  # N targets
+    rows,  # indices, in the order in which they are served
+    batch_size: int = 32,  # tiles a batch
+    workers: int = 0,  # processes that read
+) -> DataLoader:  # of features (B,D) or (B,T,D) float32, and targets (B,H,W) or (B,H,W,3) uint8
     "Serve rows of features with their targets, read from disk as they are needed."
     return DataLoader(_Pairs(features, targets, rows), batch_size=batch_size, num_workers=workers, collate_fn=_stack)
 
 # %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-012
-ZERO_BOUND = (max(LABELS)/255)**2 # largest possible `study_mse` of a decoder that says zero everywhere: 2.5e-4
+ZERO_BOUND = (max(LABELS) / 255) ** 2  # largest possible `study_mse` of a decoder that says zero everywhere: 2.5e-4
+
 
 def study_mse(
-    out: torch.Tensor, # (B,1,H,W) in 0..1
-    ids: torch.Tensor, # (B,H,W) class ids; IGNORE does not count
-) -> torch.Tensor: # the mean over pixels
+    out: torch.Tensor,  # (B,1,H,W) in 0..1
+    ids: torch.Tensor,  # (B,H,W) class ids; IGNORE does not count
+) -> torch.Tensor:  # the mean over pixels
     "The study's loss: mean squared error on class ids divided by 255."
     counts = ids != IGNORE
-    return ((out[:, 0] - ids/255).square()*counts).sum()/counts.sum().clamp(min=1)
+    return ((out[:, 0] - ids / 255).square() * counts).sum() / counts.sum().clamp(min=1)
 
 # %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-015
 def soft_dice(
-    scores: torch.Tensor, # (B,C,H,W)
-    ids: torch.Tensor, # (B,H,W) class ids; IGNORE does not count
-) -> torch.Tensor: # mean over the classes that are there; 1 where none is
+    scores: torch.Tensor,  # (B,C,H,W)
+    ids: torch.Tensor,  # (B,H,W) class ids; IGNORE does not count
+) -> torch.Tensor:  # mean over the classes that are there; 1 where none is
     "Overlap of probabilities with the truth, over the pixels of a batch."
     counts = (ids != IGNORE)[:, None]
-    p = scores.softmax(1)*counts
+    p = scores.softmax(1) * counts
     truth = (ids[:, None] == torch.arange(scores.shape[1], device=ids.device).view(1, -1, 1, 1)).to(p.dtype)
-    hit, area = (p*truth).sum((0, 2, 3)), truth.sum((0, 2, 3))
-    dice = 2*hit/(p.sum((0, 2, 3)) + area).clamp(min=1e-9)
+    hit = (p * truth).sum((0, 2, 3))
+    area = truth.sum((0, 2, 3))
+    dice = 2 * hit / (p.sum((0, 2, 3)) + area).clamp(min=1e-9)
     there = area > 0
     return dice[there].mean() if there.any() else dice.new_ones(())
 
+
 def ce_dice(
-    scores: torch.Tensor, # (B,C,H,W)
-    ids: torch.Tensor, # (B,H,W) class ids; IGNORE does not count
+    scores: torch.Tensor,  # (B,C,H,W)
+    ids: torch.Tensor,  # (B,H,W) class ids; IGNORE does not count
 ) -> torch.Tensor:
     "Cross-entropy plus one minus soft Dice."
-    ce = F.cross_entropy(scores, ids.long(), ignore_index=IGNORE, reduction="sum")/(ids != IGNORE).sum().clamp(min=1)
+    ce = F.cross_entropy(scores, ids.long(), ignore_index=IGNORE, reduction="sum") / (ids != IGNORE).sum().clamp(min=1)
     return ce + 1 - soft_dice(scores, ids)
 
 # %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-019
 def class_counts(
-    targets, # N masks
-    rows, # which of them
-    n_classes: int = len(LABELS), # C
-) -> np.ndarray: # (C,H,W) int64: in how many tiles each place is of each class
+    targets,  # N masks
+    rows,  # which of them
+    n_classes: int = len(LABELS),  # C
+) -> np.ndarray:  # (C,H,W) int64: in how many tiles each place is of each class
     "Count the classes at each place of the tile; IGNORE is left out, any other unknown id is a `BadInput`."
     total = 0
     for i in rows:
         ids = read_target(targets, int(i))
         total = total + (ids == np.arange(n_classes)[:, None, None])
         unknown = np.unique(ids[(ids >= n_classes) & (ids != IGNORE)])
-        if len(unknown): raise BadInput("targets", f"tile {i} has class ids {', '.join(map(str, unknown[:5]))}, there are {n_classes} classes", "Translate the masks by their code table.")
+        if len(unknown):
+            raise BadInput(
+                "targets",
+                f"tile {i} has class ids {', '.join(map(str, unknown[:5]))}, there are {n_classes} classes",
+                "Translate the masks by their code table.",
+            )
     return total
 
+
 def check_classes(
-    counts: dict, # part -> (C,...) pixels of each class; one part is `train`
-    names=LABELS, # of the classes
+    counts: dict,  # part -> (C,...) pixels of each class; one part is `train`
+    names=LABELS,  # of the classes
 ):
     "A class that a part has, but train has not, is a `BadInput`."
     area = {part: np.reshape(c, (len(c), -1)).sum(1) for part, c in counts.items()}
     for part, a in area.items():
         missing = [names[c] for c in np.flatnonzero((a > 0) & (area["train"] == 0))]
-        if missing: raise BadInput("train", f"no pixel of {', '.join(missing)}, which {part} has", "Divide the tiles anew, or leave out the slides that alone have it.")
+        if missing:
+            raise BadInput(
+                "train",
+                f"no pixel of {', '.join(missing)}, which {part} has",
+                "Divide the tiles anew, or leave out the slides that alone have it.",
+            )
 
 # %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-022
 @dataclasses.dataclass
 class Decoder:
     "A fitted decoder; call it on features (B,D) or (B,T,D) for its output (B,C,H,W)."
-    model: nn.Module # in eval mode
-    mean: torch.Tensor # (D,) of the training features
-    std: torch.Tensor # (D,) of the training features
-    history: list # one dict an epoch: epoch, train_loss, val_loss
-    best_epoch: int # whose weights these are, from 0
+
+    model: nn.Module  # in eval mode
+    mean: torch.Tensor  # (D,) of the training features
+    std: torch.Tensor  # (D,) of the training features
+    history: list  # one dict an epoch: epoch, train_loss, val_loss
+    best_epoch: int  # whose weights these are, from 0
 
     @torch.inference_mode()
     def __call__(self, x):
         x = torch.as_tensor(np.asarray(x, np.float32)).to(self.mean.device)
-        if x.shape[-1] != len(self.mean): raise BadInput("features", f"{x.shape[-1]} numbers where training had {len(self.mean)}", "Use the same encoder for all parts.")
-        return self.model((x - self.mean)/self.std).cpu().numpy()
+        if x.shape[-1] != len(self.mean):
+            raise BadInput(
+                "features",
+                f"{x.shape[-1]} numbers where training had {len(self.mean)}",
+                "Use the same encoder for all parts.",
+            )
+        return self.model((x - self.mean) / self.std).cpu().numpy()
+
 
 def _scale(features, rows):
     "Mean and standard deviation (D,) of some rows, read in blocks of a few megabytes; 1 where a feature does not vary."
-    n, first, total, square = 0, None, 0., 0.
-    step = max(1, (1 << 21)//math.prod(features.shape[1:]))
+    n, first, total, square = 0, None, 0.0, 0.0
+    step = max(1, (1 << 21) // math.prod(features.shape[1:]))
     for start in range(0, len(rows), step):
-        x = np.asarray(features[np.sort(rows[start:start + step])], np.float64).reshape(-1, features.shape[-1])
-        if not np.isfinite(x).all(): raise BadInput("features", "NaN or infinite values among the training rows", "Extract the features again.")
+        x = np.asarray(features[np.sort(rows[start : start + step])], np.float64).reshape(-1, features.shape[-1])
+        if not np.isfinite(x).all():
+            raise BadInput("features", "NaN or infinite values among the training rows", "Extract the features again.")
         first = x.mean(0) if first is None else first
-        n, total, square = n + len(x), total + (x - first).sum(0), square + ((x - first)**2).sum(0)
-    mean, std = first + total/n, np.sqrt(np.maximum(square/n - (total/n)**2, 0))
-    return mean.astype(np.float32), np.where(std > 1e-6*(1 + np.abs(mean)), std, 1).astype(np.float32)
+        n = n + len(x)
+        total = total + (x - first).sum(0)
+        square = square + ((x - first) ** 2).sum(0)
+    mean = first + total / n
+    std = np.sqrt(np.maximum(square / n - (total / n) ** 2, 0))
+    return mean.astype(np.float32), np.where(std > 1e-6 * (1 + np.abs(mean)), std, 1).astype(np.float32)
 
 # %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-024
 def fit(
-    build, # function that makes the untrained model from nothing
-    loss, # function of its output (B,C,H,W) and the targets (B,...)
-    features, # (N,D) or (N,T,D), an array or memory map
-    targets, # N targets
-    train, # rows to learn from
-    val, # rows that decide when to stop
-    epochs: int = 50, # at most
-    patience: int = 5, # epochs without a better val loss before stopping
-    batch_size: int = 32, # tiles a step
-    lr: float = 1e-3, # learning rate of AdamW
-    weight_decay: float = 1e-4, # of AdamW
-    seed: int = 0, # of weights and order
-    workers: int = 0, # processes that read features and targets
-    device=None, # by default the GPU where there is one
-    desc: str = "decoder", # what the progress bar says
+    build,  # function that makes the untrained model from nothing
+    loss,  # function of its output (B,C,H,W) and the targets (B,...)
+    features,  # (N,D) or (N,T,D), an array or memory map
+    targets,  # N targets
+    train,  # rows to learn from
+    val,  # rows that decide when to stop
+    epochs: int = 50,  # at most
+    patience: int = 5,  # epochs without a better val loss before stopping
+    batch_size: int = 32,  # tiles a step
+    lr: float = 1e-3,  # learning rate of AdamW
+    weight_decay: float = 1e-4,  # of AdamW
+    seed: int = 0,  # of weights and order
+    workers: int = 0,  # processes that read features and targets
+    device=None,  # by default the GPU where there is one
+    desc: str = "decoder",  # what the progress bar says
 ) -> Decoder:
     "Train a decoder on cached features. Unusable input is a `BadInput`."
     train, val = check_rows(features, targets, train=train, val=val)
-    if epochs < 1: raise BadInput("epochs", f"{epochs} epochs", "Ask for at least one.")
+    if epochs < 1:
+        raise BadInput("epochs", f"{epochs} epochs", "Ask for at least one.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     mean, std = (torch.from_numpy(v).to(device) for v in _scale(features, train))
+
     def run(rows):
         "The model's loss on each batch, and the batch's tiles."
-        for x, y in batches(features, targets, rows, batch_size, workers): yield loss(model((x.to(device) - mean)/std), y.to(device)), len(y)
-    history, best, best_epoch = [], None, 0
-    with torch.random.fork_rng(devices=[]), progress(desc=desc, total=epochs*len(train), unit="tile") as bar:
+        for x, y in batches(features, targets, rows, batch_size, workers):
+            yield loss(model((x.to(device) - mean) / std), y.to(device)), len(y)
+
+    history = []
+    best = None
+    best_epoch = 0
+    with torch.random.fork_rng(devices=[]), progress(desc=desc, total=epochs * len(train), unit="tile") as bar:
         torch.manual_seed(seed)
         model = build().to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         for epoch in range(epochs):
             model.train()
-            total = 0.
+            total = 0.0
             for value, n in run(train[torch.randperm(len(train)).numpy()]):
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
-                total += value.item()*n
+                total += value.item() * n
                 bar.update(n)
             model.eval()
-            with torch.inference_mode(): now = sum(value.item()*n for value, n in run(val))/len(val)
-            if not math.isfinite(now): raise BadInput(desc, f"the val loss is {now} after epoch {epoch}", "Lower the learning rate, or look for NaN in the val features.")
-            history.append({"epoch": epoch, "train_loss": total/len(train), "val_loss": now})
+            with torch.inference_mode():
+                now = sum(value.item() * n for value, n in run(val)) / len(val)
+            if not math.isfinite(now):
+                raise BadInput(
+                    desc,
+                    f"the val loss is {now} after epoch {epoch}",
+                    "Lower the learning rate, or look for NaN in the val features.",
+                )
+            history.append({"epoch": epoch, "train_loss": total / len(train), "val_loss": now})
             bar.update(0, f"epoch {epoch}, val loss {now:.4g}")
-            if best is None or now < history[best_epoch]["val_loss"]: best, best_epoch = copy.deepcopy(model.state_dict()), epoch
-            elif epoch - best_epoch >= patience: break
+            if best is None or now < history[best_epoch]["val_loss"]:
+                best = copy.deepcopy(model.state_dict())
+                best_epoch = epoch
+            elif epoch - best_epoch >= patience:
+                break
     model.load_state_dict(best)
     return Decoder(model.eval(), mean, std, history, best_epoch)
 
@@ -233,57 +303,102 @@ def fit(
 def _sides(features, targets):
     "Side of the targets, and of the grid of tokens (None for vectors)."
     (h, w), tokens = read_target(targets, 0).shape[:2], features.shape[1] if features.ndim == 3 else None
-    if h != w: raise BadInput("targets", f"{w}x{h} pixels", "Decoders draw squares.")
+    if h != w:
+        raise BadInput("targets", f"{w}x{h} pixels", "Decoders draw squares.")
     if tokens is None:
-        if h % 32: raise BadInput("targets", f"{h} pixels a side", "The study's decoder doubles five times: use a multiple of 32, such as 224.")
-    elif math.isqrt(tokens)**2 != tokens: raise BadInput("features", f"{tokens} tokens are no square grid", "Encode square tiles with pool='patch'.")
+        if h % 32:
+            raise BadInput(
+                "targets",
+                f"{h} pixels a side",
+                "The study's decoder doubles five times: use a multiple of 32, such as 224.",
+            )
+    elif math.isqrt(tokens) ** 2 != tokens:
+        raise BadInput("features", f"{tokens} tokens are no square grid", "Encode square tiles with pool='patch'.")
     return h, tokens and math.isqrt(tokens)
 
+
 def grid_span(
-    tokens: int, # of a square tile
-    patch: int, # pixels that each covers along each side, `spec.patch` of the encoder
-    side: int, # of the tile as it was encoded, in pixels
+    tokens: int,  # of a square tile
+    patch: int,  # pixels that each covers along each side, `spec.patch` of the encoder
+    side: int,  # of the tile as it was encoded, in pixels
 ) -> float:
     "Side of the grid of tokens by the side of the tile: above 1 where the last patch reaches over the edge, below where the rest of one is left out."
-    return math.isqrt(tokens)*patch/side
+    return math.isqrt(tokens) * patch / side
 
+# %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-026-2
 def fit_mask_decoder(
-    features, # (N,D) vectors
-    targets, # N masks (H,W) of class ids
-    train, # rows to learn from
-    val, # rows that decide when to stop
-    **options, # of `fit`
-) -> Decoder: # its output (B,1,H,W) is the class id divided by 255
+    features,  # (N,D) vectors
+    targets,  # N masks (H,W) of class ids
+    train,  # rows to learn from
+    val,  # rows that decide when to stop
+    **options,  # of `fit`
+) -> Decoder:  # its output (B,1,H,W) is the class id divided by 255
     "The study's setting: `MaskDecoder` with the mean squared error on ids divided by 255."
-    if features.ndim != 2: raise BadInput("features", f"of shape {features.shape}", "Give one vector a tile; patch tokens are for `fit_segmenter`.")
+    if features.ndim != 2:
+        raise BadInput(
+            "features", f"of shape {features.shape}", "Give one vector a tile; patch tokens are for `fit_segmenter`."
+        )
     side, _ = _sides(features, targets)
-    return fit(lambda: MaskDecoder(features.shape[1], side=side//32), study_mse, features, targets, train, val, **{"desc": "mask decoder", **options})
+    return fit(
+        lambda: MaskDecoder(features.shape[1], side=side // 32),
+        study_mse,
+        features,
+        targets,
+        train,
+        val,
+        **{"desc": "mask decoder", **options},
+    )
 
+# %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-026-3
 def fit_segmenter(
-    features, # (N,T,D) patch tokens
-    targets, # N masks (H,W) of class ids
-    train, # rows to learn from
-    val, # rows that decide when to stop
-    n_classes: int = len(LABELS), # C
-    span: float = 1., # side of the grid of tokens / side of the tile, from `grid_span`
-    **options, # of `fit`
-) -> Decoder: # its output (B,C,H,W) are class scores
+    features,  # (N,T,D) patch tokens
+    targets,  # N masks (H,W) of class ids
+    train,  # rows to learn from
+    val,  # rows that decide when to stop
+    n_classes: int = len(LABELS),  # C
+    span: float = 1.0,  # side of the grid of tokens / side of the tile, from `grid_span`
+    **options,  # of `fit`
+) -> Decoder:  # its output (B,C,H,W) are class scores
     "The sound setting: `PatchSegmenter` with cross-entropy and Dice on class ids. A class that val has and train lacks is a `BadInput`."
-    if features.ndim != 3: raise BadInput("features", f"of shape {features.shape}", "Give patch tokens: encode with pool='patch'.")
+    if features.ndim != 3:
+        raise BadInput("features", f"of shape {features.shape}", "Give patch tokens: encode with pool='patch'.")
     (side, grid), (train, val) = _sides(features, targets), check_rows(features, targets, train=train, val=val)
-    check_classes({"train": class_counts(targets, train, n_classes), "val": class_counts(targets, val, n_classes)}, LABELS if n_classes <= len(LABELS) else range(n_classes))
-    return fit(lambda: PatchSegmenter(features.shape[2], n_classes, grid, side, span=span), ce_dice, features, targets, train, val, **{"desc": "segmenter", **options})
+    check_classes(
+        {"train": class_counts(targets, train, n_classes), "val": class_counts(targets, val, n_classes)},
+        LABELS if n_classes <= len(LABELS) else range(n_classes),
+    )
+    return fit(
+        lambda: PatchSegmenter(features.shape[2], n_classes, grid, side, span=span),
+        ce_dice,
+        features,
+        targets,
+        train,
+        val,
+        **{"desc": "segmenter", **options},
+    )
 
+# %% ../../nbs/07_probe/08_dense_probes.ipynb #cell-026-4
 def fit_reconstructor(
-    features, # (N,D) vectors or (N,T,D) patch tokens
-    targets, # N images (H,W,3)
-    train, # rows to learn from
-    val, # rows that decide when to stop
-    span: float = 1., # of tokens: side of their grid / side of the tile, from `grid_span`
-    **options, # of `fit`
-) -> Decoder: # its output (B,3,H,W) are images in 0..1
+    features,  # (N,D) vectors or (N,T,D) patch tokens
+    targets,  # N images (H,W,3)
+    train,  # rows to learn from
+    val,  # rows that decide when to stop
+    span: float = 1.0,  # of tokens: side of their grid / side of the tile, from `grid_span`
+    **options,  # of `fit`
+) -> Decoder:  # its output (B,3,H,W) are images in 0..1
     "Images, with the mean squared error: from vectors by `MaskDecoder` (the study's setting), from tokens by `PatchSegmenter` with a sigmoid."
     side, grid = _sides(features, targets)
-    build = ((lambda: MaskDecoder(features.shape[1], 3, side=side//32)) if grid is None else
-             (lambda: nn.Sequential(PatchSegmenter(features.shape[2], 3, grid, side, span=span), nn.Sigmoid())))
-    return fit(build, lambda out, y: F.mse_loss(out, y.permute(0, 3, 1, 2)/255), features, targets, train, val, **{"desc": "reconstructor", **options})
+    build = (
+        (lambda: MaskDecoder(features.shape[1], 3, side=side // 32))
+        if grid is None
+        else (lambda: nn.Sequential(PatchSegmenter(features.shape[2], 3, grid, side, span=span), nn.Sigmoid()))
+    )
+    return fit(
+        build,
+        lambda out, y: F.mse_loss(out, y.permute(0, 3, 1, 2) / 255),
+        features,
+        targets,
+        train,
+        val,
+        **{"desc": "reconstructor", **options},
+    )

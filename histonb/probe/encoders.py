@@ -19,49 +19,63 @@ from torch import nn
 
 from ..core.digests import digest
 from ..core.errors import BadInput, nearest
-from .published import ENCODERS, entry, load_published
 from ..models import backbones
 from ..models.frontends import token_pixels
 from ..models.vit import set_positions
+from .published import ENCODERS, entry, load_published
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-005
 @dataclasses.dataclass(frozen=True)
 class EncoderSpec:
     "What a results table says about an encoder."
-    name: str # in tables and file names
-    dim: int # length of a feature vector D
-    patch: int | None # pixels a token covers along each side; None: no tokens
-    mean: tuple # of the channels red, green, blue, in 0..1
-    std: tuple # of the channels, in 0..1
-    prefix_tokens: int # class and register tokens before the patch tokens
-    mpp: float | None # um/px it was trained at; None: unknown
-    random_init: bool # the weights are random: a control, not a result
+
+    name: str  # in tables and file names
+    dim: int  # length of a feature vector D
+    patch: int | None  # pixels a token covers along each side; None: no tokens
+    mean: tuple  # of the channels red, green, blue, in 0..1
+    std: tuple  # of the channels, in 0..1
+    prefix_tokens: int  # class and register tokens before the patch tokens
+    mpp: float | None  # um/px it was trained at; None: unknown
+    random_init: bool  # the weights are random: a control, not a result
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-007
-CPU_PIXELS = 8*224*224 # that a CPU encodes at a time: the activations of more do not stay in its cache
+CPU_PIXELS = 8 * 224 * 224  # that a CPU encodes at a time: the activations of more do not stay in its cache
 
+# %% ../../nbs/07_probe/02_encoders.ipynb #cell-007-2
 class Encoder:
     "A frozen encoder. Call it on tiles (B,H,W,3) of bytes for features (B,D) in float32."
+
     def __init__(
         self,
-        spec: EncoderSpec, # what it is
-        model: nn.Module, # from normalised images (B,3,H,W) to features (B,D)
-        architecture: str, # what the weights alone do not tell, for the key
-        bf16: bool = False, # run matrix products in bfloat16
-        report: dict | None = None, # how its file fitted: `matched`, `missing`, `unexpected`, `reshaped`; None: there was no file
+        spec: EncoderSpec,  # what it is
+        model: nn.Module,  # from normalised images (B,3,H,W) to features (B,D)
+        architecture: str,  # what the weights alone do not tell, for the key
+        bf16: bool = False,  # run matrix products in bfloat16
+        report: dict
+        | None = None,  # how its file fitted: `matched`, `missing`, `unexpected`, `reshaped`; None: there was no file
     ):
-        self.spec, self.model, self.bf16, self.report = spec, model.eval().requires_grad_(False), bf16, report
+        self.spec = spec
+        self.model = model.eval().requires_grad_(False)
+        self.bf16 = bf16
+        self.report = report
         self.device = torch.device("cpu")
-        parts = [part for name, t in model.state_dict().items()
-                 for part in ([name, str(t.dtype), list(t.shape)], t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())]
+        parts = [
+            part
+            for name, t in model.state_dict().items()
+            for part in (
+                [name, str(t.dtype), list(t.shape)],
+                t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+            )
+        ]
         self.key = digest(architecture, list(spec.mean), list(spec.std), bf16, *parts)
 
-    def __repr__(self): return f"Encoder({self.spec.name}, dim={self.spec.dim}, key={self.key}{', random' if self.spec.random_init else ''})"
+    def __repr__(self):
+        return f"Encoder({self.spec.name}, dim={self.spec.dim}, key={self.key}{', random' if self.spec.random_init else ''})"
 
     def to(
         self,
-        device, # "cpu", "cuda", ...
-    ): # the encoder itself
+        device,  # "cpu", "cuda", ...
+    ):  # the encoder itself
         "Move it to a device."
         self.device = torch.device(device)
         self.model.to(self.device)
@@ -70,24 +84,35 @@ class Encoder:
     @torch.inference_mode()
     def __call__(
         self,
-        tiles, # (B,H,W,3) uint8, array or tensor
-    ) -> np.ndarray: # (B,D) float32; patch tokens (B,N,D)
+        tiles,  # (B,H,W,3) uint8, array or tensor
+    ) -> np.ndarray:  # (B,D) float32; patch tokens (B,N,D)
         tiles = torch.as_tensor(tiles)
         if tiles.ndim != 4 or tiles.shape[-1] != 3 or tiles.dtype != torch.uint8:
-            raise BadInput(self.spec.name, f"got a {str(tiles.dtype).removeprefix('torch.')} batch of shape {tuple(tiles.shape)}",
-                           "Give tiles as uint8 of shape (B,H,W,3): the encoder normalises them itself.")
+            raise BadInput(
+                self.spec.name,
+                f"got a {str(tiles.dtype).removeprefix('torch.')} batch of shape {tuple(tiles.shape)}",
+                "Give tiles as uint8 of shape (B,H,W,3): the encoder normalises them itself.",
+            )
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.spec.mean, self.spec.std))
-        at_once = max(1, CPU_PIXELS//(tiles.shape[1]*tiles.shape[2])) if self.device.type == "cpu" else max(1, len(tiles))
+        at_once = (
+            max(1, CPU_PIXELS // (tiles.shape[1] * tiles.shape[2])) if self.device.type == "cpu" else max(1, len(tiles))
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return torch.cat([self.model((part.to(self.device).permute(0, 3, 1, 2)/255 - mean)/std).float().cpu() for part in tiles.split(at_once)]).numpy()
+            return torch.cat(
+                [
+                    self.model((part.to(self.device).permute(0, 3, 1, 2) / 255 - mean) / std).float().cpu()
+                    for part in tiles.split(at_once)
+                ]
+            ).numpy()
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-011
 class ColourStatistics(nn.Module):
     "Mean and standard deviation of RGB and a histogram of each stain: (B,3,H,W) in 0..1 to (B, 6 + 3 bins)."
+
     def __init__(
         self,
-        bins: int = 16, # of each histogram
-        top: float = 1.5, # stain at the upper end of the histogram, in optical density; what lies beyond counts in the last bin
+        bins: int = 16,  # of each histogram
+        top: float = 1.5,  # stain at the upper end of the histogram, in optical density; what lies beyond counts in the last bin
     ):
         super().__init__()
         self.bins, self.top = bins, top
@@ -95,98 +120,131 @@ class ColourStatistics(nn.Module):
 
     def hed(self, x):
         "Amounts of haematoxylin, eosin and DAB in optical density, (B,3,H,W)."
-        return torch.einsum("bchw,cs->bshw", -x.clamp(1/255, 1).log(), self.stains)
+        return torch.einsum("bchw,cs->bshw", -x.clamp(1 / 255, 1).log(), self.stains)
 
     def forward(self, x):
-        size, pixels = len(x), x[0, 0].numel()
-        place = (self.hed(x)*self.bins/self.top).long().clamp(0, self.bins - 1).flatten(2)
-        place += self.bins*torch.arange(3*size, device=x.device).view(size, 3, 1)
-        histogram = torch.bincount(place.flatten(), minlength=3*size*self.bins).view(size, -1)/pixels
+        size = len(x)
+        pixels = x[0, 0].numel()
+        place = (self.hed(x) * self.bins / self.top).long().clamp(0, self.bins - 1).flatten(2)
+        place += self.bins * torch.arange(3 * size, device=x.device).view(size, 3, 1)
+        histogram = torch.bincount(place.flatten(), minlength=3 * size * self.bins).view(size, -1) / pixels
         return torch.cat([x.mean((2, 3)), x.std((2, 3), correction=0), histogram], 1)
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-015
 class Pooled(nn.Module):
     "A backbone whose feature is its patch tokens, or their mean, alone or beside class tokens."
+
     def __init__(
         self,
-        model: nn.Module, # with `forward_features` to tokens (B,P+N,D), class token first
-        pool: str, # of `backbones.POOLS`, or `patch`
-        blocks: int = 1, # class tokens of so many last blocks, the last one's at the end
+        model: nn.Module,  # with `forward_features` to tokens (B,P+N,D), class token first
+        pool: str,  # of `backbones.POOLS`, or `patch`
+        blocks: int = 1,  # class tokens of so many last blocks, the last one's at the end
     ):
         super().__init__()
         self.model, self.pool, self.blocks = model, pool, blocks
 
     def forward(
         self,
-        x: torch.Tensor, # (B,3,H,W) normalised images
-    ) -> torch.Tensor: # (B,D), (B,2D), or with n blocks (B,nD) or (B,(n+1)D); patch tokens (B,N,D) in reading order
-        if self.pool == "patch": return self.model.forward_features(x)[:, self.model.num_prefix_tokens:]
-        if self.blocks == 1: return backbones.features(self.model, x, self.pool)
-        seen, layers = [], with_class_token(self.model)[-self.blocks:-1]
+        x: torch.Tensor,  # (B,3,H,W) normalised images
+    ) -> torch.Tensor:  # (B,D), (B,2D), or with n blocks (B,nD) or (B,(n+1)D); patch tokens (B,N,D) in reading order
+        if self.pool == "patch":
+            return self.model.forward_features(x)[:, self.model.num_prefix_tokens :]
+        if self.blocks == 1:
+            return backbones.features(self.model, x, self.pool)
+        seen = []
+        layers = with_class_token(self.model)[-self.blocks : -1]
         hooks = [layer.register_forward_hook(lambda _, args, out: seen.append(out)) for layer in layers]
-        try: last = backbones.features(self.model, x, self.pool)
+        try:
+            last = backbones.features(self.model, x, self.pool)
         finally:
-            for hook in hooks: hook.remove()
+            for hook in hooks:
+                hook.remove()
         return torch.cat([*(self.model.norm(tokens)[:, 0] for tokens in seen), last], 1)
 
+
 def with_class_token(
-    model: nn.Module, # XCiT or ViT
-) -> nn.ModuleList: # the blocks whose output starts with a class token
+    model: nn.Module,  # XCiT or ViT
+) -> nn.ModuleList:  # the blocks whose output starts with a class token
     "An XCiT has a class token in its last blocks only."
     return getattr(model, "cls_attn_blocks", None) or getattr(model, "blocks", nn.ModuleList())
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-016
 def _channels(key, values):
     "Mean or deviation of red, green and blue, as floats."
-    try: found = tuple(float(v) for v in values)
-    except (TypeError, ValueError): found = ()
-    if len(found) == 3 and all(math.isfinite(v) and (v > 0 or key == "mean") for v in found): return found
+    try:
+        found = tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) == 3 and all(math.isfinite(v) and (v > 0 or key == "mean") for v in found):
+        return found
     wanted = "three numbers" if key == "mean" else "three numbers above 0"
     raise BadInput(key, f"{values} is not {wanted}", "Give those of red, green and blue.")
 
+# %% ../../nbs/07_probe/02_encoders.ipynb #cell-016-2
 def _network(spec, model, architecture, bf16, pool, blocks, positions, head=None, report=None):
     "An encoder around a backbone: the spec's dimension, patch and prefix are asked of the model."
-    name, patch = spec.name, token_pixels(model)
+    name = spec.name
+    patch = token_pixels(model)
     prefix = getattr(model, "num_prefix_tokens", 1 if patch else 0)
     set_positions(model, positions)
-    if positions != "timm": architecture = f"{architecture} {positions}"
-    dim, pools = model.num_features, (*backbones.POOLS, "patch", "head")
-    if pool not in pools: raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, pools))
+    if positions != "timm":
+        architecture = f"{architecture} {positions}"
+    dim = model.num_features
+    pools = (*backbones.POOLS, "patch", "head")
+    if pool not in pools:
+        raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, pools))
     if pool == "head":
-        if head is None: raise BadInput(name, "has no DINO head whose scores could be taken", "Use pool='class', the backbone's own feature.")
-        dim, model, architecture = head.last_layer.out_features, nn.Sequential(model, head), f"{architecture} head"
+        if head is None:
+            raise BadInput(
+                name, "has no DINO head whose scores could be taken", "Use pool='class', the backbone's own feature."
+            )
+        dim = head.last_layer.out_features
+        model = nn.Sequential(model, head)
+        architecture = f"{architecture} head"
     elif pool != "class" or blocks > 1:
         if not prefix:
-            raise BadInput(name, "has no class token to set beside the mean", "Use pool='class', the network's own feature.")
+            raise BadInput(
+                name, "has no class token to set beside the mean", "Use pool='class', the network's own feature."
+            )
         last = len(with_class_token(model))
         if pool in ("mean", "patch") and blocks > 1 or not 1 <= blocks <= last:
-            raise BadInput("blocks", f"class tokens of {blocks} blocks, pool `{pool}`",
-                           f"{name} has them in {last} blocks; choose pool='class' or 'class+mean'.")
-        dim = backbones.feature_dim(model, pool) + (blocks - 1)*dim
-        model, architecture = Pooled(model, pool, blocks), f"{architecture} {pool} {blocks}"
-    mean, std = _channels("mean", spec.mean), _channels("std", spec.std)
+            raise BadInput(
+                "blocks",
+                f"class tokens of {blocks} blocks, pool `{pool}`",
+                f"{name} has them in {last} blocks; choose pool='class' or 'class+mean'.",
+            )
+        dim = backbones.feature_dim(model, pool) + (blocks - 1) * dim
+        model = Pooled(model, pool, blocks)
+        architecture = f"{architecture} {pool} {blocks}"
+    mean = _channels("mean", spec.mean)
+    std = _channels("std", spec.std)
     spec = dataclasses.replace(spec, dim=dim, patch=patch, prefix_tokens=prefix, mean=mean, std=std)
     return Encoder(spec, model, architecture, bf16, report)
 
+# %% ../../nbs/07_probe/02_encoders.ipynb #cell-016-3
 def load_encoder(
-    name: str, # `colour`, `random:<backbone>`, `run:<folder>`, the path of a saved backbone, or a name of `published.ENCODERS` or `timm`
-    checkpoint=None, # file of published weights, or folder with one; with any name: folder or file of a saved backbone
-    seed: int = 0, # of random weights
-    bf16: bool = False, # run matrix products in bfloat16
-    pool: str = "", # feature, of `backbones.POOLS`, or `patch` or `head`; empty: what was trained, or its authors take
-    blocks: int = 1, # class tokens of so many last blocks
-    mean=None, # of the channels, in 0..1, where the encoder's own is not known or not wanted
-    std=None, # of the channels
-    strict: bool = True, # refuse a file that does not fit in every tensor
-    hub: bool = False, # fetch published weights that are not here
-    positions: str = "timm", # of `vit.POSITIONS`: how a ViT resizes its position codes for tiles of another size
+    name: str,  # `colour`, `random:<backbone>`, `run:<folder>`, the path of a saved backbone, or a name of `published.ENCODERS` or `timm`
+    checkpoint=None,  # file of published weights, or folder with one; with any name: folder or file of a saved backbone
+    seed: int = 0,  # of random weights
+    bf16: bool = False,  # run matrix products in bfloat16
+    pool: str = "",  # feature, of `backbones.POOLS`, or `patch` or `head`; empty: what was trained, or its authors take
+    blocks: int = 1,  # class tokens of so many last blocks
+    mean=None,  # of the channels, in 0..1, where the encoder's own is not known or not wanted
+    std=None,  # of the channels
+    strict: bool = True,  # refuse a file that does not fit in every tensor
+    hub: bool = False,  # fetch published weights that are not here
+    positions: str = "timm",  # of `vit.POSITIONS`: how a ViT resizes its position codes for tiles of another size
 ) -> Encoder:
     "Load an encoder by name. A name or a path that does not exist, or a file of another model, is a `BadInput`."
     name = str(name)
+
     def spec(mpp, own_mean, own_std, random_init=False):
         return EncoderSpec(name, 0, None, mean or own_mean, std or own_std, 0, mpp, random_init)
-    if checkpoint is None and name.startswith("run:"): checkpoint = name.removeprefix("run:")
-    elif checkpoint is None and Path(name).exists(): checkpoint = name
+
+    if checkpoint is None and name.startswith("run:"):
+        checkpoint = name.removeprefix("run:")
+    elif checkpoint is None and Path(name).exists():
+        checkpoint = name
     if checkpoint is not None and not Path(checkpoint).exists():
         raise BadInput(checkpoint, "no such folder or file", "Run the pre-training stage first, or correct the path.")
     known_name = name in ENCODERS or timm.is_model(name)
@@ -198,7 +256,11 @@ def load_encoder(
         return _network(about, model, info["name"], bf16, pool, blocks, positions, report=report)
     if name == "colour":
         model = ColourStatistics()
-        return Encoder(EncoderSpec(name, 6 + 3*model.bins, None, (0., 0., 0.), (1., 1., 1.), 0, None, False), model, f"colour {model.top}")
+        return Encoder(
+            EncoderSpec(name, 6 + 3 * model.bins, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0, None, False),
+            model,
+            f"colour {model.top}",
+        )
     if name.startswith("random:"):
         architecture = name.removeprefix("random:")
         with torch.random.fork_rng(devices=[]):
@@ -213,8 +275,11 @@ def load_encoder(
         raise BadInput(name, "no such encoder", nearest(name, names))
     known = entry(name)
     if not (mean or known.mean):
-        raise BadInput(name, "its makers publish no normalisation",
-                       "Pass mean and std of your own tiles: `augment.channel_stats(tiles)` gives them.")
+        raise BadInput(
+            name,
+            "its makers publish no normalisation",
+            "Pass mean and std of your own tiles: `augment.channel_stats(tiles)` gives them.",
+        )
     model, head, report = load_published(name, checkpoint, strict, hub)
     about = spec(known.mpp, known.mean, known.std)
     return _network(about, model, name, bf16, pool or known.pool, blocks, positions, head, report)

@@ -26,31 +26,46 @@ from ..core.files import atomic_path, read_json, write_json
 from ..core.progress import progress
 
 # %% ../../nbs/07_probe/03_features.ipynb #cell-007
-PIXEL_COLUMNS = ("slide", "x", "y", "level", "mpp", "shard", "offset", "nbytes") # which pixels a row stands for
-SAMPLES = 8 # tiles whose pixels go into the key
+PIXEL_COLUMNS = ("slide", "x", "y", "level", "mpp", "shard", "offset", "nbytes")  # which pixels a row stands for
+SAMPLES = 8  # tiles whose pixels go into the key
+
 
 def _image(dataset, i):
     "Tile `i` as uint8 (H,W,3)."
     image = np.asarray(dataset[i][0])
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise BadInput(f"tile {i}", f"{image.dtype} of shape {image.shape}",
-                       "The dataset must give uint8 (H,W,3): the encoder normalises tiles itself, so leave the transform out.")
+        raise BadInput(
+            f"tile {i}",
+            f"{image.dtype} of shape {image.shape}",
+            "The dataset must give uint8 (H,W,3): the encoder normalises tiles itself, so leave the transform out.",
+        )
     return image
 
+# %% ../../nbs/07_probe/03_features.ipynb #cell-007-2
 def tiles_key(
-    dataset, # with `table` (N rows), a length, and `(image, label)` at an index
-) -> str: # 16 hexadecimal digits
+    dataset,  # with `table` (N rows), a length, and `(image, label)` at an index
+) -> str:  # 16 hexadecimal digits
     "A digest of which tiles a dataset holds, in which order, and how they look after its transform."
     if getattr(dataset, "table", None) is None:
-        raise BadInput(type(dataset).__name__, "has no table of its tiles", "Give a dataset with a `table`, or extract without a cache.")
-    table, parts = dataset.table, [len(dataset)]
+        raise BadInput(
+            type(dataset).__name__,
+            "has no table of its tiles",
+            "Give a dataset with a `table`, or extract without a cache.",
+        )
+    table = dataset.table
+    parts = [len(dataset)]
     for column in (c for c in PIXEL_COLUMNS if c in table):
         numbers = pd.api.types.is_numeric_dtype(table[column])
-        parts += [column, table[column].to_numpy(np.float64).tobytes() if numbers else "\n".join(map(str, table[column])).encode()]
+        parts += [
+            column,
+            table[column].to_numpy(np.float64).tobytes() if numbers else "\n".join(map(str, table[column])).encode(),
+        ]
     for i in np.unique(np.linspace(0, len(dataset) - 1, SAMPLES).astype(int)).tolist():
         image = _image(dataset, i)
         if i == 0 and not np.array_equal(image, _image(dataset, i)):
-            raise BadInput("transform", "gives another image each time", "Use a transform without chance for frozen features.")
+            raise BadInput(
+                "transform", "gives another image each time", "Use a transform without chance for frozen features."
+            )
         parts += [list(image.shape), image.tobytes()]
     return digest(*parts)
 
@@ -59,13 +74,19 @@ def _stack(items):
     "A batch of tiles (B,H,W,3); labels stay in the table."
     images = [np.asarray(image) for image, _ in items]
     shapes = {i.shape for i in images}
-    if len(shapes) > 1: raise BadInput("tiles", f"sizes differ: {sorted(shapes)}", "Tile the cohort with one size, or resize in the transform.")
+    if len(shapes) > 1:
+        raise BadInput(
+            "tiles", f"sizes differ: {sorted(shapes)}", "Tile the cohort with one size, or resize in the transform."
+        )
     return torch.from_numpy(np.stack(images))
+
 
 def _batches(dataset, start, batch_size, workers, names):
     "Yield (first row, batch of tiles) from row `start` on, with progress in images per second."
     with progress(desc=f"features {', '.join(names)}", total=len(dataset) - start, unit="img") as bar:
-        for tiles in DataLoader(Subset(dataset, range(start, len(dataset))), batch_size=batch_size, num_workers=workers, collate_fn=_stack):
+        for tiles in DataLoader(
+            Subset(dataset, range(start, len(dataset))), batch_size=batch_size, num_workers=workers, collate_fn=_stack
+        ):
             yield start, tiles
             start += len(tiles)
             bar.update(len(tiles))
@@ -73,34 +94,54 @@ def _batches(dataset, start, batch_size, workers, names):
 # %% ../../nbs/07_probe/03_features.ipynb #cell-012
 class _Part:
     "Features of one encoder on their way into a file: begins where an earlier run was interrupted."
+
     def __init__(self, path, n, batch_size):
-        self.path, self.n, self.rows = path.with_suffix(".part"), n, 0
+        self.path = path.with_suffix(".part")
+        self.n = n
+        self.rows = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists(): return
+        if not self.path.exists():
+            return
         with open(self.path, "rb+") as f:
             try:
                 np.lib.format.read_magic(f)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-                header, row = f.tell(), dtype.itemsize*math.prod(shape[1:])
-                if shape[0] != n or row <= 0: return
+                header = f.tell()
+                row = dtype.itemsize * math.prod(shape[1:])
+                if shape[0] != n or row <= 0:
+                    return
                 self.kind = shape[1:], dtype
-            except Exception: return  # not even its header is whole: these fail in many ways
-            if (f.seek(0, 2) - header)//row > n: return  # its header is of other features
-            self.rows = (f.tell() - header)//row//batch_size*batch_size  # batches as they would have been: the same features to the last bit
-            f.truncate(header + self.rows*row)
+            except Exception:
+                return  # not even its header is whole: these fail in many ways
+            if (f.seek(0, 2) - header) // row > n:
+                return  # its header is of other features
+            self.rows = (
+                (f.tell() - header) // row // batch_size * batch_size
+            )  # batches as they would have been: the same features to the last bit
+            f.truncate(header + self.rows * row)
 
     def add(self, features):
         features = np.ascontiguousarray(features, "<f4" if features.ndim == 2 else "<f2")
         if self.rows and self.kind != (features.shape[1:], features.dtype):
-            raise BadInput(self.path, f"features of {self.kind[0]}, those that follow are of {features.shape[1:]}", "Delete it; they are computed anew.")
+            raise BadInput(
+                self.path,
+                f"features of {self.kind[0]}, those that follow are of {features.shape[1:]}",
+                "Delete it; they are computed anew.",
+            )
         self.kind = features.shape[1:], features.dtype
         with open(self.path, "ab" if self.rows else "wb") as f:
-            if not self.rows: np.lib.format.write_array_header_1_0(f, {"descr": features.dtype.str, "fortran_order": False, "shape": (self.n, *features.shape[1:])})
+            if not self.rows:
+                np.lib.format.write_array_header_1_0(
+                    f, {"descr": features.dtype.str, "fortran_order": False, "shape": (self.n, *features.shape[1:])}
+                )
             f.write(features.tobytes())
         self.rows += len(features)
 
+# %% ../../nbs/07_probe/03_features.ipynb #cell-012-2
 def _hash_file(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+
 
 def _finish(part, path, dataset, encoder, seconds):
     "Give the part its name, write its tiles to .parquet, then the record to .json."
@@ -108,100 +149,161 @@ def _finish(part, path, dataset, encoder, seconds):
     with atomic_path(path.with_suffix(".parquet")) as partial:
         dataset.table[[c for c in (*PIXEL_COLUMNS[:5], "label") if c in dataset.table]].to_parquet(partial, index=False)
     found = np.load(path, mmap_mode="r")
-    write_json(path.with_suffix(".json"), {"encoder": encoder.spec, "encoder_key": encoder.key, "shape": found.shape, "dtype": found.dtype.name,
-                                           "blake2b": _hash_file(path), "table_blake2b": _hash_file(path.with_suffix(".parquet")), "seconds": round(seconds, 1)})
+    write_json(
+        path.with_suffix(".json"),
+        {
+            "encoder": encoder.spec,
+            "encoder_key": encoder.key,
+            "shape": found.shape,
+            "dtype": found.dtype.name,
+            "blake2b": _hash_file(path),
+            "table_blake2b": _hash_file(path.with_suffix(".parquet")),
+            "seconds": round(seconds, 1),
+        },
+    )
 
+# %% ../../nbs/07_probe/03_features.ipynb #cell-012-3
 def _fault(path):
     "What is wrong with the cached features at `path`; empty where nothing is."
-    record, table = path.with_suffix(".json"), path.with_suffix(".parquet")
-    if not (path.exists() and record.exists() and table.exists()): return "one of the three files (.npy, .parquet, .json) is missing"
-    try: known = read_json(record)
-    except BadInput as e: return e.fault
-    if not isinstance(known, dict): return "its record is no record"
-    try: found = np.lib.format.open_memmap(path, mode="r")
-    except Exception as e: return f"not a whole .npy file ({e})"  # damaged headers fail in many ways
-    if (list(found.shape), found.dtype.name) != (known.get("shape"), known.get("dtype")): return f"{found.dtype} of shape {found.shape}, the record says {known.get('dtype')!r} of {known.get('shape')}"
-    same = _hash_file(path) == known.get("blake2b") and _hash_file(table) == known.get("table_blake2b", _hash_file(table))
+    record = path.with_suffix(".json")
+    table = path.with_suffix(".parquet")
+    if not (path.exists() and record.exists() and table.exists()):
+        return "one of the three files (.npy, .parquet, .json) is missing"
+    try:
+        known = read_json(record)
+    except BadInput as e:
+        return e.fault
+    if not isinstance(known, dict):
+        return "its record is no record"
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except Exception as e:
+        return f"not a whole .npy file ({e})"  # damaged headers fail in many ways
+    if (list(found.shape), found.dtype.name) != (known.get("shape"), known.get("dtype")):
+        return f"{found.dtype} of shape {found.shape}, the record says {known.get('dtype')!r} of {known.get('shape')}"
+    same = _hash_file(path) == known.get("blake2b") and _hash_file(table) == known.get(
+        "table_blake2b", _hash_file(table)
+    )
     return "" if same else "its bytes are not those that were written"
 
 # %% ../../nbs/07_probe/03_features.ipynb #cell-014
 def extract_all(
-    dataset, # N tiles: a length, `(image, label)` at an index with uint8 (H,W,3) images, and `table` where there is a cache
-    encoders, # list of encoders, from `load_encoder`
-    cache=None, # folder for the features; None: compute and keep in memory
-    batch_size: int = 64, # tiles a step
-    workers: int = 0, # processes that read tiles
-    device=None, # where the encoders run; by default the GPU where there is one
-) -> list[np.ndarray]: # for each (N,D) float32 or (N,T,D) float16, in the order of the dataset; read-only where there is a cache
+    dataset,  # N tiles: a length, `(image, label)` at an index with uint8 (H,W,3) images, and `table` where there is a cache
+    encoders,  # list of encoders, from `load_encoder`
+    cache=None,  # folder for the features; None: compute and keep in memory
+    batch_size: int = 64,  # tiles a step
+    workers: int = 0,  # processes that read tiles
+    device=None,  # where the encoders run; by default the GPU where there is one
+) -> list[
+    np.ndarray
+]:  # for each (N,D) float32 or (N,T,D) float16, in the order of the dataset; read-only where there is a cache
     "Frozen features of every tile by several encoders in one pass. An empty dataset, tiles of unequal size and random transforms are `BadInput`."
-    if not len(dataset): raise BadInput("tiles", "there is none", "Check the tile table: perhaps every tile was dropped.")
-    for encoder in encoders: encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not len(dataset):
+        raise BadInput("tiles", "there is none", "Check the tile table: perhaps every tile was dropped.")
+    for encoder in encoders:
+        encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = [encoder.spec.name for encoder in encoders]
     if cache is None:
         _image(dataset, 0)
-        found = [[encoder(tiles) for encoder in encoders] for _, tiles in _batches(dataset, 0, batch_size, workers, names)]
+        found = [
+            [encoder(tiles) for encoder in encoders] for _, tiles in _batches(dataset, 0, batch_size, workers, names)
+        ]
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
     paths = cache_paths(dataset, encoders, cache)
     lacking = {path: encoder for path, encoder in zip(paths, encoders, strict=True) if not _kept(path)}
     with contextlib.ExitStack() as stack:
-        for path in sorted(lacking): stack.enter_context(hold(path, path.with_suffix(".lock"), wait=True))  # in order: no two wait for each other
-        wanted = [(encoder, path) for path, encoder in lacking.items() if _fault(path)]  # while this process waited, another may have made it
-        if wanted: _fill(dataset, wanted, batch_size, workers)
+        for path in sorted(lacking):
+            stack.enter_context(
+                hold(path, path.with_suffix(".lock"), wait=True)
+            )  # in order: no two wait for each other
+        wanted = [
+            (encoder, path) for path, encoder in lacking.items() if _fault(path)
+        ]  # while this process waited, another may have made it
+        if wanted:
+            _fill(dataset, wanted, batch_size, workers)
     return [np.load(path, mmap_mode="r") for path in paths]
 
+# %% ../../nbs/07_probe/03_features.ipynb #cell-014-2
 def _fill(dataset, wanted, batch_size, workers):
     "Compute the features of (encoder, path) in one pass, from where an earlier run was interrupted."
     todo = [(encoder, path, _Part(path, len(dataset), batch_size)) for encoder, path in wanted]
     names = [encoder.spec.name for encoder, *_ in todo]
-    began, first = time.monotonic(), min((part.rows for *_, part in todo), default=len(dataset))
-    if 0 < first < len(dataset): print(f"{', '.join(names)}: going on at tile {first} of {len(dataset)}", flush=True)
+    began = time.monotonic()
+    first = min((part.rows for *_, part in todo), default=len(dataset))
+    if 0 < first < len(dataset):
+        print(f"{', '.join(names)}: going on at tile {first} of {len(dataset)}", flush=True)
     for start, tiles in _batches(dataset, first, batch_size, workers, names) if first < len(dataset) else ():
         for encoder, _, part in todo:
-            if part.rows == start: part.add(encoder(tiles))
-    for encoder, path, part in todo: _finish(part, path, dataset, encoder, time.monotonic() - began)
+            if part.rows == start:
+                part.add(encoder(tiles))
+    for encoder, path, part in todo:
+        _finish(part, path, dataset, encoder, time.monotonic() - began)
+
 
 def _kept(path):
     "Whether whole features lie at `path`; says what is wrong with those that are not."
-    if not path.exists() and not path.with_suffix(".json").exists(): return False
+    if not path.exists() and not path.with_suffix(".json").exists():
+        return False
     fault = _fault(path)
-    if fault: print(f"{path.name}: {fault}; computing the features again")
+    if fault:
+        print(f"{path.name}: {fault}; computing the features again")
     return not fault
 
+
 def extract(
-    dataset, # N tiles, as for `extract_all`
-    encoder, # from `load_encoder`
-    cache=None, # folder for the features; None: compute and keep in memory
-    batch_size: int = 64, # tiles a step
-    workers: int = 0, # processes that read tiles
-    device=None, # where the encoder runs; by default the GPU where there is one
-) -> np.ndarray: # (N,D) float32 or (N,T,D) float16
+    dataset,  # N tiles, as for `extract_all`
+    encoder,  # from `load_encoder`
+    cache=None,  # folder for the features; None: compute and keep in memory
+    batch_size: int = 64,  # tiles a step
+    workers: int = 0,  # processes that read tiles
+    device=None,  # where the encoder runs; by default the GPU where there is one
+) -> np.ndarray:  # (N,D) float32 or (N,T,D) float16
     "Frozen features of every tile by one encoder."
     return extract_all(dataset, [encoder], cache, batch_size, workers, device)[0]
 
+# %% ../../nbs/07_probe/03_features.ipynb #cell-014-3
 def cache_paths(
-    dataset, # the tiles
-    encoders, # from `load_encoder`
-    cache, # folder for the features
-) -> list[Path]: # `<encoder>-<key>.npy` of each; record and table have the endings .json and .parquet
+    dataset,  # the tiles
+    encoders,  # from `load_encoder`
+    cache,  # folder for the features
+) -> list[Path]:  # `<encoder>-<key>.npy` of each; record and table have the endings .json and .parquet
     "Where the features of these tiles by these encoders are kept."
-    tiles, plain = tiles_key(dataset), re.compile(r"[^\w.-]+")
-    return [Path(cache)/f"{plain.sub('_', e.spec.name)[-60:]}-{digest(e.key, tiles)}.npy" for e in encoders]
+    tiles = tiles_key(dataset)
+    plain = re.compile(r"[^\w.-]+")
+    return [Path(cache) / f"{plain.sub('_', e.spec.name)[-60:]}-{digest(e.key, tiles)}.npy" for e in encoders]
 
 # %% ../../nbs/07_probe/03_features.ipynb #cell-load
 def load_features(
-    path, # the .npy file that `extract` wrote, its table beside it
-    table: pd.DataFrame, # the tiles they are wanted for, row by row
-) -> np.ndarray: # a read-only memory map
+    path,  # the .npy file that `extract` wrote, its table beside it
+    table: pd.DataFrame,  # the tiles they are wanted for, row by row
+) -> np.ndarray:  # a read-only memory map
     "Cached features of these very tiles. `BadInput` where they are of others."
-    path, remedy = Path(path), "Extract the features of this tile table."
+    path = Path(path)
+    remedy = "Extract the features of this tile table."
     for p in (path, path.with_suffix(".parquet"), path.with_suffix(".json")):
-        if not p.exists(): raise BadInput(p, "there is no such file", "Give the .npy file that `extract` wrote, with its .parquet and .json beside it.")
-    if fault := _fault(path): raise BadInput(path, fault, remedy)
-    try: features, rows = np.load(path, mmap_mode="r"), pd.read_parquet(path.with_suffix(".parquet"))
-    except Exception as e: raise BadInput(path.with_suffix(".parquet"), f"damaged ({e})", remedy) from e  # damaged bytes fail in many ways
-    if len(features) != len(table) or len(rows) != len(table): raise BadInput(path, f"features of {len(features)} tiles, the table has {len(table)}", remedy)
+        if not p.exists():
+            raise BadInput(
+                p,
+                "there is no such file",
+                "Give the .npy file that `extract` wrote, with its .parquet and .json beside it.",
+            )
+    if fault := _fault(path):
+        raise BadInput(path, fault, remedy)
+    try:
+        features = np.load(path, mmap_mode="r")
+        rows = pd.read_parquet(path.with_suffix(".parquet"))
+    except Exception as e:
+        raise BadInput(path.with_suffix(".parquet"), f"damaged ({e})", remedy) from e  # damaged bytes fail in many ways
+    if len(features) != len(table) or len(rows) != len(table):
+        raise BadInput(path, f"features of {len(features)} tiles, the table has {len(table)}", remedy)
     for column in PIXEL_COLUMNS[:5]:
-        ours, theirs = table[column].to_numpy(), rows[column].to_numpy()
+        ours = table[column].to_numpy()
+        theirs = rows[column].to_numpy()
         other = np.flatnonzero((ours != theirs) & ~(pd.isna(ours) & pd.isna(theirs)))
-        if len(other): raise BadInput(path, f"`{column}` differs in {len(other)} rows: row {other[0]} has {theirs[other[0]]}, the table {ours[other[0]]}", remedy)
+        if len(other):
+            raise BadInput(
+                path,
+                f"`{column}` differs in {len(other)} rows: row {other[0]} has {theirs[other[0]]}, the table {ours[other[0]]}",
+                remedy,
+            )
     return features

@@ -25,149 +25,184 @@ def _features(x, name, dim=None):
     "`x` as finite float32 (N,D)."
     x = np.asarray(x)
     if x.ndim != 2 or not len(x):
-        raise BadInput(name, f"expected features of shape (N,D) with at least one row, got {x.shape}", "Check the split: it may be empty.")
+        raise BadInput(
+            name,
+            f"expected features of shape (N,D) with at least one row, got {x.shape}",
+            "Check the split: it may be empty.",
+        )
     if dim is not None and x.shape[1] != dim:
-        raise BadInput(name, f"{x.shape[1]} features a tile where training had {dim}", "Use the same encoder for all splits.")
+        raise BadInput(
+            name, f"{x.shape[1]} features a tile where training had {dim}", "Use the same encoder for all splits."
+        )
     broken = len(x) - np.isfinite(x).all(1).sum()
     if broken:
-        raise BadInput(name, f"NaN or infinite values in {broken} of {len(x)} rows", "Extract the features again, in float32.")
+        raise BadInput(
+            name, f"NaN or infinite values in {broken} of {len(x)} rows", "Extract the features again, in float32."
+        )
     return np.require(x, np.float32, "CW")  # a read-only memory map is copied: torch wants writable arrays
+
 
 def _classes(y, n_classes, n_rows, name):
     "`y` as class ids in `0..n_classes-1`, one for each of `n_rows`."
     y = np.asarray(y).astype(np.int64)
-    if y.shape != (n_rows,): raise BadInput(name, f"labels of shape {y.shape} for {n_rows} rows of features", "Pass one label a tile.")
+    if y.shape != (n_rows,):
+        raise BadInput(name, f"labels of shape {y.shape} for {n_rows} rows of features", "Pass one label a tile.")
     wrong, count = np.unique(y[(y < 0) | (y >= n_classes)], return_counts=True)
     if len(wrong):
         found = ", ".join(f"{c} of label {w}" for w, c in zip(wrong, count, strict=True))
-        raise BadInput(name, f"labels outside the classes 0..{n_classes - 1}: {found}",
-                       "Leave out tiles without a label (-1) or not gradable (255).")
+        raise BadInput(
+            name,
+            f"labels outside the classes 0..{n_classes - 1}: {found}",
+            "Leave out tiles without a label (-1) or not gradable (255).",
+        )
     return y
 
+# %% ../../nbs/07_probe/04_probes.ipynb #cell-005-2
 def _training(x, y, n_classes):
     "Checked training features and labels."
     x = _features(x, "training features")
     y = _classes(y, n_classes, len(x), "training labels")
     if len(np.unique(y)) < 2:
-        raise BadInput("training labels", f"all {len(y)} tiles are of class {y[0]}", "A probe needs at least two classes in the training split.")
+        raise BadInput(
+            "training labels",
+            f"all {len(y)} tiles are of class {y[0]}",
+            "A probe needs at least two classes in the training split.",
+        )
     return x, y
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-010
-BLOCK = 1 << 24 # similarities held at once: 64 MB
+BLOCK = 1 << 24  # similarities held at once: 64 MB
+
 
 def knn(
-    x_train, # (N,D) features of the training tiles
-    y_train, # (N,) their classes
-    x_test, # (M,D) features of the tiles to classify
-    k: int = 20, # neighbours that vote; all of the training tiles where there are fewer
-    temperature: float = .07, # of the weights; small: the nearest decides
-    n_classes: int | None = None, # number of classes C; by default the highest training label + 1
-) -> np.ndarray: # (M,C) probabilities, float32
+    x_train,  # (N,D) features of the training tiles
+    y_train,  # (N,) their classes
+    x_test,  # (M,D) features of the tiles to classify
+    k: int = 20,  # neighbours that vote; all of the training tiles where there are fewer
+    temperature: float = 0.07,  # of the weights; small: the nearest decides
+    n_classes: int | None = None,  # number of classes C; by default the highest training label + 1
+) -> np.ndarray:  # (M,C) probabilities, float32
     "Weighted nearest-neighbour vote by cosine similarity (DINO). Raises `BadInput` for unusable features or labels."
-    if k < 1 or temperature <= 0: raise BadInput("knn", f"k is {k} and temperature {temperature}", "Both must be above zero.")
+    if k < 1 or temperature <= 0:
+        raise BadInput("knn", f"k is {k} and temperature {temperature}", "Both must be above zero.")
     n_classes = n_classes or int(np.max(y_train)) + 1
     x_train, y_train = _training(x_train, y_train, n_classes)
     x_test = _features(x_test, "test features", x_train.shape[1])
     train = F.normalize(torch.from_numpy(x_train), dim=1).T.contiguous()
     vote = F.one_hot(torch.from_numpy(y_train), n_classes).float()
     out = []
-    for block in torch.from_numpy(x_test).split(max(1, BLOCK//len(x_train))):
+    for block in torch.from_numpy(x_test).split(max(1, BLOCK // len(x_train))):
         similarity, index = (F.normalize(block, dim=1) @ train).topk(min(k, len(x_train)), dim=1)
-        weight = (similarity/temperature).softmax(1)
+        weight = (similarity / temperature).softmax(1)
         out.append(torch.einsum("mk,mkc->mc", weight, vote[index]))
     return torch.cat(out).numpy()
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-018
 def _scale(x):
     "Mean and standard deviation (D,) of training features; 1 where a feature does not vary."
-    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-    return mean.astype(np.float32), np.where(std > 1e-6*(1 + np.abs(mean)), std, 1).astype(np.float32)
+    mean = x.mean(0, dtype=np.float64)
+    std = x.std(0, dtype=np.float64)
+    return mean.astype(np.float32), np.where(std > 1e-6 * (1 + np.abs(mean)), std, 1).astype(np.float32)
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-021
-L2 = (10., 1., .1, .01, .001, .0001) # strengths tried on val, strong to weak
+L2 = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)  # strengths tried on val, strong to weak
+
 
 def selection_loss(
-    p, # (N,C) probabilities
-    y, # (N,) class ids
-    balanced: bool = False, # the mean over classes of wrong calls, in place of the cross-entropy
-) -> float: # smaller is better
+    p,  # (N,C) probabilities
+    y,  # (N,) class ids
+    balanced: bool = False,  # the mean over classes of wrong calls, in place of the cross-entropy
+) -> float:  # smaller is better
     "What a strength is chosen by: the mean negative log probability of the true class (that of 1e-7 at most), or the balanced error."
-    if balanced: return float(np.average(p.argmax(1) != y, weights=1/np.bincount(y)[y]))
+    if balanced:
+        return float(np.average(p.argmax(1) != y, weights=1 / np.bincount(y)[y]))
     return float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-7, None)).mean())
+
 
 @dataclasses.dataclass
 class LinearProbe:
     "A fitted linear probe; call it on features (N,D) for probabilities (N,C)."
-    weight: np.ndarray # (C,D)
-    bias: np.ndarray # (C,); -inf for a class that was not in training
-    mean: np.ndarray # (D,) of the training features
-    std: np.ndarray # (D,) of the training features
-    l2: float # strength of the penalty
-    val_loss: dict # strength -> `selection_loss` on val; empty where the strength was given
+
+    weight: np.ndarray  # (C,D)
+    bias: np.ndarray  # (C,); -inf for a class that was not in training
+    mean: np.ndarray  # (D,) of the training features
+    std: np.ndarray  # (D,) of the training features
+    l2: float  # strength of the penalty
+    val_loss: dict  # strength -> `selection_loss` on val; empty where the strength was given
 
     def __call__(self, x):
         x = _features(x, "features", len(self.mean))
-        return torch.from_numpy((x - self.mean)/self.std @ self.weight.T + self.bias).softmax(1).numpy()
+        return torch.from_numpy((x - self.mean) / self.std @ self.weight.T + self.bias).softmax(1).numpy()
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-022
 def sweep(
-    x, # (N,D) features of the training tiles
-    y, # (N,) their classes
-    strengths: tuple = L2, # of the penalty, strong to weak: each fit starts from the one before
-    n_classes: int | None = None, # number of classes C; by default the highest training label + 1
-    balanced: bool = False, # let each class weigh alike, however few its tiles
-    max_iter: int = 300, # L-BFGS iterations for each strength
-): # yields a `LinearProbe` for each strength
+    x,  # (N,D) features of the training tiles
+    y,  # (N,) their classes
+    strengths: tuple = L2,  # of the penalty, strong to weak: each fit starts from the one before
+    n_classes: int | None = None,  # number of classes C; by default the highest training label + 1
+    balanced: bool = False,  # let each class weigh alike, however few its tiles
+    max_iter: int = 300,  # L-BFGS iterations for each strength
+):  # yields a `LinearProbe` for each strength
     "Fit linear probes of falling penalty."
     n_classes = n_classes or int(np.max(y)) + 1
     x, y = _training(x, y, n_classes)
     mean, std = _scale(x)
-    scaled = (x - mean)/std
-    model = LogisticRegression(warm_start=True, max_iter=max_iter, tol=1e-4, class_weight="balanced" if balanced else None)
+    scaled = (x - mean) / std
+    model = LogisticRegression(
+        warm_start=True, max_iter=max_iter, tol=1e-4, class_weight="balanced" if balanced else None
+    )
     share = 2 if len(np.unique(y)) == 2 else 1  # two classes are fitted as one row: the norm counts half
     for strength in strengths:
         with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore")  # stopped by max_iter: good enough for a probe, and val decides
-            model.set_params(C=share/(strength*len(scaled))).fit(scaled, y)
-        weight, bias = np.zeros((n_classes, x.shape[1]), np.float32), np.full(n_classes, -np.inf, np.float32)
+            model.set_params(C=share / (strength * len(scaled))).fit(scaled, y)
+        weight = np.zeros((n_classes, x.shape[1]), np.float32)
+        bias = np.full(n_classes, -np.inf, np.float32)
         if len(model.classes_) == 2:  # one row of log odds
             weight[model.classes_[1]], bias[model.classes_] = model.coef_[0], (0, model.intercept_[0])
-        else: weight[model.classes_], bias[model.classes_] = model.coef_, model.intercept_
+        else:
+            weight[model.classes_], bias[model.classes_] = model.coef_, model.intercept_
         yield LinearProbe(weight, bias, mean, std, strength, {})
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-023
 def fit_linear(
-    x_train, # (N,D) features of the training tiles
-    y_train, # (N,) their classes
-    x_val=None, # (V,D) features on which the strength is chosen
-    y_val=None, # (V,) their classes
-    l2: float | None = None, # strength of the penalty; None: the best of `strengths` on val
-    n_classes: int | None = None, # number of classes C; by default the highest training label + 1
-    balanced: bool = False, # let each class weigh alike, however few its tiles
-    strengths: tuple = L2, # that are tried on val
-    max_iter: int = 300, # L-BFGS iterations for each strength
+    x_train,  # (N,D) features of the training tiles
+    y_train,  # (N,) their classes
+    x_val=None,  # (V,D) features on which the strength is chosen
+    y_val=None,  # (V,) their classes
+    l2: float | None = None,  # strength of the penalty; None: the best of `strengths` on val
+    n_classes: int | None = None,  # number of classes C; by default the highest training label + 1
+    balanced: bool = False,  # let each class weigh alike, however few its tiles
+    strengths: tuple = L2,  # that are tried on val
+    max_iter: int = 300,  # L-BFGS iterations for each strength
 ) -> LinearProbe:
     "Fit a linear probe. Raises `BadInput` for unusable features or labels, and where neither val nor a strength is given."
     if l2 is None and x_val is None:
-        raise BadInput("linear probe", "neither val tiles nor a strength of the penalty", "Pass x_val and y_val, or l2.")
+        raise BadInput(
+            "linear probe", "neither val tiles nor a strength of the penalty", "Pass x_val and y_val, or l2."
+        )
     n_classes = n_classes or int(np.max(y_train)) + 1
     x_train, y_train = _training(x_train, y_train, n_classes)
     if x_val is not None:
         x_val = _features(x_val, "val features", x_train.shape[1])
         y_val = _classes(y_val, n_classes, len(x_val), "val labels")
-    best, losses = None, {}
+    best = None
+    losses = {}
     for probe in sweep(x_train, y_train, strengths if l2 is None else (l2,), n_classes, balanced, max_iter):
-        if l2 is None: losses[probe.l2] = selection_loss(probe(x_val), y_val, balanced)
-        if best is None or losses[probe.l2] < losses[best.l2]: best = probe
+        if l2 is None:
+            losses[probe.l2] = selection_loss(probe(x_val), y_val, balanced)
+        if best is None or losses[probe.l2] < losses[best.l2]:
+            best = probe
     best.val_loss = losses
     return best
 
+# %% ../../nbs/07_probe/04_probes.ipynb #cell-023-2
 def linear(
-    x_train, # (N,D) features of the training tiles
-    y_train, # (N,) their classes
-    x_test, # (M,D) features of the tiles to classify
-    **kwargs, # of `fit_linear`: x_val and y_val, or l2; n_classes, balanced
-) -> np.ndarray: # (M,C) probabilities, float32
+    x_train,  # (N,D) features of the training tiles
+    y_train,  # (N,) their classes
+    x_test,  # (M,D) features of the tiles to classify
+    **kwargs,  # of `fit_linear`: x_val and y_val, or l2; n_classes, balanced
+) -> np.ndarray:  # (M,C) probabilities, float32
     "Fit a linear probe and apply it."
     return fit_linear(x_train, y_train, **kwargs)(x_test)
 
@@ -175,69 +210,84 @@ def linear(
 @dataclasses.dataclass
 class MLPProbe:
     "A fitted MLP probe; call it on features (N,D) for probabilities (N,C)."
-    model: nn.Module # in eval mode
-    mean: np.ndarray # (D,) of the training features
-    std: np.ndarray # (D,) of the training features
-    history: list # one dict an epoch: epoch, train_loss, val_loss (NaN without val)
-    best_epoch: int # whose weights these are, from 0
+
+    model: nn.Module  # in eval mode
+    mean: np.ndarray  # (D,) of the training features
+    std: np.ndarray  # (D,) of the training features
+    history: list  # one dict an epoch: epoch, train_loss, val_loss (NaN without val)
+    best_epoch: int  # whose weights these are, from 0
 
     def __call__(self, x):
-        x = torch.from_numpy((_features(x, "features", len(self.mean)) - self.mean)/self.std)
-        with torch.inference_mode(): return torch.cat([self.model(part).softmax(1) for part in x.split(8192)]).numpy()
+        x = torch.from_numpy((_features(x, "features", len(self.mean)) - self.mean) / self.std)
+        with torch.inference_mode():
+            return torch.cat([self.model(part).softmax(1) for part in x.split(8192)]).numpy()
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-034
 def fit_mlp(
-    x_train, # (N,D) features of the training tiles
-    y_train, # (N,) their classes
-    x_val=None, # (V,D) features that decide when to stop; None: all epochs are run
-    y_val=None, # (V,) their classes
-    n_classes: int | None = None, # number of classes C; by default the highest training label + 1
-    hidden: tuple = (2048, 512, 128), # widths of the hidden layers
-    epochs: int = 100, # at most
-    patience: int = 10, # epochs without a better val loss before stopping
-    batch_size: int = 256, # tiles a step
-    lr: float = 1e-3, # learning rate of AdamW
-    weight_decay: float = 1e-4, # of AdamW
-    seed: int = 0, # of weights, order and dropout
-    twice: bool = False, # put a softmax before the loss, which has its own: the study's slip, to be shown
+    x_train,  # (N,D) features of the training tiles
+    y_train,  # (N,) their classes
+    x_val=None,  # (V,D) features that decide when to stop; None: all epochs are run
+    y_val=None,  # (V,) their classes
+    n_classes: int | None = None,  # number of classes C; by default the highest training label + 1
+    hidden: tuple = (2048, 512, 128),  # widths of the hidden layers
+    epochs: int = 100,  # at most
+    patience: int = 10,  # epochs without a better val loss before stopping
+    batch_size: int = 256,  # tiles a step
+    lr: float = 1e-3,  # learning rate of AdamW
+    weight_decay: float = 1e-4,  # of AdamW
+    seed: int = 0,  # of weights, order and dropout
+    twice: bool = False,  # put a softmax before the loss, which has its own: the study's slip, to be shown
 ) -> MLPProbe:
     "Fit an MLP probe. Raises `BadInput` for unusable features or labels."
     n_classes = n_classes or int(np.max(y_train)) + 1
     x_train, y_train = _training(x_train, y_train, n_classes)
     mean, std = _scale(x_train)
-    x, y = torch.from_numpy((x_train - mean)/std), torch.from_numpy(y_train)
+    x = torch.from_numpy((x_train - mean) / std)
+    y = torch.from_numpy(y_train)
     if x_val is not None:
-        x_val = torch.from_numpy((_features(x_val, "val features", x.shape[1]) - mean)/std)
+        x_val = torch.from_numpy((_features(x_val, "val features", x.shape[1]) - mean) / std)
         y_val = torch.from_numpy(_classes(y_val, n_classes, len(x_val), "val labels"))
-    history, best, best_epoch = [], None, 0
-    def loss_of(scores, y): return F.cross_entropy(scores.softmax(1) if twice else scores, y)
+    history = []
+    best = None
+    best_epoch = 0
+
+    def loss_of(scores, y):
+        return F.cross_entropy(scores.softmax(1) if twice else scores, y)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MLPClassifier(x.shape[1], n_classes, hidden=hidden)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         for epoch in range(epochs):
             model.train()
-            total = 0.
+            total = 0.0
             for rows in torch.randperm(len(x)).split(batch_size):
                 loss = loss_of(model(x[rows]), y[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                total += loss.item()*len(rows)
+                total += loss.item() * len(rows)
             model.eval()
-            with torch.inference_mode(): val = loss_of(model(x_val), y_val).item() if x_val is not None else float("nan")
-            history.append({"epoch": epoch, "train_loss": total/len(x), "val_loss": val})
-            if x_val is None: best_epoch = epoch
-            elif best is None or val < history[best_epoch]["val_loss"]: best, best_epoch = copy.deepcopy(model.state_dict()), epoch
-            elif epoch - best_epoch >= patience: break
-    if best is not None: model.load_state_dict(best)
+            with torch.inference_mode():
+                val = loss_of(model(x_val), y_val).item() if x_val is not None else float("nan")
+            history.append({"epoch": epoch, "train_loss": total / len(x), "val_loss": val})
+            if x_val is None:
+                best_epoch = epoch
+            elif best is None or val < history[best_epoch]["val_loss"]:
+                best = copy.deepcopy(model.state_dict())
+                best_epoch = epoch
+            elif epoch - best_epoch >= patience:
+                break
+    if best is not None:
+        model.load_state_dict(best)
     return MLPProbe(model.eval(), mean, std, history, best_epoch)
 
+# %% ../../nbs/07_probe/04_probes.ipynb #cell-034-2
 def mlp(
-    x_train, # (N,D) features of the training tiles
-    y_train, # (N,) their classes
-    x_test, # (M,D) features of the tiles to classify
-    **kwargs, # of `fit_mlp`: x_val and y_val, n_classes, seed, ...
-) -> np.ndarray: # (M,C) probabilities, float32
+    x_train,  # (N,D) features of the training tiles
+    y_train,  # (N,) their classes
+    x_test,  # (M,D) features of the tiles to classify
+    **kwargs,  # of `fit_mlp`: x_val and y_val, n_classes, seed, ...
+) -> np.ndarray:  # (M,C) probabilities, float32
     "Fit an MLP probe and apply it."
     return fit_mlp(x_train, y_train, **kwargs)(x_test)

@@ -16,56 +16,62 @@ from .probes import _classes, _features
 
 # %% ../../nbs/07_probe/05_prototypes.ipynb #cell-005
 def prototypes(
-    x_train, # (N,D) features of the training tiles
-    y_train, # (N,) their classes; -1 where unknown: such tiles count in the mean alone
-    x_test, # (M,D) features of the tiles to classify
-    n_classes: int | None = None, # number of classes C; by default the highest training label + 1
-    temperature: float = .1, # of the similarities
-) -> np.ndarray: # (M,C) probabilities, float32; 0 for a class without example
+    x_train,  # (N,D) features of the training tiles
+    y_train,  # (N,) their classes; -1 where unknown: such tiles count in the mean alone
+    x_test,  # (M,D) features of the tiles to classify
+    n_classes: int | None = None,  # number of classes C; by default the highest training label + 1
+    temperature: float = 0.1,  # of the similarities
+) -> np.ndarray:  # (M,C) probabilities, float32; 0 for a class without example
     "Classify by the nearest class mean. Raises `BadInput` for unusable features or labels, and where no tile has a label."
     n_classes = n_classes or int(np.max(y_train)) + 1
     x_train = _features(x_train, "training features")
     x_test = _features(x_test, "test features", x_train.shape[1])
     known = np.asarray(y_train) >= 0
-    if not known.any(): raise BadInput("training labels", "no tile has a label", "Give at least one example of two classes.")
+    if not known.any():
+        raise BadInput("training labels", "no tile has a label", "Give at least one example of two classes.")
     y = _classes(np.asarray(y_train)[known], n_classes, int(known.sum()), "training labels")
     mean = torch.from_numpy(x_train).mean(0)
     z, t = (F.normalize(torch.from_numpy(x) - mean, dim=1) for x in (x_train[known], x_test))
     sums = torch.zeros(n_classes, z.shape[1]).index_add_(0, torch.from_numpy(y), z)
-    scores = t @ F.normalize(sums, dim=1).T/temperature
+    scores = t @ F.normalize(sums, dim=1).T / temperature
     scores[:, np.bincount(y, minlength=n_classes) == 0] = -torch.inf
     return scores.softmax(1).numpy()
 
 # %% ../../nbs/07_probe/05_prototypes.ipynb #cell-009
 def draw_examples(
-    y, # (N,) classes
-    cases, # (N,) case of every tile
-    shots: int, # examples of each class; all there are where there are fewer
-    seed: int = 0, # of the draw
-) -> np.ndarray: # rows of the examples, sorted
+    y,  # (N,) classes
+    cases,  # (N,) case of every tile
+    shots: int,  # examples of each class; all there are where there are fewer
+    seed: int = 0,  # of the draw
+) -> np.ndarray:  # rows of the examples, sorted
     "Draw examples of each class from as many cases as possible."
-    if shots < 1: raise BadInput("shots", f"{shots} examples", "At least one is needed.")
+    if shots < 1:
+        raise BadInput("shots", f"{shots} examples", "At least one is needed.")
     order = np.random.default_rng(seed).permutation(len(y))
     table = pd.DataFrame({"row": order, "y": np.asarray(y)[order], "case": np.asarray(cases)[order]})
     table = table[table.y >= 0]
     table["nth"] = table.groupby(["y", "case"]).cumcount()  # first tile of its case, second ...
     return np.sort(table.sort_values("nth", kind="stable").groupby("y").head(shots)["row"].to_numpy())
 
+
 def few_shot(
-    x_train, # (N,D) features of the training tiles
-    y_train, # (N,) their classes
-    cases, # (N,) their cases
-    x_test, # (M,D) features of the tiles to classify
-    shots=(1, 5, 25), # examples of each class
-    draws: int = 20, # sets of examples
-    seed: int = 0, # of the first draw
-    n_classes: int | None = None, # number of classes C
-) -> dict: # shots -> (draws, M) called classes
+    x_train,  # (N,D) features of the training tiles
+    y_train,  # (N,) their classes
+    cases,  # (N,) their cases
+    x_test,  # (M,D) features of the tiles to classify
+    shots=(1, 5, 25),  # examples of each class
+    draws: int = 20,  # sets of examples
+    seed: int = 0,  # of the first draw
+    n_classes: int | None = None,  # number of classes C
+) -> dict:  # shots -> (draws, M) called classes
     "Calls of prototypes from a few examples, for several numbers of them."
-    n_classes, y_train = n_classes or int(np.max(y_train)) + 1, np.asarray(y_train)
+    n_classes = n_classes or int(np.max(y_train)) + 1
+    y_train = np.asarray(y_train)
+
     def calls(n, draw):
         rows = draw_examples(y_train, cases, n, seed + draw)
         labels = np.full(len(y_train), -1)
         labels[rows] = y_train[rows]
         return prototypes(x_train, labels, x_test, n_classes).argmax(1)
+
     return {n: np.stack([calls(n, draw) for draw in range(draws)]) for n in shots}

@@ -28,110 +28,142 @@ from ..models.weights import SUFFIXES, build_filled, find_network, flat, read_st
 from ..models.xcit import XCIT, rename_official
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-008
-_VIT_NAMES = [(re.compile(rf"(^|(?<=[./])){pattern}" if word else pattern), new) for word, pattern, new in (
-    (True, r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (True, r"embeddings\.position_embeddings", "pos_embed"),
-    (True, r"(embeddings\.)?register_tokens", "reg_token"),
-    (True, r"embeddings\.", ""),
-    (True, r"encoder\.layer\.", "blocks."),
-    (True, r"blocks\.\d+\.(?=\d+\.)", "blocks."), # of FSDP, in chunks
-    (False, r"\.attention\.output\.dense\.", ".attn.proj."),
-    (False, r"\.attention\.attention\.", ".attn."),
-    (False, r"\.output\.dense\.", ".mlp.fc2."),
-    (False, r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (False, r"\.layernorm_before\.", ".norm1."),
-    (False, r"\.layernorm_after\.", ".norm2."),
-    (False, r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
-    (False, r"\.mlp\.(weights_in|w12)\.", ".mlp.fc1."),
-    (False, r"\.mlp\.(weights_out|w3)\.", ".mlp.fc2."),
-    (True, r"layernorm\.", "norm."),
-)]
+_VIT_NAMES = [
+    (re.compile(rf"(^|(?<=[./])){pattern}" if word else pattern), new)
+    for word, pattern, new in (
+        (True, r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+        (True, r"embeddings\.position_embeddings", "pos_embed"),
+        (True, r"(embeddings\.)?register_tokens", "reg_token"),
+        (True, r"embeddings\.", ""),
+        (True, r"encoder\.layer\.", "blocks."),
+        (True, r"blocks\.\d+\.(?=\d+\.)", "blocks."),  # of FSDP, in chunks
+        (False, r"\.attention\.output\.dense\.", ".attn.proj."),
+        (False, r"\.attention\.attention\.", ".attn."),
+        (False, r"\.output\.dense\.", ".mlp.fc2."),
+        (False, r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (False, r"\.layernorm_before\.", ".norm1."),
+        (False, r"\.layernorm_after\.", ".norm2."),
+        (False, r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
+        (False, r"\.mlp\.(weights_in|w12)\.", ".mlp.fc1."),
+        (False, r"\.mlp\.(weights_out|w3)\.", ".mlp.fc2."),
+        (True, r"layernorm\.", "norm."),
+    )
+]
 
+# %% ../../nbs/07_probe/01_published.ipynb #cell-008-2
 def vit_names(
-    state: dict, # name -> tensor, from `weights.flat`; of `transformers` or of DINOv2's own code
-) -> dict: # likewise by `timm`'s names, in any wrapper as they were
+    state: dict,  # name -> tensor, from `weights.flat`; of `transformers` or of DINOv2's own code
+) -> dict:  # likewise by `timm`'s names, in any wrapper as they were
     "Give the weights of a ViT the names of `timm`."
-    found, apart = {}, {}
+    found = {}
+    apart = {}
     for name, value in state.items():
-        for pattern, new in _VIT_NAMES: name = pattern.sub(new, name)
+        for pattern, new in _VIT_NAMES:
+            name = pattern.sub(new, name)
         qkv = re.fullmatch(r"(.*\.attn\.)(query|key|value)\.(weight|bias)", name)
-        if qkv: apart.setdefault(f"{qkv[1]}qkv.{qkv[3]}", {})[qkv[2]] = value
-        else: found[name] = value
+        if qkv:
+            apart.setdefault(f"{qkv[1]}qkv.{qkv[3]}", {})[qkv[2]] = value
+        else:
+            found[name] = value
     for name, parts in apart.items():
         parts = [parts[k] for k in ("query", "key", "value") if k in parts]
-        if len({t.shape[1:] for t in parts}) == 1 and parts[0].ndim: found[name] = torch.cat(parts)
+        if len({t.shape[1:] for t in parts}) == 1 and parts[0].ndim:
+            found[name] = torch.cat(parts)
     return found
+
 
 def _patches(model, state):
     "How many patches the position codes of a file are for, where they are for a square of them; else None."
     codes = state.get("pos_embed")
-    if codes is None or codes.ndim != 3: return None
+    if codes is None or codes.ndim != 3:
+        return None
     n = codes.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
-    return n if n > 0 and math.isqrt(n)**2 == n else None
+    return n if n > 0 and math.isqrt(n) ** 2 == n else None
+
 
 def _vit(name, state, **kwargs):
     "A ViT without weights, for the square of patches that the position codes of a file are for."
-    with torch.device("meta"): model = backbone(name, **kwargs)
+    with torch.device("meta"):
+        model = backbone(name, **kwargs)
     patches = _patches(model, state)
-    if patches: kwargs["img_size"] = model.patch_embed.patch_size[0]*math.isqrt(patches)
+    if patches:
+        kwargs["img_size"] = model.patch_embed.patch_size[0] * math.isqrt(patches)
     return backbone(name, **kwargs)
 
+# %% ../../nbs/07_probe/01_published.ipynb #cell-008-3
 def _merge_class_position(model, state):
     "Add the class token's position code to the token where the model keeps none."
-    if not getattr(model, "no_embed_class", False) or not {"pos_embed", "cls_token"} <= state.keys(): return state
-    codes, token = state["pos_embed"], state["cls_token"]
+    if not getattr(model, "no_embed_class", False) or not {"pos_embed", "cls_token"} <= state.keys():
+        return state
+    codes = state["pos_embed"]
+    token = state["cls_token"]
     rest = codes.shape[1] - 1 if codes.ndim == token.ndim == 3 else 0
-    if rest < 1 or math.isqrt(rest)**2 != rest or codes.shape[2] != token.shape[2]: return state
+    if rest < 1 or math.isqrt(rest) ** 2 != rest or codes.shape[2] != token.shape[2]:
+        return state
     return state | {"cls_token": token + codes[:, :1], "pos_embed": codes[:, 1:]}
+
 
 def _hibou(size, state):
     "A Hibou without weights."
     dim, name = {"b": (768, "vit_base_patch14_reg4_dinov2"), "l": (1024, "vit_large_patch14_reg4_dinov2")}[size]
-    hidden = (dim*8//3 + 7)//8*8
-    return _vit(name, state, img_size=224, mlp_layer=SwiGLUPacked, mlp_ratio=2*hidden/dim, act_layer=nn.SiLU)
+    hidden = (dim * 8 // 3 + 7) // 8 * 8
+    return _vit(name, state, img_size=224, mlp_layer=SwiGLUPacked, mlp_ratio=2 * hidden / dim, act_layer=nn.SiLU)
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-table
 @dataclasses.dataclass(frozen=True)
 class Published:
     "How to rebuild a published encoder around its file of weights."
-    build: Callable # of the weights, by `timm`'s names: the backbone without weights
-    names: Callable # of the tensors of a file by name: the same by `timm`'s names
-    source: str # where the file is to be had, and its licence
-    mean: tuple = () # of the channels, in 0..1; empty: to be given
+
+    build: Callable  # of the weights, by `timm`'s names: the backbone without weights
+    names: Callable  # of the tensors of a file by name: the same by `timm`'s names
+    source: str  # where the file is to be had, and its licence
+    mean: tuple = ()  # of the channels, in 0..1; empty: to be given
     std: tuple = ()
-    mpp: float | None = None # um/px of its training tiles
-    pool: str = "class" # its authors' feature, as in `backbones.POOLS`
-    hub: str = "" # `repository:file`, or an address: where it can be fetched when asked
+    mpp: float | None = None  # um/px of its training tiles
+    pool: str = "class"  # its authors' feature, as in `backbones.POOLS`
+    hub: str = ""  # `repository:file`, or an address: where it can be fetched when asked
 
-def _named(name): return lambda state: _vit(name, state) if name in VIT else backbone(name)
 
+def _named(name):
+    return lambda state: _vit(name, state) if name in VIT else backbone(name)
 IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 _BONY = "huggingface.co/HPAI-BSC/Bony (CC BY-NC-SA 4.0)"
 _HISTOENCODER = "github.com/jopo666/HistoEncoder (Pohjonen et al. 2024)"
 _HISTOENCODER_FILE = "https://github.com/jopo666/HistoEncoder/releases/download/v0.0.1-state-dict/prostate_{}.pth"
 _HIBOU = "huggingface.co/histai/hibou-{} (Nechaev et al. 2024, Apache-2.0)"
-_HIBOU_STATS = dict(mean=(.7068, .5755, .7220), std=(.1950, .2316, .1816), mpp=.5)
+_HIBOU_STATS = dict(mean=(0.7068, 0.5755, 0.7220), std=(0.1950, 0.2316, 0.1816), mpp=0.5)
 
+# %% ../../nbs/07_probe/01_published.ipynb #cell-table-2
 ENCODERS = {
-    "bony": Published(_named("xcit_medium_24_p16_224"), rename_official, _BONY, mpp=.48, **IMAGENET),
-    "bonywave": Published(_named("haar2d-approx+xcit_medium_24_p16_224"), rename_official, _BONY, mpp=.48, **IMAGENET),
-    "histoencoder-small": Published(_named("xcit_small_12_p16_224"), rename_official, _HISTOENCODER, mpp=.5,
-                                    hub=_HISTOENCODER_FILE.format("small")),
-    "histoencoder-medium": Published(_named("xcit_medium_24_p16_224"), rename_official, _HISTOENCODER, mpp=.5,
-                                     hub=_HISTOENCODER_FILE.format("medium")),
-    "hibou-b": Published(partial(_hibou, "b"), vit_names, _HIBOU.format("b"), **_HIBOU_STATS,
-                         hub="histai/hibou-b:model.safetensors"),
-    "hibou-l": Published(partial(_hibou, "l"), vit_names, _HIBOU.format("L"), **_HIBOU_STATS,
-                         hub="histai/hibou-L:model.safetensors"),
+    "bony": Published(_named("xcit_medium_24_p16_224"), rename_official, _BONY, mpp=0.48, **IMAGENET),
+    "bonywave": Published(_named("haar2d-approx+xcit_medium_24_p16_224"), rename_official, _BONY, mpp=0.48, **IMAGENET),
+    "histoencoder-small": Published(
+        _named("xcit_small_12_p16_224"), rename_official, _HISTOENCODER, mpp=0.5, hub=_HISTOENCODER_FILE.format("small")
+    ),
+    "histoencoder-medium": Published(
+        _named("xcit_medium_24_p16_224"),
+        rename_official,
+        _HISTOENCODER,
+        mpp=0.5,
+        hub=_HISTOENCODER_FILE.format("medium"),
+    ),
+    "hibou-b": Published(
+        partial(_hibou, "b"), vit_names, _HIBOU.format("b"), **_HIBOU_STATS, hub="histai/hibou-b:model.safetensors"
+    ),
+    "hibou-l": Published(
+        partial(_hibou, "l"), vit_names, _HIBOU.format("L"), **_HIBOU_STATS, hub="histai/hibou-L:model.safetensors"
+    ),
 }
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-012
 def entry(
-    name: str, # of `ENCODERS`, or of an architecture of `timm`
+    name: str,  # of `ENCODERS`, or of an architecture of `timm`
 ) -> Published:
     "What is known of an encoder; an unknown name is a `BadInput` that tells the nearest."
-    if name in ENCODERS: return ENCODERS[name]
-    if not timm.is_model(name): raise BadInput(name, "no such encoder", nearest(name, [*ENCODERS, *timm.list_models()]))
+    if name in ENCODERS:
+        return ENCODERS[name]
+    if not timm.is_model(name):
+        raise BadInput(name, "no such encoder", nearest(name, [*ENCODERS, *timm.list_models()]))
     about = timm.get_pretrained_cfg(name, allow_unregistered=True)
     stats = {"mean": tuple(about.mean), "std": tuple(about.std)} if about else {}
     names = rename_official if name in XCIT else vit_names if name in VIT else dict
@@ -139,37 +171,46 @@ def entry(
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-015
 def find_weights(
-    name: str, # of `ENCODERS`
-    hub: bool = False, # fetch the file where it is not here
-) -> Path: # the file, or a folder with it
+    name: str,  # of `ENCODERS`
+    hub: bool = False,  # fetch the file where it is not here
+) -> Path:  # the file, or a folder with it
     "Where the weights of a published encoder lie on this machine."
     folder = Path(os.environ.get("HISTONB_WEIGHTS", "weights"))
     for suffix in (*SUFFIXES, ""):
-        if (folder/f"{name}{suffix}").exists(): return folder/f"{name}{suffix}"
+        if (folder / f"{name}{suffix}").exists():
+            return folder / f"{name}{suffix}"
     known = entry(name)
     if not known.hub or not hub:
         fetch = ", or pass hub=True to fetch it" if known.hub else ""
-        raise BadInput(folder/f"{name}.safetensors", "there are no weights here", f"Take them from {known.source} and pass the file as checkpoint{fetch}.")
+        raise BadInput(
+            folder / f"{name}.safetensors",
+            "there are no weights here",
+            f"Take them from {known.source} and pass the file as checkpoint{fetch}.",
+        )
     if known.hub.startswith("https://"):
-        path = Path(torch.hub.get_dir())/"checkpoints"/known.hub.rsplit("/", 1)[1]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / known.hub.rsplit("/", 1)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists(): torch.hub.download_url_to_file(known.hub, str(path))
+        if not path.exists():
+            torch.hub.download_url_to_file(known.hub, str(path))
         return path
     from huggingface_hub import hf_hub_download
+
     return Path(hf_hub_download(*known.hub.split(":")))
 
+# %% ../../nbs/07_probe/01_published.ipynb #cell-015-2
 def load_published(
-    name: str, # of `ENCODERS`, or of an architecture of `timm`
-    path=None, # file of weights, or folder with one; None: `find_weights`
-    strict: bool = True, # refuse a file that does not fit in every tensor
-    hub: bool = False, # fetch the file where it is not here
-    positions: str = "timm", # of `vit.POSITIONS`: how a ViT resizes its position codes
-) -> tuple[nn.Module, nn.Module | None, dict]: # backbone; DINO head, if any; report of `fill`, and what was `taken`
+    name: str,  # of `ENCODERS`, or of an architecture of `timm`
+    path=None,  # file of weights, or folder with one; None: `find_weights`
+    strict: bool = True,  # refuse a file that does not fit in every tensor
+    hub: bool = False,  # fetch the file where it is not here
+    positions: str = "timm",  # of `vit.POSITIONS`: how a ViT resizes its position codes
+) -> tuple[nn.Module, nn.Module | None, dict]:  # backbone; DINO head, if any; report of `fill`, and what was `taken`
     "Rebuild a published encoder from its file. A file of another model is a `BadInput` that tells the difference."
     known = entry(name)
     path = Path(path) if path else find_weights(name, hub)
     state = known.names(flat(read_state(path)))
-    with torch.device("meta"): empty = known.build({})
+    with torch.device("meta"):
+        empty = known.build({})
     body, prefix = find_network(state, empty.state_dict(), path)
     body = _merge_class_position(empty, body)
     model, report = build_filled(lambda: known.build(body), body, path, name, strict)
@@ -180,7 +221,7 @@ def load_published(
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-report
 BONY_REPORT = {  # accuracy on PANDA tiles, mean squared error of masks on DeepGleason, of the blurred tile on SICAPv2
-    "bony": {"classes": .812, "masks": 2.934e-6, "reconstruction": .0008},
-    "hibou": {"classes": .831, "masks": 1.455e-6, "reconstruction": .10},
-    "histoencoder": {"classes": .816, "masks": 1.003e-6, "reconstruction": None},
+    "bony": {"classes": 0.812, "masks": 2.934e-6, "reconstruction": 0.0008},
+    "hibou": {"classes": 0.831, "masks": 1.455e-6, "reconstruction": 0.10},
+    "histoencoder": {"classes": 0.816, "masks": 1.003e-6, "reconstruction": None},
 }

@@ -18,66 +18,79 @@ from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
 from ..core.errors import BadInput
-from ..training.augmentation import hed_from_rgb
 from .instances import _disc, _drop, _fill, _label
+from ..training.augmentation import hed_from_rgb
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-005
-LEVELS = np.arange(-300, 1200) # hundredths of optical density
-LEAST = {"nucleus": .25, "gland": .1} # optical density that a threshold has at least: a picture may have none of them
+LEVELS = np.arange(-300, 1200)  # hundredths of optical density
+LEAST = {
+    "nucleus": 0.25,
+    "gland": 0.1,
+}  # optical density that a threshold has at least: a picture may have none of them
+
 
 def haematoxylin(
-    image: np.ndarray, # (H, W, 3) uint8
-    mpp: float, # um per pixel
-    to: float, # um per pixel of the result
-) -> np.ndarray: # (h, w) float32, optical density
+    image: np.ndarray,  # (H, W, 3) uint8
+    mpp: float,  # um per pixel
+    to: float,  # um per pixel of the result
+) -> np.ndarray:  # (h, w) float32, optical density
     "The stain of nuclei, at a resolution."
-    if not mpp > 0: raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the picture.")
+    if not mpp > 0:
+        raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the picture.")
     stain = np.ascontiguousarray(hed_from_rgb(image)[..., 0])
-    size = [max(round(side*mpp/to), 1) for side in stain.shape[::-1]]
+    size = [max(round(side * mpp / to), 1) for side in stain.shape[::-1]]
     return cv2.resize(stain, size, interpolation=cv2.INTER_AREA if to > mpp else cv2.INTER_LINEAR)
 
+
 def stain_levels(
-    stain: np.ndarray, # of `haematoxylin`, any shape
-) -> np.ndarray: # number of pixels at each of `LEVELS`
+    stain: np.ndarray,  # of `haematoxylin`, any shape
+) -> np.ndarray:  # number of pixels at each of `LEVELS`
     "The histogram of a stain, to a hundredth. Those of several pictures can be added."
-    levels = np.clip(np.rint(100*stain.ravel()).astype(np.int32), LEVELS[0], LEVELS[-1])
+    levels = np.clip(np.rint(100 * stain.ravel()).astype(np.int32), LEVELS[0], LEVELS[-1])
     return np.bincount(levels - LEVELS[0], minlength=len(LEVELS))
 
+
 def otsu(
-    counts: np.ndarray, # of `stain_levels`
-    least: float, # optical density
-) -> float: # optical density
+    counts: np.ndarray,  # of `stain_levels`
+    least: float,  # optical density
+) -> float:  # optical density
     "Otsu's threshold (1979) to a hundredth, but at least this much."
     there = np.flatnonzero(counts)
-    if len(there) < 2: return max(LEVELS[there[0]]/100, least) if len(there) else least
+    if len(there) < 2:
+        return max(LEVELS[there[0]] / 100, least) if len(there) else least
     within = slice(there[0], there[-1] + 1)
-    return max(float(threshold_otsu(hist=(counts[within], LEVELS[within])))/100, least)
+    return max(float(threshold_otsu(hist=(counts[within], LEVELS[within]))) / 100, least)
 
+# %% ../../nbs/10_segment/07_baselines.ipynb #cell-005-2
 def _back(ids, shape):
     "Instances at the size of the picture."
     return _drop(cv2.resize(ids, shape[1::-1], interpolation=cv2.INTER_NEAREST), 1)
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-008
-HOLE = 400 # pixels of 0.5 um: what nuclei enclose beyond 100 um2 is no hole of a nucleus
+HOLE = 400  # pixels of 0.5 um: what nuclei enclose beyond 100 um2 is no hole of a nucleus
+
 
 def nuclear_stain(
-    image: np.ndarray, # (H, W, 3) uint8
-    mpp: float = .5, # um per pixel
-) -> np.ndarray: # (h, w) float32, optical density at 0.5 um/px
+    image: np.ndarray,  # (H, W, 3) uint8
+    mpp: float = 0.5,  # um per pixel
+) -> np.ndarray:  # (h, w) float32, optical density at 0.5 um/px
     "Haematoxylin, smoothed as `stain_nuclei` reads it."
-    return cv2.GaussianBlur(haematoxylin(image, mpp, .5), (0, 0), .7)
+    return cv2.GaussianBlur(haematoxylin(image, mpp, 0.5), (0, 0), 0.7)
+
 
 def stain_nuclei(
-    image: np.ndarray, # (H, W, 3) uint8
-    mpp: float = .5, # um per pixel
-    threshold: float | None = None, # optical density; None: Otsu's of this picture
-) -> np.ndarray: # (H, W) int32, 0: none
+    image: np.ndarray,  # (H, W, 3) uint8
+    mpp: float = 0.5,  # um per pixel
+    threshold: float | None = None,  # optical density; None: Otsu's of this picture
+) -> np.ndarray:  # (H, W) int32, 0: none
     "Nuclei as what is darker than its surroundings, cut where it is narrow."
     stain = nuclear_stain(image, mpp)
     around = cv2.GaussianBlur(stain, (0, 0), 12)
-    if threshold is None: threshold = otsu(stain_levels(stain), LEAST["nucleus"])
-    mask = _fill_small(_label(stain > np.maximum(threshold, around + .03), 20, connectivity=8), HOLE) > 0
+    if threshold is None:
+        threshold = otsu(stain_levels(stain), LEAST["nucleus"])
+    mask = _fill_small(_label(stain > np.maximum(threshold, around + 0.03), 20, connectivity=8), HOLE) > 0
     return _back(_drop(_cut(mask, 3), 20), image.shape)
+
 
 def _fill_small(ids, most):
     "Holes of at most so many pixels become part of the object around them."
@@ -86,6 +99,7 @@ def _fill_small(ids, most):
     small = np.bincount(hole.ravel(), minlength=n) <= most
     return np.where(small[hole] | (filled == ids), filled, ids)
 
+# %% ../../nbs/10_segment/07_baselines.ipynb #cell-008-2
 def _cut(mask, apart):
     "Cut a mask where it is narrow: a watershed from the peaks of the distance to its edge, so many pixels apart."
     depth = cv2.GaussianBlur(cv2.distanceTransform(np.uint8(mask), cv2.DIST_L2, 5), (0, 0), 1)
@@ -96,64 +110,82 @@ def _cut(mask, apart):
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-018
 def threshold_glands(
-    image: np.ndarray, # (H, W, 3) uint8
-    mpp: float = .5, # um per pixel
-) -> np.ndarray: # (H, W) int32, 0: none
+    image: np.ndarray,  # (H, W, 3) uint8
+    mpp: float = 0.5,  # um per pixel
+) -> np.ndarray:  # (H, W) int32, 0: none
     "Glands as dark pieces with their holes."
     stain = cv2.GaussianBlur(haematoxylin(image, mpp, 2), (0, 0), 1)
     mask = _fill(_label(stain > otsu(stain_levels(stain), LEAST["gland"]), 1, connectivity=8)) > 0
     return _back(_drop(_cut(mask, 20), 200), image.shape)
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-010
-WIDEST = 250_000 # pixels of 2 um: what is pale over more than 1 mm2 is no inside of a gland
+WIDEST = 250_000  # pixels of 2 um: what is pale over more than 1 mm2 is no inside of a gland
+
 
 def stain_glands(
-    image: np.ndarray, # (H, W, 3) uint8
-    mpp: float = .5, # um per pixel
-) -> np.ndarray: # (H, W) int32, 0: none
+    image: np.ndarray,  # (H, W, 3) uint8
+    mpp: float = 0.5,  # um per pixel
+) -> np.ndarray:  # (H, W) int32, 0: none
     "Glands as what rows of nuclei enclose."
     return _back(glands_on_map(haematoxylin(image, mpp, 2)), image.shape)
 
+
 def glands_on_map(
-    stain: np.ndarray, # (h, w) float32, `haematoxylin` at 2 um/px
-    counted: np.ndarray | None = None, # (h, w) bool, pixels that set the threshold; None: all
-) -> np.ndarray: # (h, w) int32, 0: none
+    stain: np.ndarray,  # (h, w) float32, `haematoxylin` at 2 um/px
+    counted: np.ndarray | None = None,  # (h, w) bool, pixels that set the threshold; None: all
+) -> np.ndarray:  # (h, w) int32, 0: none
     "Glands of a picture, or of a whole slide, at 2 um/px."
     stain = cv2.GaussianBlur(stain, (0, 0), 1.25)
     dark = stain > otsu(stain_levels(stain if counted is None else stain[counted]), LEAST["gland"])
-    pale = cv2.connectedComponents(cv2.morphologyEx(np.uint8(~dark), cv2.MORPH_OPEN, _disc(5), borderType=cv2.BORDER_REPLICATE), connectivity=4)[1]
+    pale = cv2.connectedComponents(
+        cv2.morphologyEx(np.uint8(~dark), cv2.MORPH_OPEN, _disc(5), borderType=cv2.BORDER_REPLICATE), connectivity=4
+    )[1]
     inside = np.zeros(pale.max() + 1, np.int32)
     for part in regionprops(pale):
-        sized = 80 <= part.area <= min(.5*pale.size, WIDEST)
-        if sized and part.solidity > .65 and _rim(pale, part, dark) > .65: inside[part.label] = part.label
+        sized = 80 <= part.area <= min(0.5 * pale.size, WIDEST)
+        if sized and part.solidity > 0.65 and _rim(pale, part, dark) > 0.65:
+            inside[part.label] = part.label
     seeds = inside[pale]
     far = distance_transform_edt(seeds == 0)
     ids = watershed(far, seeds, mask=(far == 0) | (far <= 8) & (cv2.dilate(np.uint8(dark), _disc(1)) > 0))
     smooth = cv2.morphologyEx(np.uint8(ids > 0), cv2.MORPH_OPEN, _disc(2), borderType=cv2.BORDER_REPLICATE)
-    return _fill(_drop(ids*np.int32(smooth), 200))
+    return _fill(_drop(ids * np.int32(smooth), 200))
 
+# %% ../../nbs/10_segment/07_baselines.ipynb #cell-010-2
 def _rim(ids, part, dark, width=2):
     "Share of dark pixels between 1 and `width` pixels outside of a part."
     y0, x0, y1, x1 = part.bbox
-    box = np.s_[max(y0 - width, 0):y1 + width, max(x0 - width, 0):x1 + width]
+    box = np.s_[max(y0 - width, 0) : y1 + width, max(x0 - width, 0) : x1 + width]
     mask = np.uint8(ids[box] == part.label)
     rim = cv2.dilate(mask, _disc(width)) > cv2.dilate(mask, _disc(1))
-    return dark[box][rim].mean() if rim.any() else 0.
-
-BASELINES = {"gland": stain_glands, "nucleus": stain_nuclei} # the better one of each task
+    return dark[box][rim].mean() if rim.any() else 0.0
+BASELINES = {"gland": stain_glands, "nucleus": stain_nuclei}  # the better one of each task
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-020
-UNTRAINED = {"threshold and watershed": {"gland": threshold_glands, "nucleus": stain_nuclei}, "stain and shape": {"gland": stain_glands}} # name in tables -> task -> recipe
-SET_ON = {"GlaS": tuple(f"patient {i}" for i in (2, 3, 5, 10, 13)), "consep_patches": tuple(f"train_{i}" for i in range(1, 28, 2))} # set -> cases that set numbers
+UNTRAINED = {
+    "threshold and watershed": {"gland": threshold_glands, "nucleus": stain_nuclei},
+    "stain and shape": {"gland": stain_glands},
+}  # name in tables -> task -> recipe
+SET_ON = {
+    "GlaS": tuple(f"patient {i}" for i in (2, 3, 5, 10, 13)),
+    "consep_patches": tuple(f"train_{i}" for i in range(1, 28, 2)),
+}  # set -> cases that set numbers
+
 
 def untrained_annotators(
-    mpp: float = .5, # um per pixel
-) -> dict: # name -> function of an image (h, w, 3) uint8 and names of tasks, giving the instances of those it knows
+    mpp: float = 0.5,  # um per pixel
+) -> dict:  # name -> function of an image (h, w, 3) uint8 and names of tasks, giving the instances of those it knows
     "The recipes as functions of a picture, as a network's `scoring.annotator` is one."
-    return {who: lambda image, names, recipes=recipes: {n: recipes[n](image, mpp) for n in names if n in recipes} for who, recipes in UNTRAINED.items()}
+    return {
+        who: lambda image, names, recipes=recipes: {n: recipes[n](image, mpp) for n in names if n in recipes}
+        for who, recipes in UNTRAINED.items()
+    }
+
 
 def set_numbers(
-    scores: pd.DataFrame, # of `scoring.write_scores`: set, case
-) -> np.ndarray: # (rows,) whether the case set numbers of a recipe
+    scores: pd.DataFrame,  # of `scoring.write_scores`: set, case
+) -> np.ndarray:  # (rows,) whether the case set numbers of a recipe
     "The rows on which the recipes are too good."
-    return np.array([case in SET_ON.get(name, ()) for name, case in zip(scores["set"], scores["case"], strict=True)], bool)
+    return np.array(
+        [case in SET_ON.get(name, ()) for name, case in zip(scores["set"], scores["case"], strict=True)], bool
+    )

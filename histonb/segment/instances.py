@@ -18,13 +18,15 @@ from ..metrics.objects import check_ids
 # %% ../../nbs/10_segment/06_instances.ipynb #cell-007
 def _disc(radius):
     "The ellipse of OpenCV that reaches so many pixels."
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*radius + 1,)*2)
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)
+
 
 def _drop(ids, smallest):
     "Objects of at least so many pixels, numbered without gaps."
     keep = np.bincount(ids.ravel()) >= max(smallest, 1)
     keep[0] = False
-    return (np.cumsum(keep, dtype=np.int32)*keep)[ids]
+    return (np.cumsum(keep, dtype=np.int32) * keep)[ids]
+
 
 def _label(mask, smallest, connectivity=4):
     "The connected parts of a mask, of at least so many pixels; with a connectivity of 8 across corners too."
@@ -35,16 +37,19 @@ def _owners(parts, ids, n):
     "(n,) the object that meets each part, given what both say of the same places; 0: none, -1: several."
     meet = (parts > 0) & (ids > 0)
     pairs = np.unique(parts[meet].astype(np.int64) << 32 | ids[meet])
-    part, owner = pairs >> 32, np.zeros(n, np.int32)
-    owner[part] = pairs & 0xffffffff
+    part = pairs >> 32
+    owner = np.zeros(n, np.int32)
+    owner[part] = pairs & 0xFFFFFFFF
     owner[np.bincount(part, minlength=n) > 1] = -1
     return owner
+
 
 def _fill(ids):
     "Holes become part of the object around them; what two objects or the border of the picture enclose is no hole."
     n, part = cv2.connectedComponents(np.uint8(ids == 0), connectivity=4)
     inside = np.arange(n, dtype=np.int32)
-    for edge in (part[0], part[-1], part[:, 0], part[:, -1]): inside[edge] = 0
+    for edge in (part[0], part[-1], part[:, 0], part[:, -1]):
+        inside[edge] = 0
     hole = inside[part]
     beside = (hole[:-1], ids[1:]), (hole[1:], ids[:-1]), (hole[:, :-1], ids[:, 1:]), (hole[:, 1:], ids[:, :-1])
     owner = _owners(*(np.concatenate([pair[i].ravel() for pair in beside]) for i in (0, 1)), n)
@@ -53,10 +58,12 @@ def _fill(ids):
 # %% ../../nbs/10_segment/06_instances.ipynb #cell-013
 def _grow(ids, radius):
     "Each object grows by so many pixels, but not over others; where two arrive in the same step the smaller number wins."
-    last = np.float32(2**24)  # the largest number that float32 counts to; dilation keeps the largest value, so numbers run backwards
+    last = np.float32(
+        2**24
+    )  # the largest number that float32 counts to; dilation keeps the largest value, so numbers run backwards
     back = np.where(ids > 0, last - ids, 0).astype(np.float32)
     for step in range(radius):  # plus and square in turn: an octagon, which holds the ellipse
-        back = np.where(back > 0, back, cv2.dilate(back, _disc(1) if step%2 == 0 else np.ones((3, 3), np.uint8)))
+        back = np.where(back > 0, back, cv2.dilate(back, _disc(1) if step % 2 == 0 else np.ones((3, 3), np.uint8)))
     reach = cv2.dilate(np.uint8(ids > 0), _disc(radius))
     return np.where((back > 0) & (reach > 0), last - back, 0).astype(np.int32)
 
@@ -71,93 +78,123 @@ def _flood(score, markers, mask):
     found = watershed(_ranks(score, markers, contested), np.where(contested, markers, 0), mask=contested)
     return np.where(contested, found, np.where(owner < 0, markers, np.maximum(owner, 0)))
 
+
 def _ranks(score, markers, mask):
     "The order in which pixels of the mask are flooded, without ties."
     far = cv2.distanceTransform(np.uint8(markers == 0), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     far = np.rint(np.square(far))  # whole numbers
     y, x = np.nonzero(mask)
-    order, ranks = np.lexsort((far[y, x], -score[y, x])), np.zeros(mask.shape, np.int32)
+    order = np.lexsort((far[y, x], -score[y, x]))
+    ranks = np.zeros(mask.shape, np.int32)
     ranks[y[order], x[order]] = np.arange(len(order))
     return ranks
 
 # %% ../../nbs/10_segment/06_instances.ipynb #cell-021
 def glands(
-    probs: np.ndarray, # (3, H, W) in 0..1: background, inner, contour
-    mpp: float = .5, # um per pixel of these
-) -> np.ndarray: # (H, W) int32, 0: none
+    probs: np.ndarray,  # (3, H, W) in 0..1: background, inner, contour
+    mpp: float = 0.5,  # um per pixel of these
+) -> np.ndarray:  # (H, W) int32, 0: none
     "Each gland with its lumen."
     probs, ds = _check(probs, mpp)
-    return _fill(_grow(_label(probs[1] > .55, 1000*ds**2), round(5*ds)))
+    return _fill(_grow(_label(probs[1] > 0.55, 1000 * ds**2), round(5 * ds)))
+
 
 def lumens(
-    probs: np.ndarray, # (3, H, W) in 0..1: background, inner, contour
-    mpp: float = .5, # um per pixel of these
-    within: np.ndarray | None = None, # (H, W) glands, ids or mask: lumens that lie mostly outside are left out
-) -> np.ndarray: # (H, W) int32, 0: none
+    probs: np.ndarray,  # (3, H, W) in 0..1: background, inner, contour
+    mpp: float = 0.5,  # um per pixel of these
+    within: np.ndarray | None = None,  # (H, W) glands, ids or mask: lumens that lie mostly outside are left out
+) -> np.ndarray:  # (H, W) int32, 0: none
     "Each lumen."
     probs, ds = _check(probs, mpp)
-    ids = _fill(_drop(_grow(_label(probs[1] > .5, 1), round(ds)), 150*ds**2))
-    if within is None: return ids
-    if np.shape(within) != ids.shape: raise BadInput("within", f"a map of {np.shape(within)} for probabilities of {ids.shape}", "Give the glands of the same picture.")
-    outside = np.bincount(ids.ravel(), np.ravel(np.asarray(within) == 0)) > .5*np.bincount(ids.ravel())
+    ids = _fill(_drop(_grow(_label(probs[1] > 0.5, 1), round(ds)), 150 * ds**2))
+    if within is None:
+        return ids
+    if np.shape(within) != ids.shape:
+        raise BadInput(
+            "within",
+            f"a map of {np.shape(within)} for probabilities of {ids.shape}",
+            "Give the glands of the same picture.",
+        )
+    outside = np.bincount(ids.ravel(), np.ravel(np.asarray(within) == 0)) > 0.5 * np.bincount(ids.ravel())
     return _drop(np.where(outside[ids], 0, ids), 1)
 
+
 def nuclei(
-    probs: np.ndarray, # (3, H, W) in 0..1: background, inner, contour
-    mpp: float = .5, # um per pixel of these
-) -> np.ndarray: # (H, W) int32, 0: none
+    probs: np.ndarray,  # (3, H, W) in 0..1: background, inner, contour
+    mpp: float = 0.5,  # um per pixel of these
+) -> np.ndarray:  # (H, W) int32, 0: none
     "Each nucleus, also where they touch."
     probs, ds = _check(probs, mpp)
-    mask = cv2.erode(np.uint8(probs[1] + probs[2] > .5), _disc(round(ds)))
-    markers = _fill(_label(probs[1] > .5, 4*ds**2))
-    return _fill(_drop(_flood(probs[1], markers, _label(mask, 8*ds**2) > 0), 1))
+    mask = cv2.erode(np.uint8(probs[1] + probs[2] > 0.5), _disc(round(ds)))
+    markers = _fill(_label(probs[1] > 0.5, 4 * ds**2))
+    return _fill(_drop(_flood(probs[1], markers, _label(mask, 8 * ds**2) > 0), 1))
 
+# %% ../../nbs/10_segment/06_instances.ipynb #cell-021-2
 def _check(probs, mpp):
     "Probabilities as float32, and pixels for each of those at 0.5 um/px."
     p = np.asarray(probs)
     if p.ndim != 3 or len(p) != 3 or not p.size or p.dtype.kind != "f":
-        raise BadInput("probabilities", f"{p.dtype} of shape {p.shape}", "Give floats of shape (3, H, W): background, inner, contour.")
-    if not (p.min() >= -1e-3 and p.max() <= 1 + 1e-3): raise BadInput("probabilities", f"values from {p.min():.3g} to {p.max():.3g}", "Give probabilities: softmax of the scores.")
-    if not mpp > 0: raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the probabilities.")
-    return np.float32(p), .5/mpp
-
+        raise BadInput(
+            "probabilities",
+            f"{p.dtype} of shape {p.shape}",
+            "Give floats of shape (3, H, W): background, inner, contour.",
+        )
+    if not (p.min() >= -1e-3 and p.max() <= 1 + 1e-3):
+        raise BadInput(
+            "probabilities", f"values from {p.min():.3g} to {p.max():.3g}", "Give probabilities: softmax of the scores."
+        )
+    if not mpp > 0:
+        raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the probabilities.")
+    return np.float32(p), 0.5 / mpp
 SEPARATORS = {"gland": glands, "lumen": lumens, "nucleus": nuclei}
 
+
 def separate(
-    probs: np.ndarray, # (3, H, W) in 0..1: background, inner, contour
-    task: str, # a name of `SEPARATORS`
-    mpp: float = .5, # um per pixel of these
-    within: np.ndarray | None = None, # (H, W) glands, for lumens only
-) -> np.ndarray: # (H, W) int32, 0: none, else 1, 2, ... without gaps
+    probs: np.ndarray,  # (3, H, W) in 0..1: background, inner, contour
+    task: str,  # a name of `SEPARATORS`
+    mpp: float = 0.5,  # um per pixel of these
+    within: np.ndarray | None = None,  # (H, W) glands, for lumens only
+) -> np.ndarray:  # (H, W) int32, 0: none, else 1, 2, ... without gaps
     "Objects of one kind from the probabilities of its regions."
-    if task not in SEPARATORS: raise BadInput(task, "no task that finds objects", nearest(task, SEPARATORS))
-    if within is not None and task != "lumen": raise BadInput("within", f"given for `{task}`", "Only lumens have to lie within glands.")
+    if task not in SEPARATORS:
+        raise BadInput(task, "no task that finds objects", nearest(task, SEPARATORS))
+    if within is not None and task != "lumen":
+        raise BadInput("within", f"given for `{task}`", "Only lumens have to lie within glands.")
     return lumens(probs, mpp, within) if task == "lumen" else SEPARATORS[task](probs, mpp)
 
 # %% ../../nbs/10_segment/06_instances.ipynb #cell-033
 def majority_types(
-    ids: np.ndarray, # (H, W) instances, 0: none
-    type_map: np.ndarray, # (H, W) uint8, type of each pixel; 0: none
-) -> np.ndarray: # (n+1,) uint8, type of each id up to the largest; 0: none
+    ids: np.ndarray,  # (H, W) instances, 0: none
+    type_map: np.ndarray,  # (H, W) uint8, type of each pixel; 0: none
+) -> np.ndarray:  # (n+1,) uint8, type of each id up to the largest; 0: none
     "The type that most pixels of an object have, of those that have one; the smaller number where two are even."
-    ids, types = check_ids(ids), check_ids(type_map, "type_map")
-    if ids.shape != types.shape: raise BadInput("type_map", f"{types.shape} for instances of {ids.shape}", "Give both of the same picture.")
-    if types.max() > 255: raise BadInput("type_map", f"a type {types.max()}", "Types are 0 to 255.")
-    n, n_types = int(ids.max()) + 1, max(int(types.max()) + 1, 2)
+    ids = check_ids(ids)
+    types = check_ids(type_map, "type_map")
+    if ids.shape != types.shape:
+        raise BadInput("type_map", f"{types.shape} for instances of {ids.shape}", "Give both of the same picture.")
+    if types.max() > 255:
+        raise BadInput("type_map", f"a type {types.max()}", "Types are 0 to 255.")
+    n = int(ids.max()) + 1
+    n_types = max(int(types.max()) + 1, 2)
     inside = ids > 0
-    votes = np.bincount(ids[inside].astype(np.int64)*n_types + types[inside], minlength=n*n_types).reshape(n, n_types)[:, 1:]
+    votes = np.bincount(ids[inside].astype(np.int64) * n_types + types[inside], minlength=n * n_types).reshape(
+        n, n_types
+    )[:, 1:]
     return np.where(votes.any(1), votes.argmax(1) + 1, 0).astype(np.uint8)
 
 # %% ../../nbs/10_segment/06_instances.ipynb #cell-036
 def object_table(
-    ids: np.ndarray, # (H, W) instances, 0: none
-    probs: np.ndarray | None = None, # (C, H, W) in 0..1: of the types where `types` is given, else of background and others
-    types: np.ndarray | None = None, # (n+1,) type of each id, as `majority_types` gives it
-    mpp: float = .5, # um per pixel of `ids`
-    x0: float = 0, # where the map's left edge is on the slide, in pixels of level 0
-    y0: float = 0, # and its top edge
-    scale: float = 1., # pixels of level 0 for each pixel of the map
-) -> pd.DataFrame: # a row an object: `id`, `x`, `y`, `left`, `top`, `right`, `bottom`, `n`, `area_um2`, `type`, `probability`
+    ids: np.ndarray,  # (H, W) instances, 0: none
+    probs: np.ndarray
+    | None = None,  # (C, H, W) in 0..1: of the types where `types` is given, else of background and others
+    types: np.ndarray | None = None,  # (n+1,) type of each id, as `majority_types` gives it
+    mpp: float = 0.5,  # um per pixel of `ids`
+    x0: float = 0,  # where the map's left edge is on the slide, in pixels of level 0
+    y0: float = 0,  # and its top edge
+    scale: float = 1.0,  # pixels of level 0 for each pixel of the map
+) -> (
+    pd.DataFrame
+):  # a row an object: `id`, `x`, `y`, `left`, `top`, `right`, `bottom`, `n`, `area_um2`, `type`, `probability`
     "What there is to say of each object. Places are in pixels of level 0, measured from corners: the first pixel covers 0 to 1."
     ids = check_ids(ids)
     _check_table(ids, probs, types, mpp)
@@ -165,20 +202,43 @@ def object_table(
     of = ids[y, x]
     n = np.bincount(of, minlength=1)
     here = np.flatnonzero(n)
-    mean = lambda values: np.bincount(of, values, len(n))[here]/n[here]
-    boxes = np.array([(b[1].start, b[0].start, b[1].stop, b[0].stop) for b in find_objects(ids) if b]).reshape(-1, 4)*scale + [x0, y0, x0, y0]
-    table = {"id": here, "x": x0 + scale*(mean(x) + .5), "y": y0 + scale*(mean(y) + .5), **dict(zip(("left", "top", "right", "bottom"), boxes.T, strict=True)),
-             "n": n[here], "area_um2": n[here]*mpp**2}
+    mean = lambda values: np.bincount(of, values, len(n))[here] / n[here]
+    boxes = np.array([(b[1].start, b[0].start, b[1].stop, b[0].stop) for b in find_objects(ids) if b]).reshape(
+        -1, 4
+    ) * scale + [x0, y0, x0, y0]
+    table = {
+        "id": here,
+        "x": x0 + scale * (mean(x) + 0.5),
+        "y": y0 + scale * (mean(y) + 0.5),
+        **dict(zip(("left", "top", "right", "bottom"), boxes.T, strict=True)),
+        "n": n[here],
+        "area_um2": n[here] * mpp**2,
+    }
     table["type"] = np.uint8(0) if types is None else np.asarray(types, np.uint8)[here]
-    if probs is None: table["probability"] = np.nan
-    elif types is None: table["probability"] = mean(1. - probs[0, y, x])
-    else: table["probability"] = mean(probs[np.asarray(types)[of], y, x])
+    if probs is None:
+        table["probability"] = np.nan
+    elif types is None:
+        table["probability"] = mean(1.0 - probs[0, y, x])
+    else:
+        table["probability"] = mean(probs[np.asarray(types)[of], y, x])
     return pd.DataFrame(table)
 
+# %% ../../nbs/10_segment/06_instances.ipynb #cell-036-2
 def _check_table(ids, probs, types, mpp):
     "Whether all is of the same picture."
-    if not mpp > 0: raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the map.")
-    if probs is not None and (np.ndim(probs) != 3 or np.shape(probs)[1:] != ids.shape): raise BadInput("probabilities", f"{np.shape(probs)} for a map of {ids.shape}", "Give (C, H, W) of the same picture.")
-    if types is None: return
-    if np.ndim(types) != 1 or len(types) <= ids.max(): raise BadInput("types", f"{np.shape(types)} for numbers up to {ids.max()}", "Give a type for each number from 0 on.")
-    if probs is not None and np.max(types) >= len(probs): raise BadInput("types", f"a type {np.max(types)} for {len(probs)} probabilities", "Give the probabilities of the types.")
+    if not mpp > 0:
+        raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the map.")
+    if probs is not None and (np.ndim(probs) != 3 or np.shape(probs)[1:] != ids.shape):
+        raise BadInput(
+            "probabilities", f"{np.shape(probs)} for a map of {ids.shape}", "Give (C, H, W) of the same picture."
+        )
+    if types is None:
+        return
+    if np.ndim(types) != 1 or len(types) <= ids.max():
+        raise BadInput(
+            "types", f"{np.shape(types)} for numbers up to {ids.max()}", "Give a type for each number from 0 on."
+        )
+    if probs is not None and np.max(types) >= len(probs):
+        raise BadInput(
+            "types", f"a type {np.max(types)} for {len(probs)} probabilities", "Give the probabilities of the types."
+        )

@@ -14,59 +14,66 @@ from .targets import UNKNOWN
 
 # %% ../../nbs/10_segment/02_losses.ipynb #cell-005
 def instance_loss(
-    scores: torch.Tensor, # (b, 3, h, w)
-    target: torch.Tensor, # (b, h, w) 0 background, 1 inner, 2 contour
-    weight: torch.Tensor, # (b, h, w), 1 and more
-) -> torch.Tensor: # ()
+    scores: torch.Tensor,  # (b, 3, h, w)
+    target: torch.Tensor,  # (b, h, w) 0 background, 1 inner, 2 contour
+    weight: torch.Tensor,  # (b, h, w), 1 and more
+) -> torch.Tensor:  # ()
     "Weighted cross-entropy, mean over pixels."
-    return (F.cross_entropy(scores, target.long(), reduction="none")*weight).mean()
+    return (F.cross_entropy(scores, target.long(), reduction="none") * weight).mean()
 
 # %% ../../nbs/10_segment/02_losses.ipynb #cell-008
 def type_loss(
-    scores: torch.Tensor, # (b, C, h, w)
-    types: torch.Tensor, # (b, h, w): 0 no object, 1..C-1, 255 not annotated
-    class_weights=(), # C - 1 numbers for classes 1, 2, ...; empty: all 1
-) -> torch.Tensor: # ()
+    scores: torch.Tensor,  # (b, C, h, w)
+    types: torch.Tensor,  # (b, h, w): 0 no object, 1..C-1, 255 not annotated
+    class_weights=(),  # C - 1 numbers for classes 1, 2, ...; empty: all 1
+) -> torch.Tensor:  # ()
     "Cross-entropy and Dice where there are objects of known type."
     here = (types > 0) & (types != UNKNOWN)
-    if not here.any(): return 0*scores.sum()
-    z, y = scores.movedim(1, -1)[here], types[here].long()
-    weights = z.new_tensor([0., *(class_weights or [1.]*(scores.shape[1] - 1))])
-    p, is_type = z.softmax(1), F.one_hot(y, scores.shape[1]).to(z.dtype)
-    dice = 2*(p*is_type).sum(0)/(p.sum(0) + is_type.sum(0))
+    if not here.any():
+        return 0 * scores.sum()
+    z = scores.movedim(1, -1)[here]
+    y = types[here].long()
+    weights = z.new_tensor([0.0, *(class_weights or [1.0] * (scores.shape[1] - 1))])
+    p = z.softmax(1)
+    is_type = F.one_hot(y, scores.shape[1]).to(z.dtype)
+    dice = 2 * (p * is_type).sum(0) / (p.sum(0) + is_type.sum(0))
     return F.cross_entropy(z, y, weights) + 1 - dice[is_type.any(0)].mean()
 
 # %% ../../nbs/10_segment/02_losses.ipynb #cell-009b
 def type_loss_over_pixels(
-    scores: torch.Tensor, # (b, C, h, w)
-    types: torch.Tensor, # (b, h, w): 0 no object, 1..C-1, 255 not annotated
-    class_weights=(), # C - 1 numbers for classes 1, 2, ...; empty: all 1
-) -> torch.Tensor: # ()
+    scores: torch.Tensor,  # (b, C, h, w)
+    types: torch.Tensor,  # (b, h, w): 0 no object, 1..C-1, 255 not annotated
+    class_weights=(),  # C - 1 numbers for classes 1, 2, ...; empty: all 1
+) -> torch.Tensor:  # ()
     "Cross-entropy averaged over all pixels, and Dice summed over types: as Cerberus' authors compute it."
     here = (types > 0) & (types != UNKNOWN)
     y = torch.where(here, types, 0).long()
-    weights = scores.new_tensor([0., *(class_weights or [1.]*(scores.shape[1] - 1))])
-    p = scores.softmax(1)*here[:, None]
-    is_type = F.one_hot(y, scores.shape[1]).movedim(-1, 1)*here[:, None]
-    both, size = (p*is_type).sum((0, 2, 3))[1:], (p + is_type).sum((0, 2, 3))[1:]
-    return F.cross_entropy(scores, y, weights, reduction="none").mean() + (1 - (2*both + 1e-3)/(size + 1e-3)).sum()
+    weights = scores.new_tensor([0.0, *(class_weights or [1.0] * (scores.shape[1] - 1))])
+    p = scores.softmax(1) * here[:, None]
+    is_type = F.one_hot(y, scores.shape[1]).movedim(-1, 1) * here[:, None]
+    both = (p * is_type).sum((0, 2, 3))[1:]
+    size = (p + is_type).sum((0, 2, 3))[1:]
+    return F.cross_entropy(scores, y, weights, reduction="none").mean() + (1 - (2 * both + 1e-3) / (size + 1e-3)).sum()
 
-TYPE_LOSSES = {"objects": type_loss, "pixels": type_loss_over_pixels} # what it is averaged over -> loss of types
+
+TYPE_LOSSES = {"objects": type_loss, "pixels": type_loss_over_pixels}  # what it is averaged over -> loss of types
 
 # %% ../../nbs/10_segment/02_losses.ipynb #cell-011
 def patch_loss(
-    scores: torch.Tensor, # (b, C, rows, columns)
-    classes: torch.Tensor, # (b,) int64
-) -> torch.Tensor: # ()
+    scores: torch.Tensor,  # (b, C, rows, columns)
+    classes: torch.Tensor,  # (b,) int64
+) -> torch.Tensor:  # ()
     "Cross-entropy of each square."
     return F.cross_entropy(scores, classes[:, None, None].expand(-1, *scores.shape[2:]))
 
+
 def task_loss(
-    task: Task, # what the scores are of
-    scores: torch.Tensor, # (b, C, h, w)
-    truth, # tensors of `targets.targets_of`, in batches
-    types: str = "objects", # of `TYPE_LOSSES`
-) -> torch.Tensor: # ()
+    task: Task,  # what the scores are of
+    scores: torch.Tensor,  # (b, C, h, w)
+    truth,  # tensors of `targets.targets_of`, in batches
+    types: str = "objects",  # of `TYPE_LOSSES`
+) -> torch.Tensor:  # ()
     "The loss of one task, without its weight among all."
-    if task.kind == "types": return TYPE_LOSSES[types](scores, *truth, task.class_weights)
+    if task.kind == "types":
+        return TYPE_LOSSES[types](scores, *truth, task.class_weights)
     return (instance_loss if task.kind == "instances" else patch_loss)(scores, *truth)

@@ -25,72 +25,106 @@ from .targets import targets_of
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-005
 def draw_matrix(
     rng: np.random.Generator,
-    shape: tuple, # (h, w) of the field
-    crop: int, # side of the crop in pixels
-    zoom: float = 1., # pixels of the field for one of the crop
-) -> np.ndarray: # (2, 3): x, y of the field for x, y of the crop
+    shape: tuple,  # (h, w) of the field
+    crop: int,  # side of the crop in pixels
+    zoom: float = 1.0,  # pixels of the field for one of the crop
+) -> np.ndarray:  # (2, 3): x, y of the field for x, y of the crop
     "A random place, turn, scale, shear and flip."
-    angle, scale = rng.uniform(0, 2*np.pi), zoom/rng.uniform(.9, 1.1)
-    shear, flip = np.tan(np.radians(rng.uniform(-5, 5, 2))), rng.choice([-1, 1], 2)
+    angle = rng.uniform(0, 2 * np.pi)
+    scale = zoom / rng.uniform(0.9, 1.1)
+    shear = np.tan(np.radians(rng.uniform(-5, 5, 2)))
+    flip = rng.choice([-1, 1], 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    a = scale*turn @ np.array([[1, shear[0]], [shear[1], 1]]) @ np.diag(flip)
-    room = np.maximum(np.array(shape[1::-1]) - zoom*crop, 0)/2
-    middle = (np.array(shape[1::-1]) - 1)/2 + rng.uniform(-room, room) + rng.uniform(-.01, .01, 2)*zoom*crop
-    return np.column_stack([a, middle - a @ np.full(2, (crop - 1)/2)])
+    a = scale * turn @ np.array([[1, shear[0]], [shear[1], 1]]) @ np.diag(flip)
+    room = np.maximum(np.array(shape[1::-1]) - zoom * crop, 0) / 2
+    middle = (np.array(shape[1::-1]) - 1) / 2 + rng.uniform(-room, room) + rng.uniform(-0.01, 0.01, 2) * zoom * crop
+    return np.column_stack([a, middle - a @ np.full(2, (crop - 1) / 2)])
+
 
 def warp(
-    field: Field, # to sample from
-    matrix: np.ndarray, # (2, 3) of `draw_matrix`
-    crop: int, # side of the crop in pixels
-) -> tuple[np.ndarray, dict]: # (crop, crop, 3) uint8; the truth by name, cropped alike
+    field: Field,  # to sample from
+    matrix: np.ndarray,  # (2, 3) of `draw_matrix`
+    crop: int,  # side of the crop in pixels
+) -> tuple[np.ndarray, dict]:  # (crop, crop, 3) uint8; the truth by name, cropped alike
     "Crop a picture and its maps."
-    def one(a, how): return cv2.warpAffine(a, matrix, (crop, crop), flags=how | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101)
-    truth = {name: one(a.astype(np.float32), cv2.INTER_NEAREST).astype(a.dtype) if np.ndim(a) == 2 else a for name, a in field.truth.items()}
+
+    def one(a, how):
+        return cv2.warpAffine(
+            a, matrix, (crop, crop), flags=how | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101
+        )
+
+    truth = {
+        name: one(a.astype(np.float32), cv2.INTER_NEAREST).astype(a.dtype) if np.ndim(a) == 2 else a
+        for name, a in field.truth.items()
+    }
     return one(field.image, cv2.INTER_LINEAR), truth
 
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-016
 def end_tissue(
     rng: np.random.Generator,
-    image: np.ndarray, # (side, side, 3) uint8
-    truth: dict, # of `warp`
-) -> tuple[np.ndarray, dict]: # both again, with nothing but glass beyond a line
+    image: np.ndarray,  # (side, side, 3) uint8
+    truth: dict,  # of `warp`
+) -> tuple[np.ndarray, dict]:  # both again, with nothing but glass beyond a line
     "Let the tissue end at a random wavy line."
-    side, (angle, place), light = len(image), rng.uniform((0, -.4), (2*np.pi, .5)), rng.uniform(225, 250) + rng.uniform(-6, 6, 3)
-    x = np.linspace(-.5, .5, side)
-    waves = cv2.resize(rng.normal(0, .1, (5, 5)), (side, side), interpolation=cv2.INTER_CUBIC)
-    beyond = cv2.GaussianBlur(np.float32(np.cos(angle)*x + np.sin(angle)*x[:, None] + waves > place), (0, 0), 1)[..., None]
-    image = image*(1 - beyond) + np.clip(light + rng.normal(0, 2, image.shape), 0, 255)*beyond
-    return image.astype(np.uint8), {name: np.where(beyond[..., 0] > .5, a.dtype.type(0), a) if np.ndim(a) == 2 else a for name, a in truth.items()}
+    side, (angle, place), light = (
+        len(image),
+        rng.uniform((0, -0.4), (2 * np.pi, 0.5)),
+        rng.uniform(225, 250) + rng.uniform(-6, 6, 3),
+    )
+    x = np.linspace(-0.5, 0.5, side)
+    waves = cv2.resize(rng.normal(0, 0.1, (5, 5)), (side, side), interpolation=cv2.INTER_CUBIC)
+    beyond = cv2.GaussianBlur(np.float32(np.cos(angle) * x + np.sin(angle) * x[:, None] + waves > place), (0, 0), 1)[
+        ..., None
+    ]
+    image = image * (1 - beyond) + np.clip(light + rng.normal(0, 2, image.shape), 0, 255) * beyond
+    return image.astype(np.uint8), {
+        name: np.where(beyond[..., 0] > 0.5, a.dtype.type(0), a) if np.ndim(a) == 2 else a for name, a in truth.items()
+    }
 
-def _mapped(truth): return any(np.ndim(a) == 2 for a in truth.values()) # not one class for the whole picture
 
-COLOURS = A.Compose([
-    A.OneOf([A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2)), A.MedianBlur(blur_limit=(3, 3)), A.GaussNoise(std_range=(.01, .05))], p=.3),
-    A.ColorJitter(brightness=(.75, 1.25), contrast=(.75, 1.25), saturation=(.8, 1.2), hue=(-.04, .04), p=.9),
-])
+def _mapped(truth):
+    return any(np.ndim(a) == 2 for a in truth.values())  # not one class for the whole picture
+COLOURS = A.Compose(
+    [
+        A.OneOf(
+            [
+                A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.2)),
+                A.MedianBlur(blur_limit=(3, 3)),
+                A.GaussNoise(std_range=(0.01, 0.05)),
+            ],
+            p=0.3,
+        ),
+        A.ColorJitter(brightness=(0.75, 1.25), contrast=(0.75, 1.25), saturation=(0.8, 1.2), hue=(-0.04, 0.04), p=0.9),
+    ]
+)
 
+# %% ../../nbs/10_segment/03_samples.ipynb #cell-016-2
 def draw_sample(
-    field: Field, # to sample from, at its own resolution
-    crop: int, # side of the crop in pixels
-    seed: tuple, # whole numbers >= 0
-    mpp: float = .5, # um per pixel of the crop
-    glass: float = 0., # share of the crops in which the tissue ends
-) -> tuple[np.ndarray, dict]: # (crop, crop, 3) uint8; the truth by name
+    field: Field,  # to sample from, at its own resolution
+    crop: int,  # side of the crop in pixels
+    seed: tuple,  # whole numbers >= 0
+    mpp: float = 0.5,  # um per pixel of the crop
+    glass: float = 0.0,  # share of the crops in which the tissue ends
+) -> tuple[np.ndarray, dict]:  # (crop, crop, 3) uint8; the truth by name
     "A random crop with random colours; equal seeds give equal samples."
     sequence = np.random.SeedSequence(seed)
     rng = np.random.Generator(np.random.PCG64(sequence))
-    image, truth = warp(field, draw_matrix(rng, field.image.shape[:2], crop, mpp/field.mpp), crop)
-    if _mapped(truth) and rng.uniform() < glass: image, truth = end_tissue(rng, image, truth)
+    image, truth = warp(field, draw_matrix(rng, field.image.shape[:2], crop, mpp / field.mpp), crop)
+    if _mapped(truth) and rng.uniform() < glass:
+        image, truth = end_tissue(rng, image, truth)
     COLOURS.set_random_state(rng, random.Random(int(sequence.generate_state(1, np.uint64)[0])))
     return COLOURS(image=image)["image"], truth
 
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-019
 def mosaic(
-    fields: list, # n*n `Field`s of one set, at one resolution
-) -> Field: # n by n of them, each cut to the smallest height and width
+    fields: list,  # n*n `Field`s of one set, at one resolution
+) -> Field:  # n by n of them, each cut to the smallest height and width
     "Lay fields side by side."
     n, (h, w) = math.isqrt(len(fields)), np.min([f.image.shape[:2] for f in fields], 0)
-    def laid(maps): return np.concatenate([np.concatenate([a[:h, :w] for a in maps[i*n:(i + 1)*n]], 1) for i in range(n)], 0)
+
+    def laid(maps):
+        return np.concatenate([np.concatenate([a[:h, :w] for a in maps[i * n : (i + 1) * n]], 1) for i in range(n)], 0)
+
     truth = {}
     for name, first in fields[0].truth.items():
         maps = [f.truth[name] for f in fields]
@@ -103,86 +137,111 @@ def mosaic(
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-010
 SAMPLINGS = ("single", "mixed", "alternating")
 
+# %% ../../nbs/10_segment/03_samples.ipynb #cell-010-2
 class Batches:
     "Batches of (set, count, side of the crop) for the steps from `start` to `stop`."
+
     def __init__(
         self,
-        patches: list, # of each set, whether it holds patches with one class each
-        sampling: str, # of `SAMPLINGS`
-        batch_size: int, # samples a step
-        crop: int, # side of a segmentation crop in pixels
-        start: int, # first step
-        stop: int, # after the last step
-        shares=(), # how often each set has its turn in a round; empty: once
+        patches: list,  # of each set, whether it holds patches with one class each
+        sampling: str,  # of `SAMPLINGS`
+        batch_size: int,  # samples a step
+        crop: int,  # side of a segmentation crop in pixels
+        start: int,  # first step
+        stop: int,  # after the last step
+        shares=(),  # how often each set has its turn in a round; empty: once
     ):
-        if sampling not in SAMPLINGS: raise BadInput("sampling", f"no way called `{sampling}`", nearest(sampling, SAMPLINGS))
-        if sampling == "alternating" and len(set(patches)) < 2: raise BadInput("sampling", "`alternating` needs sets of patches and sets of fields", "Choose mixed or single.")
+        if sampling not in SAMPLINGS:
+            raise BadInput("sampling", f"no way called `{sampling}`", nearest(sampling, SAMPLINGS))
+        if sampling == "alternating" and len(set(patches)) < 2:
+            raise BadInput(
+                "sampling", "`alternating` needs sets of patches and sets of fields", "Choose mixed or single."
+            )
         self.order = [i for i, _ in enumerate(patches) for _ in range(shares[i] if shares else 1)]
-        self.patches, self.sampling, self.batch_size, self.crop, self.start, self.stop = list(patches), sampling, batch_size, crop, start, stop
+        self.patches = list(patches)
+        self.sampling = sampling
+        self.batch_size = batch_size
+        self.crop = crop
+        self.start = start
+        self.stop = stop
 
-    def __len__(self): return self.stop - self.start
+    def __len__(self):
+        return self.stop - self.start
 
     def __iter__(self):
-        for step in range(self.start, self.stop): yield self.batch(step)
+        for step in range(self.start, self.stop):
+            yield self.batch(step)
 
     def batch(
         self,
         step: int,
-    ) -> list: # of (set, count, side)
+    ) -> list:  # of (set, count, side)
         "What the step is made of."
         order, turn, size = self.order, step, self.batch_size
         if self.sampling == "single":
             number, count = _turn(order, step)
-            return [(number, count*size + j, self._side([number])) for j in range(size)]
-        if self.sampling == "alternating": order, turn = [i for i in order if self.patches[i] == (step % 2 == 0)], step//2
-        return [(*_turn(order, place), self._side(order)) for place in range(turn*size, turn*size + size)]
+            return [(number, count * size + j, self._side([number])) for j in range(size)]
+        if self.sampling == "alternating":
+            order = [i for i in order if self.patches[i] == (step % 2 == 0)]
+            turn = step // 2
+        return [(*_turn(order, place), self._side(order)) for place in range(turn * size, turn * size + size)]
 
-    def _side(self, sets): return PATCH if all(self.patches[i] for i in sets) else self.crop
+    def _side(self, sets):
+        return PATCH if all(self.patches[i] for i in sets) else self.crop
 
+# %% ../../nbs/10_segment/03_samples.ipynb #cell-010-3
 def _turn(order, place):
     "Whose turn it is in rounds of that order, and how many it has had."
     rounds, at = divmod(place, len(order))
-    return order[at], rounds*order.count(order[at]) + order[:at].count(order[at])
+    return order[at], rounds * order.count(order[at]) + order[:at].count(order[at])
 
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-013
 class Samples(Dataset):
     "Samples of several sets of fields with the targets of the tasks, asked for by (set, count, side)."
+
     def __init__(
         self,
-        sets: list, # of `Fields`
-        tasks, # `Task`s
-        mpp: float = .5, # um per pixel
-        seed: int = 0, # of the run
-        keep: float = 1., # GiB of decoded fields to keep in each process
-        glass: float = 0., # share of the crops in which the tissue ends
-        border: str = "objects", # of `targets.BORDERS`
+        sets: list,  # of `Fields`
+        tasks,  # `Task`s
+        mpp: float = 0.5,  # um per pixel
+        seed: int = 0,  # of the run
+        keep: float = 1.0,  # GiB of decoded fields to keep in each process
+        glass: float = 0.0,  # share of the crops in which the tissue ends
+        border: str = "objects",  # of `targets.BORDERS`
     ):
-        self.sets, self.tasks, self.mpp, self.seed, self.keep, self.glass, self.kept = sets, tuple(tasks), mpp, seed, keep*2**30, glass, OrderedDict()
+        self.sets = sets
+        self.tasks = tuple(tasks)
+        self.mpp = mpp
+        self.seed = seed
+        self.keep = keep * 2**30
+        self.glass = glass
+        self.kept = OrderedDict()
         self.border = border
 
     def field(
         self,
-        number: int, # of the set
-        row: int, # of the field in it
-    ) -> Field: # as it was scanned
+        number: int,  # of the set
+        row: int,  # of the field in it
+    ) -> Field:  # as it was scanned
         "A field, decoded before or now."
         if (number, row) not in self.kept:
             self.kept[number, row] = self.sets[number][row]
-            while sum(map(_size, self.kept.values())) > self.keep and len(self.kept) > 1: self.kept.popitem(last=False)
+            while sum(map(_size, self.kept.values())) > self.keep and len(self.kept) > 1:
+                self.kept.popitem(last=False)
         self.kept.move_to_end((number, row))
         return self.kept[number, row]
 
     def sample(
         self,
-        number: int, # of the set
-        count: int, # samples of it so far
-        side: int, # of the crop in pixels
-    ) -> tuple[np.ndarray, dict]: # (side, side, 3) uint8; the truth by name
+        number: int,  # of the set
+        count: int,  # samples of it so far
+        side: int,  # of the crop in pixels
+    ) -> tuple[np.ndarray, dict]:  # (side, side, 3) uint8; the truth by name
         "What is learnt from, before it is made a target."
         n = len(self.sets[number])
         cycle, place = divmod(count, n)
         field = self.field(number, int(np.random.default_rng((self.seed, number, cycle)).permutation(n)[place]))
-        across = math.ceil(side*self.mpp/field.mpp/min(field.image.shape[:2]))
+        across = math.ceil(side * self.mpp / field.mpp / min(field.image.shape[:2]))
         if across > 1 and _mapped(field.truth):
             others = np.random.default_rng((self.seed, number, count, across)).integers(n, size=across**2 - 1)
             field = mosaic([field, *(at_mpp(self.field(number, int(i)), field.mpp) for i in others)])
@@ -192,13 +251,22 @@ class Samples(Dataset):
         image, truth = self.sample(*key)
         return image, targets_of(truth, self.tasks, self.border)
 
-def _size(field): return field.image.nbytes + sum(np.asarray(a).nbytes for a in field.truth.values())
+# %% ../../nbs/10_segment/03_samples.ipynb #cell-013-2
+def _size(field):
+    return field.image.nbytes + sum(np.asarray(a).nbytes for a in field.truth.values())
+
 
 def collate(
-    samples: list, # of `Samples`
-) -> tuple: # images (B, 3, h, w) uint8; task -> (rows of the batch that have it, tensors of the target)
+    samples: list,  # of `Samples`
+) -> tuple:  # images (B, 3, h, w) uint8; task -> (rows of the batch that have it, tensors of the target)
     "A batch: what a sample does not have, it is not asked about."
     images = torch.from_numpy(np.stack([image for image, _ in samples])).movedim(-1, 1)
     names = dict.fromkeys(name for _, truth in samples for name in truth)
     rows = {name: [i for i, (_, truth) in enumerate(samples) if name in truth] for name in names}
-    return images, {name: (torch.tensor(r), *(torch.from_numpy(np.stack(arrays)) for arrays in zip(*(samples[i][1][name] for i in r), strict=True))) for name, r in rows.items()}
+    return images, {
+        name: (
+            torch.tensor(r),
+            *(torch.from_numpy(np.stack(arrays)) for arrays in zip(*(samples[i][1][name] for i in r), strict=True)),
+        )
+        for name, r in rows.items()
+    }

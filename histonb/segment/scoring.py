@@ -16,134 +16,209 @@ import torch
 from ..core.errors import BadInput
 from ..core.files import read_record, write_parquet
 from ..core.progress import progress
+from ..core.tasks import TASKS
+from ..datasets.readers import read_sets
 from ..datasets.regions import Fields, at_mpp
 from ..metrics.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models import cerberus
-from ..core.tasks import TASKS
 from ..models.cerberus import MPP, Cerberus
 from .instances import majority_types, separate
-from ..datasets.readers import read_sets
-from .tiled_inference import predict
 from .targets import UNKNOWN
+from .tiled_inference import predict
 
 # %% ../../nbs/10_segment/09_scoring.ipynb #cell-005
 def objects_of(
-    probs: dict, # task -> (C, h, w) probabilities, float32
-    tasks: dict, # name -> `Task`
-    mpp: float = MPP, # um per pixel
-) -> dict: # instances: (h, w) int32 ids; types: (n+1,) uint8 type of each id; patches: (rows, columns) uint8 classes
+    probs: dict,  # task -> (C, h, w) probabilities, float32
+    tasks: dict,  # name -> `Task`
+    mpp: float = MPP,  # um per pixel
+) -> dict:  # instances: (h, w) int32 ids; types: (n+1,) uint8 type of each id; patches: (rows, columns) uint8 classes
     "What the probabilities of all tasks say."
     found = {}
     for name in sorted(probs, key=lambda n: (tasks[n].kind != "instances", n)):  # instances first, glands before lumina
-        task, p = tasks[name], probs[name]
-        if task.kind == "instances": found[name] = separate(p, name, mpp, **({"within": found["gland"]} if name == "lumen" and "gland" in found else {}))
-        elif task.kind == "patch": found[name] = p.argmax(0).astype(np.uint8)
-        elif task.of in found: found[name] = majority_types(found[task.of], (p[1:].argmax(0) + 1).astype(np.uint8))
-        else: raise BadInput(name, f"types of `{task.of}`, which are not looked for", f"Ask for `{task.of}` as well.")
+        task = tasks[name]
+        p = probs[name]
+        if task.kind == "instances":
+            found[name] = separate(
+                p, name, mpp, **({"within": found["gland"]} if name == "lumen" and "gland" in found else {})
+            )
+        elif task.kind == "patch":
+            found[name] = p.argmax(0).astype(np.uint8)
+        elif task.of in found:
+            found[name] = majority_types(found[task.of], (p[1:].argmax(0) + 1).astype(np.uint8))
+        else:
+            raise BadInput(name, f"types of `{task.of}`, which are not looked for", f"Ask for `{task.of}` as well.")
     return found
+
 
 def annotator(
     net: Cerberus,
-    precision: str = "fp32", # or bf16
-): # function of an image (h, w, 3) uint8 and names of tasks, giving what `objects_of` gives
+    precision: str = "fp32",  # or bf16
+):  # function of an image (h, w, 3) uint8 and names of tasks, giving what `objects_of` gives
     "The network as a function of a picture, which it reads in tiles: a large one takes no more memory than a slide does."
     device = next(net.parameters()).device
     net.to(memory_format=torch.channels_last).eval()
+
     def annotate(image, names):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            scores = predict(net, lambda x, y, w, h: np.ascontiguousarray(image[y:y + h, x:x + w]), image.shape[:2], tasks=names)
+            scores = predict(
+                net, lambda x, y, w, h: np.ascontiguousarray(image[y : y + h, x : x + w]), image.shape[:2], tasks=names
+            )
         return objects_of({n: torch.from_numpy(s).softmax(0).numpy() for n, s in scores.items()}, net.tasks)
+
     return annotate
 
 # %% ../../nbs/10_segment/09_scoring.ipynb #cell-007
 def score_fields(
-    annotators: dict, # name -> function as `annotator` gives it; one that lacks a task leaves it out of its answer
-    fields: Fields, # to score on: test fields
-    names, # of tasks
-    mpp: float = MPP, # um per pixel
-) -> list: # records: annotator, set, field, case, task, pairs; with types also truth_types, predicted_types
+    annotators: dict,  # name -> function as `annotator` gives it; one that lacks a task leaves it out of its answer
+    fields: Fields,  # to score on: test fields
+    names,  # of tasks
+    mpp: float = MPP,  # um per pixel
+) -> list:  # records: annotator, set, field, case, task, pairs; with types also truth_types, predicted_types
     "Objects found against objects there, field by field."
-    names, records = [n for n in names if n in fields.truths and (TASKS[n].of or n) in fields.truths and TASKS[n].kind != "patch"], []
+    names = [
+        n for n in names if n in fields.truths and (TASKS[n].of or n) in fields.truths and TASKS[n].kind != "patch"
+    ]
+    records = []
     for row in progress(range(len(fields)), f"scoring {fields.name}", unit="field"):
-        field, about = at_mpp(fields[row], mpp), fields.table.iloc[row]
-        asked = list(dict.fromkeys([n for n in names if TASKS[n].kind == "instances"] + [TASKS[n].of for n in names if TASKS[n].kind == "types"] + names))
+        field = at_mpp(fields[row], mpp)
+        about = fields.table.iloc[row]
+        asked = list(
+            dict.fromkeys(
+                [n for n in names if TASKS[n].kind == "instances"]
+                + [TASKS[n].of for n in names if TASKS[n].kind == "types"]
+                + names
+            )
+        )
         for who, annotate in annotators.items():
             found = annotate(field.image, asked)
             for name in names:
-                if name not in found: continue
+                if name not in found:
+                    continue
                 of = TASKS[name].of or name
-                record = {"annotator": who, "set": fields.name, "field": about["field"], "case": about["case"], "task": name, "pairs": pair_counts(field.truth[of], found[of])}
+                record = {
+                    "annotator": who,
+                    "set": fields.name,
+                    "field": about["field"],
+                    "case": about["case"],
+                    "task": name,
+                    "pairs": pair_counts(field.truth[of], found[of]),
+                }
                 if TASKS[name].kind == "types":
                     truth = np.where(field.truth[name] == UNKNOWN, 0, field.truth[name])
-                    record |= {"truth_types": majority_types(field.truth[of], truth.astype(np.uint8)), "predicted_types": found[name]}
+                    record |= {
+                        "truth_types": majority_types(field.truth[of], truth.astype(np.uint8)),
+                        "predicted_types": found[name],
+                    }
                 records.append(record)
     return records
 
+# %% ../../nbs/10_segment/09_scoring.ipynb #cell-007-2
 def figures_by_task(
-    records: list, # of `score_fields`
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # (set, task) -> annotator -> figures of `object_figures`, for types of `type_figures`
+    records: list,  # of `score_fields`
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # (set, task) -> annotator -> figures of `object_figures`, for types of `type_figures`
     "Figures with intervals by case."
     found = {}
-    for r in records: found.setdefault((r["set"], r["task"]), {}).setdefault(r["annotator"], []).append(r)
+    for r in records:
+        found.setdefault((r["set"], r["task"]), {}).setdefault(r["annotator"], []).append(r)
+
     def figures(rows, task):
-        pairs, cases = [r["pairs"] for r in rows], [r["case"] for r in rows]
-        if TASKS[task].kind == "instances": return object_figures(pairs, cases, n_boot, seed)
-        return type_figures(pairs, [r["truth_types"] for r in rows], [r["predicted_types"] for r in rows], cases, TASKS[task].classes, n_boot, seed)
+        pairs = [r["pairs"] for r in rows]
+        cases = [r["case"] for r in rows]
+        if TASKS[task].kind == "instances":
+            return object_figures(pairs, cases, n_boot, seed)
+        return type_figures(
+            pairs,
+            [r["truth_types"] for r in rows],
+            [r["predicted_types"] for r in rows],
+            cases,
+            TASKS[task].classes,
+            n_boot,
+            seed,
+        )
+
     return {(name, task): {who: figures(rows, task) for who, rows in of.items()} for (name, task), of in found.items()}
 
 # %% ../../nbs/10_segment/09_scoring.ipynb #cell-011
 SCORED = ("annotator", "set", "field", "case", "task")
 
+
 def write_scores(
-    records: list, # of `score_fields`
-    path, # Parquet file
-) -> pd.DataFrame: # what is in it, for `compare_scores`
+    records: list,  # of `score_fields`
+    path,  # Parquet file
+) -> pd.DataFrame:  # what is in it, for `compare_scores`
     "Write what each field adds to the figures of instances."
-    rows = [{k: r[k] for k in SCORED} | dict(zip(SUMS, object_sums(r["pairs"]), strict=True)) for r in records if TASKS[r["task"]].kind == "instances"]
+    rows = [
+        {k: r[k] for k in SCORED} | dict(zip(SUMS, object_sums(r["pairs"]), strict=True))
+        for r in records
+        if TASKS[r["task"]].kind == "instances"
+    ]
     table = pd.DataFrame(rows, columns=[*SCORED, *SUMS])
     write_parquet(path, table)
     return table
 
+
 def score_run(
-    folder, # of a finished training
-    name: str, # what to call its network
-    others=None, # further annotators by name
-) -> pd.DataFrame: # what `write_scores` wrote into the folder
+    folder,  # of a finished training
+    name: str,  # what to call its network
+    others=None,  # further annotators by name
+) -> pd.DataFrame:  # what `write_scores` wrote into the folder
     "Score a run's network, in fp32, on the test fields of its own division."
-    c = read_record(Path(folder)/"config.json", "sets", "tasks", "val_share", "test_share", "split_seed", "mpp")
+    c = read_record(Path(folder) / "config.json", "sets", "tasks", "val_share", "test_share", "split_seed", "mpp")
     sets, tasks = read_sets(c["sets"], c["tasks"], c["val_share"], c["test_share"], c["split_seed"])
     annotators = {name: annotator(cerberus.load(folder)[0]), **(others or {})}
     tests = [fields.take((fields.table["split"] == "test").to_numpy()) for fields in sets]
-    return write_scores([r for fields in tests if len(fields) for r in score_fields(annotators, fields, [t.name for t in tasks], c["mpp"])], Path(folder)/"scores.parquet")
+    return write_scores(
+        [
+            r
+            for fields in tests
+            if len(fields)
+            for r in score_fields(annotators, fields, [t.name for t in tasks], c["mpp"])
+        ],
+        Path(folder) / "scores.parquet",
+    )
 
+# %% ../../nbs/10_segment/09_scoring.ipynb #cell-011-2
 def compare_scores(
-    first: pd.DataFrame, # what `write_scores` wrote, of one annotator
-    second: pd.DataFrame, # the same of the one it is compared with
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # (set, task) -> figure -> `value, low, high` of first minus second
+    first: pd.DataFrame,  # what `write_scores` wrote, of one annotator
+    second: pd.DataFrame,  # the same of the one it is compared with
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # (set, task) -> figure -> `value, low, high` of first minus second
     "Differences on the tasks that both were scored on. Other fields are `BadInput`."
     found = {}
     for key, a in first.groupby(["set", "task"], sort=False):
         b = second[(second["set"] == key[0]) & (second["task"] == key[1])]
-        if not len(b): continue
-        a, b = a.set_index("field"), b.set_index("field")
+        if not len(b):
+            continue
+        a = a.set_index("field")
+        b = b.set_index("field")
         if not a.index.is_unique or set(a.index) != set(b.index):
-            raise BadInput("scores", f"of other fields of {key[0]}: {len(a)} and {len(b)}, {len(set(a.index) & set(b.index))} of them common", "Score both on one division: equal split_seed and shares.")
+            raise BadInput(
+                "scores",
+                f"of other fields of {key[0]}: {len(a)} and {len(b)}, {len(set(a.index) & set(b.index))} of them common",
+                "Score both on one division: equal split_seed and shares.",
+            )
         columns = list(SUMS)
-        found[key] = object_difference(a[columns].to_numpy(), b.loc[a.index, columns].to_numpy(), a["case"], n_boot, seed)
+        found[key] = object_difference(
+            a[columns].to_numpy(), b.loc[a.index, columns].to_numpy(), a["case"], n_boot, seed
+        )
     return found
 
+# %% ../../nbs/10_segment/09_scoring.ipynb #cell-011-3
 def compare_each(
-    scores: pd.DataFrame, # what `write_scores` wrote, of several annotators
-    name: str, # of the one that is compared with each other
-    n_boot: int = 1000, # bootstrap resamples
-    seed: int = 0, # of the resamples
-) -> dict: # (set, task, other annotator) -> what `compare_scores` gives
+    scores: pd.DataFrame,  # what `write_scores` wrote, of several annotators
+    name: str,  # of the one that is compared with each other
+    n_boot: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resamples
+) -> dict:  # (set, task, other annotator) -> what `compare_scores` gives
     "Differences of one annotator to each other."
     by = dict(list(scores.groupby("annotator", sort=False)))
-    return {(*key, who): d for who in by if who != name for key, d in compare_scores(by[name], by[who], n_boot, seed).items()}
-
-FIGURE_OF = {"gland": "object_dice", "lumen": "object_dice", "nucleus": "pq"} # the figure by which a task is judged
+    return {
+        (*key, who): d
+        for who in by
+        if who != name
+        for key, d in compare_scores(by[name], by[who], n_boot, seed).items()
+    }
+FIGURE_OF = {"gland": "object_dice", "lumen": "object_dice", "nucleus": "pq"}  # the figure by which a task is judged

@@ -13,68 +13,84 @@ from scipy.ndimage import distance_transform_edt, find_objects
 from ..core.errors import BadInput
 
 # %% ../../nbs/10_segment/01_targets.ipynb #cell-005
-INNER, CONTOUR = 1, 2 # 0 is background
+INNER, CONTOUR = 1, 2  # 0 is background
+
 
 def instance_target(
-    ids: np.ndarray, # (h, w) int, 0 = none; at most 2**24 instances
-    kernel: int, # pixels of the ellipse, odd; 1 = no contour
-) -> np.ndarray: # (h, w) uint8: 0 background, 1 inner, 2 contour
+    ids: np.ndarray,  # (h, w) int, 0 = none; at most 2**24 instances
+    kernel: int,  # pixels of the ellipse, odd; 1 = no contour
+) -> np.ndarray:  # (h, w) uint8: 0 background, 1 inner, 2 contour
     "Background, inside and contour. What lies outside the picture erodes nothing. Raises `BadInput` for a map that holds no ids."
     ids = np.asarray(ids)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu": raise BadInput("instances", f"an array of {ids.dtype} {ids.shape}", "Give whole numbers (h, w), 0 where there is none.")
-    if kernel < 1 or kernel % 2 == 0: raise BadInput("kernel", f"{kernel} pixels", "Choose an odd number.")
-    ellipse, numbers = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (kernel, kernel)), ids.astype(np.float32)  # whole numbers to 2**24 are exact
-    if ids.size and (ids.min() < 0 or ids.max() > 2**24): raise BadInput("instances", f"ids from {ids.min()} to {ids.max()}", "Number them 1, 2, ...")
-    low, high = cv2.erode(numbers, ellipse), cv2.dilate(numbers, ellipse)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise BadInput(
+            "instances", f"an array of {ids.dtype} {ids.shape}", "Give whole numbers (h, w), 0 where there is none."
+        )
+    if kernel < 1 or kernel % 2 == 0:
+        raise BadInput("kernel", f"{kernel} pixels", "Choose an odd number.")
+    # whole numbers to 2**24 are exact
+    ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (kernel, kernel))
+    numbers = ids.astype(np.float32)
+    if ids.size and (ids.min() < 0 or ids.max() > 2**24):
+        raise BadInput("instances", f"ids from {ids.min()} to {ids.max()}", "Number them 1, 2, ...")
+    low = cv2.erode(numbers, ellipse)
+    high = cv2.dilate(numbers, ellipse)
     return np.where(high == 0, 0, np.where(low == high, INNER, CONTOUR)).astype(np.uint8)
 
 # %% ../../nbs/10_segment/01_targets.ipynb #cell-010
 def weight_map(
-    ids: np.ndarray, # (h, w) int, 0 = none
-    sigma: float, # pixels: how far apart objects still count as neighbours
-    w0: float = 10., # weight where two objects touch, above 1
-    near: int | None = None, # pixels around an object's box in which its distances count; None: 4 sigma
-) -> np.ndarray: # (h, w) float32, 1 to 1 + w0
+    ids: np.ndarray,  # (h, w) int, 0 = none
+    sigma: float,  # pixels: how far apart objects still count as neighbours
+    w0: float = 10.0,  # weight where two objects touch, above 1
+    near: int | None = None,  # pixels around an object's box in which its distances count; None: 4 sigma
+) -> np.ndarray:  # (h, w) float32, 1 to 1 + w0
     "The weight of each pixel in the loss."
-    near = int(np.ceil(4*sigma)) if near is None else near
+    near = int(np.ceil(4 * sigma)) if near is None else near
     far = np.float32(1e6)
     first, second = np.full((2, *ids.shape), far)
     for i, box in enumerate(find_objects(ids), 1):
-        if box is None: continue
+        if box is None:
+            continue
         box = tuple(slice(max(s.start - near, 0), s.stop + near) for s in box)
         d = cv2.distanceTransform((ids[box] != i).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        d = np.sqrt(np.rint(np.square(d)))  # its last bit depends on where in memory it was computed; squares are whole numbers
+        d = np.sqrt(
+            np.rint(np.square(d))
+        )  # its last bit depends on where in memory it was computed; squares are whole numbers
         second[box] = np.minimum(second[box], np.maximum(first[box], d))
         first[box] = np.minimum(first[box], d)
-    return 1 + np.float32(w0)*np.exp(-np.square(first + second)/np.float32(2*sigma**2))
+    return 1 + np.float32(w0) * np.exp(-np.square(first + second) / np.float32(2 * sigma**2))
 
 # %% ../../nbs/10_segment/01_targets.ipynb #cell-011b
 def weight_of_insides(
-    ids: np.ndarray, # (h, w) int, 0 = none
-    kernel: int, # pixels of the ellipse that erodes, and sigma
-) -> np.ndarray: # (h, w) float32, 1 to 11
+    ids: np.ndarray,  # (h, w) int, 0 = none
+    kernel: int,  # pixels of the ellipse that erodes, and sigma
+) -> np.ndarray:  # (h, w) float32, 1 to 11
     "The weight of each pixel in the loss, by distances to eroded objects: as Cerberus' authors compute it."
     n, inside = cv2.connectedComponents(np.uint8(instance_target(ids, kernel) == INNER), connectivity=4)
     weight = weight_map(inside, kernel, near=10) if n > 2 else np.ones(ids.shape, np.float32)
     weight[inside > 0] = 1
     return weight
 
-BORDERS = {"objects": weight_map, "insides": weight_of_insides} # what distances are measured to -> weights
+
+BORDERS = {"objects": weight_map, "insides": weight_of_insides}  # what distances are measured to -> weights
 
 # %% ../../nbs/10_segment/01_targets.ipynb #cell-013
-UNKNOWN = 255 # a type that is not annotated
+UNKNOWN = 255  # a type that is not annotated
+
 
 def targets_of(
-    truth: dict, # name of a task -> (h, w) ids, (h, w) uint8 types, or a class
-    tasks, # `Task`s
-    border: str = "objects", # of `BORDERS`
-) -> dict: # name -> arrays: target (h, w) uint8 and weight (h, w) float32; types (h, w) uint8; class () int64
+    truth: dict,  # name of a task -> (h, w) ids, (h, w) uint8 types, or a class
+    tasks,  # `Task`s
+    border: str = "objects",  # of `BORDERS`
+) -> dict:  # name -> arrays: target (h, w) uint8 and weight (h, w) float32; types (h, w) uint8; class () int64
     "What the network is to learn of one picture, for those tasks whose truth is there."
     found = {}
     for task in tasks:
-        if task.name not in truth: continue
+        if task.name not in truth:
+            continue
         value = truth[task.name]
         if task.kind == "instances":
             found[task.name] = instance_target(value, task.kernel), BORDERS[border](value, task.kernel)
-        else: found[task.name] = (np.asarray(value, np.int64 if task.kind == "patch" else np.uint8),)
+        else:
+            found[task.name] = (np.asarray(value, np.int64 if task.kind == "patch" else np.uint8),)
     return found

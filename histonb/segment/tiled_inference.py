@@ -22,168 +22,235 @@ from ..core.files import atomic_path
 from ..core.progress import progress
 from ..core.tasks import TASKS, Task
 from ..models.cerberus import MPP, PATCH, Cerberus, PatchHead, load, pyramid, reach
-from ..training.running import find_device, find_precision
-from .baselines import BASELINES, LEAST, glands_on_map, haematoxylin, nuclear_stain, otsu, stain_levels, stain_nuclei
+from histonb.segment.baselines import (
+    BASELINES,
+    LEAST,
+    glands_on_map,
+    haematoxylin,
+    nuclear_stain,
+    otsu,
+    stain_levels,
+    stain_nuclei,
+)
 from .targets import instance_target
+from ..training.running import find_device, find_precision
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-005
 class Resampled:
     "A slide at a resolution of one's own: however it is asked for, a pixel is the same."
+
     def __init__(
         self,
-        slide, # an open `Slide`
-        mpp: float, # um per pixel wanted
-        square: int = 512, # pixels of a side of the squares it is resampled in
+        slide,  # an open `Slide`
+        mpp: float,  # um per pixel wanted
+        square: int = 512,  # pixels of a side of the squares it is resampled in
     ):
-        if mpp < slide.mpp/1.25:
-            raise BadInput(slide.path, f"{mpp} um/px are asked for, but the slide has {slide.mpp:.3g}",
-                           "Use a slide of that resolution, or a network for this one; or correct the slide's (`--slide-mpp`, `mpp=`).")
-        self.scale, self.square = mpp/slide.mpp, square # pixels of level 0 for each pixel
-        self.shape = tuple(max(1, round(side/self.scale)) for side in slide.shapes[0]) # height and width
-        self._read = functools.lru_cache(32)(lambda x, y: slide.read_mpp(x*self.scale, y*self.scale, min(square, self.shape[1] - x), min(square, self.shape[0] - y), mpp))
+        if mpp < slide.mpp / 1.25:
+            raise BadInput(
+                slide.path,
+                f"{mpp} um/px are asked for, but the slide has {slide.mpp:.3g}",
+                "Use a slide of that resolution, or a network for this one; or correct the slide's (`--slide-mpp`, `mpp=`).",
+            )
+        # pixels of level 0 for each pixel
+        self.scale = mpp / slide.mpp
+        self.square = square
+        self.shape = tuple(max(1, round(side / self.scale)) for side in slide.shapes[0])  # height and width
+        self._read = functools.lru_cache(32)(
+            lambda x, y: slide.read_mpp(
+                x * self.scale, y * self.scale, min(square, self.shape[1] - x), min(square, self.shape[0] - y), mpp
+            )
+        )
 
     def __call__(
         self,
-        x: int, # left edge, in pixels of this resolution
-        y: int, # top edge
-        width: int, # pixels, inside the slide
+        x: int,  # left edge, in pixels of this resolution
+        y: int,  # top edge
+        width: int,  # pixels, inside the slide
         height: int,
-    ) -> np.ndarray: # (height, width, 3) uint8
+    ) -> np.ndarray:  # (height, width, 3) uint8
         "A window."
-        out, s = np.empty((height, width, 3), np.uint8), self.square
-        for top in range(y//s*s, y + height, s):
-            for left in range(x//s*s, x + width, s):
-                part = self._read(left, top)[max(y - top, 0):y + height - top, max(x - left, 0):x + width - left]
-                out[max(top - y, 0):, max(left - x, 0):][:part.shape[0], :part.shape[1]] = part
+        out = np.empty((height, width, 3), np.uint8)
+        s = self.square
+        for top in range(y // s * s, y + height, s):
+            for left in range(x // s * s, x + width, s):
+                part = self._read(left, top)[max(y - top, 0) : y + height - top, max(x - left, 0) : x + width - left]
+                out[max(top - y, 0) :, max(left - x, 0) :][: part.shape[0], : part.shape[1]] = part
         return out
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-009
-TILE = 7*PATCH # pixels of a side of what is kept of a tile
-AROUND = 64 # pixels around it that are decoded too: a decoder sees 60 further, and features lie on a grid of 16
+TILE = 7 * PATCH  # pixels of a side of what is kept of a tile
+AROUND = 64  # pixels around it that are decoded too: a decoder sees 60 further, and features lie on a grid of 16
+
 
 def margin_of(
-    net: Cerberus, # the network
-) -> int: # pixels
+    net: Cerberus,  # the network
+) -> int:  # pixels
     "How wide the margin of a tile must be: the network's reach on the grid of its coarsest stride."
-    return -(-reach(net)//16)*16
+    return -(-reach(net) // 16) * 16
+
 
 def boxes(
-    shape: tuple[int, int], # height and width of the slide
-    tile: int = TILE, # pixels of a side of what is kept of a tile; a multiple of 144
-) -> list[tuple]: # top, left, bottom, right of each, row by row
+    shape: tuple[int, int],  # height and width of the slide
+    tile: int = TILE,  # pixels of a side of what is kept of a tile; a multiple of 144
+) -> list[tuple]:  # top, left, bottom, right of each, row by row
     "What is kept of the tiles: squares side by side, cut only by the end of the slide."
-    if tile < PATCH or tile % PATCH: raise BadInput("tile", f"{tile} pixels", f"Choose a multiple of {PATCH}, such as {max(PATCH, round(tile/PATCH)*PATCH)}.")
-    return [(y, x, min(y + tile, shape[0]), min(x + tile, shape[1])) for y in range(0, shape[0], tile) for x in range(0, shape[1], tile)]
+    if tile < PATCH or tile % PATCH:
+        raise BadInput(
+            "tile",
+            f"{tile} pixels",
+            f"Choose a multiple of {PATCH}, such as {max(PATCH, round(tile / PATCH) * PATCH)}.",
+        )
+    return [
+        (y, x, min(y + tile, shape[0]), min(x + tile, shape[1]))
+        for y in range(0, shape[0], tile)
+        for x in range(0, shape[1], tile)
+    ]
 
+# %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-009-2
 def around(
-    box: tuple, # top, left, bottom, right
-    margin: int, # pixels
-    shape: tuple[int, int], # height and width of the slide
-) -> tuple: # top, left, bottom, right
+    box: tuple,  # top, left, bottom, right
+    margin: int,  # pixels
+    shape: tuple[int, int],  # height and width of the slide
+) -> tuple:  # top, left, bottom, right
     "A box with a margin, as far as the slide goes."
-    return max(box[0] - margin, 0), max(box[1] - margin, 0), min(box[2] + margin, shape[0]), min(box[3] + margin, shape[1])
+    return (
+        max(box[0] - margin, 0),
+        max(box[1] - margin, 0),
+        min(box[2] + margin, shape[0]),
+        min(box[3] + margin, shape[1]),
+    )
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-015
-def _up(pixels): return -(-pixels//16)*16
+def _up(pixels):
+    return -(-pixels // 16) * 16
+
 
 @torch.inference_mode()
 def tile_scores(
-    net: Cerberus, # the network, in eval mode
-    images: torch.Tensor, # (B, 3, H, W) in 0..1: a tile with its margins, from a multiple of 16 on
-    keep: tuple, # top, left, bottom, right of what is kept of it; multiples of 16 but where the picture ends
-    tasks=None, # names; None: all of the network
-): # name, scores (B, C, h, w) of each task; of patches those of each whole square in what is kept
+    net: Cerberus,  # the network, in eval mode
+    images: torch.Tensor,  # (B, 3, H, W) in 0..1: a tile with its margins, from a multiple of 16 on
+    keep: tuple,  # top, left, bottom, right of what is kept of it; multiples of 16 but where the picture ends
+    tasks=None,  # names; None: all of the network
+):  # name, scores (B, C, h, w) of each task; of patches those of each whole square in what is kept
     "Scores of the inside of a tile, one task at a time."
     h, w = images.shape[-2:]
-    features = pyramid(net.encoder, F.pad(images, (0, -w % 16, 0, -h % 16), "replicate") if h % 16 or w % 16 else images)
+    features = pyramid(
+        net.encoder, F.pad(images, (0, -w % 16, 0, -h % 16), "replicate") if h % 16 or w % 16 else images
+    )
     top, left, bottom, right = keep
     t, l, b, r = around((top, left, _up(bottom), _up(right)), AROUND, (_up(h), _up(w)))
     deep, features[-1] = features[-1], net.map(features[-1])
-    for i, s in enumerate((1, 2, 4, 8, 16)): features[i] = features[i][..., t//s:b//s, l//s:r//s].clone()
+    for i, s in enumerate((1, 2, 4, 8, 16)):
+        features[i] = features[i][..., t // s : b // s, l // s : r // s].clone()
     for name in net.decoders if tasks is None else tasks:
         if not isinstance(net.decoders[name], PatchHead):
-            yield name, net.decoders[name](features)[..., top - t:bottom - t, left - l:right - l]
+            yield name, net.decoders[name](features)[..., top - t : bottom - t, left - l : right - l]
             continue
-        squares = deep[..., top//16:_up(bottom)//16, left//16:_up(right)//16]
-        sides = [n if n >= PATCH//16 or n == whole else 0 for n, whole in zip(squares.shape[-2:], deep.shape[-2:], strict=True)]  # a rest is no square
-        if all(sides): yield name, net.decoders[name](squares)
+        squares = deep[..., top // 16 : _up(bottom) // 16, left // 16 : _up(right) // 16]
+        sides = [
+            n if n >= PATCH // 16 or n == whole else 0
+            for n, whole in zip(squares.shape[-2:], deep.shape[-2:], strict=True)
+        ]  # a rest is no square
+        if all(sides):
+            yield name, net.decoders[name](squares)
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-017
 def as_input(
-    image: np.ndarray, # (H, W, 3) uint8
-    device="cpu", # where the network is
-) -> torch.Tensor: # (1, 3, H, W) in 0..1, channels last in memory
+    image: np.ndarray,  # (H, W, 3) uint8
+    device="cpu",  # where the network is
+) -> torch.Tensor:  # (1, 3, H, W) in 0..1, channels last in memory
     "A picture as the network takes it."
-    return torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float()/255
+    return torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
+
 
 def predict(
-    net: Cerberus, # the network, in eval mode
-    read, # (x, y, width, height) -> (height, width, 3) uint8
-    shape: tuple[int, int], # height and width of the picture
-    tile: int = TILE, # pixels of a side of what is kept of a tile
-    margin: int | None = None, # pixels around it, a multiple of 16; None: what makes the result exact
-    tasks=None, # names; None: all of the network
-) -> dict[str, np.ndarray]: # name -> scores (C, H, W); of patches (C, H//144, W//144)
+    net: Cerberus,  # the network, in eval mode
+    read,  # (x, y, width, height) -> (height, width, 3) uint8
+    shape: tuple[int, int],  # height and width of the picture
+    tile: int = TILE,  # pixels of a side of what is kept of a tile
+    margin: int | None = None,  # pixels around it, a multiple of 16; None: what makes the result exact
+    tasks=None,  # names; None: all of the network
+) -> dict[str, np.ndarray]:  # name -> scores (C, H, W); of patches (C, H//144, W//144)
     "Scores of a whole picture by tiles, for pictures whose scores fit in memory."
     margin = margin_of(net) if margin is None else margin
-    if margin < 0 or margin % 16: raise BadInput("margin", f"{margin} pixels", "Choose a multiple of 16, the network's coarsest stride.")
-    found, device = {}, next(net.parameters()).device
+    if margin < 0 or margin % 16:
+        raise BadInput("margin", f"{margin} pixels", "Choose a multiple of 16, the network's coarsest stride.")
+    found = {}
+    device = next(net.parameters()).device
     for box in boxes(shape, tile):
         top, left, bottom, right = around(box, margin, shape)
         keep = box[0] - top, box[1] - left, box[2] - top, box[3] - left
-        for name, scores in tile_scores(net, as_input(read(left, top, right - left, bottom - top), device), keep, tasks):
+        for name, scores in tile_scores(
+            net, as_input(read(left, top, right - left, bottom - top), device), keep, tasks
+        ):
             step = PATCH if isinstance(net.decoders[name], PatchHead) else 1
-            size = [max(1, _up(n)//PATCH) for n in shape] if step > 1 else shape
-            if name not in found: found[name] = np.zeros((scores.shape[1], *size), np.float32)
-            found[name][:, box[0]//step:, box[1]//step:][:, :scores.shape[2], :scores.shape[3]] = scores[0].float().cpu().numpy()
+            size = [max(1, _up(n) // PATCH) for n in shape] if step > 1 else shape
+            if name not in found:
+                found[name] = np.zeros((scores.shape[1], *size), np.float32)
+            found[name][:, box[0] // step :, box[1] // step :][:, : scores.shape[2], : scores.shape[3]] = (
+                scores[0].float().cpu().numpy()
+            )
     return found
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-025
 def choose_tasks(
-    has: dict[str, Task], # tasks by name
-    names=None, # those wanted; None: all, but one of several that give types to the same objects
-) -> dict[str, Task]: # by name
+    has: dict[str, Task],  # tasks by name
+    names=None,  # those wanted; None: all, but one of several that give types to the same objects
+) -> dict[str, Task]:  # by name
     "Which tasks are asked for. Raises `BadInput` for one that is not there, and for types without objects or two for the same."
     if names is None:
         first = {t.of: t.name for t in reversed(has.values()) if t.kind == "types"}
         names = [t.name for t in has.values() if t.kind != "types" or t.of in has and first[t.of] == t.name]
     names = list(dict.fromkeys(names))
     for name in names:
-        if name not in has: raise BadInput(name, "the network has no such task", nearest(name, has))
-        if has[name].kind == "types" and has[name].of not in names: raise BadInput(name, f"types of `{has[name].of}`, which is not asked for", f"Ask for `{has[name].of}` too.")
+        if name not in has:
+            raise BadInput(name, "the network has no such task", nearest(name, has))
+        if has[name].kind == "types" and has[name].of not in names:
+            raise BadInput(name, f"types of `{has[name].of}`, which is not asked for", f"Ask for `{has[name].of}` too.")
     typed = [has[n].of for n in names if has[n].kind == "types"]
-    if not names or len({*typed}) < len(typed): raise BadInput("tasks", "none" if not names else f"two give types to `{max(typed, key=typed.count)}`", "Choose one.")
+    if not names or len({*typed}) < len(typed):
+        raise BadInput(
+            "tasks", "none" if not names else f"two give types to `{max(typed, key=typed.count)}`", "Choose one."
+        )
     return {n: has[n] for n in names}
 
+
 def inference_precision(
-    name: str, # auto, fp32 or bf16
-    device: torch.device, # where the network runs
-) -> str: # "bf16" or "fp32"
+    name: str,  # auto, fp32 or bf16
+    device: torch.device,  # where the network runs
+) -> str:  # "bf16" or "fp32"
     "Choose a precision: auto is fp32 on a CPU, on whose kind counts would depend, and the best of a GPU."
     names = ("auto", "fp32", "bf16")
-    if name not in names: raise BadInput("precision", f"unknown `{name}`", nearest(name, names))
+    if name not in names:
+        raise BadInput("precision", f"unknown `{name}`", nearest(name, names))
     return "fp32" if name == "auto" and device.type == "cpu" else find_precision(name, device)
 
+# %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-025-2
 class Scorer:
     "A network that is asked for the probabilities of tiles."
+
     def __init__(
         self,
-        weights, # folder of a run, a file of weights, or a `Cerberus`
-        tasks=None, # names; None: all of the network
-        mpp: float | None = None, # um per pixel of its pictures; None: as the weights say, else 0.5
-        device: str = "auto", # auto, cpu, cuda ...
-        precision: str = "auto", # of `inference_precision`
+        weights,  # folder of a run, a file of weights, or a `Cerberus`
+        tasks=None,  # names; None: all of the network
+        mpp: float | None = None,  # um per pixel of its pictures; None: as the weights say, else 0.5
+        device: str = "auto",  # auto, cpu, cuda ...
+        precision: str = "auto",  # of `inference_precision`
     ):
         net, about = (weights, {}) if isinstance(weights, Cerberus) else load(weights)
-        self.tasks, self.mpp, self.device = choose_tasks(net.tasks, tasks), mpp or about.get("mpp", MPP), find_device(device)
-        self.precision, self.automatic = inference_precision(precision, self.device), precision == "auto"
+        self.tasks = choose_tasks(net.tasks, tasks)
+        self.mpp = mpp or about.get("mpp", MPP)
+        self.device = find_device(device)
+        self.precision = inference_precision(precision, self.device)
+        self.automatic = precision == "auto"
         self.name = "a network" if isinstance(weights, Cerberus) else str(weights)
         self.digest = digest(*(t.detach().float().cpu().numpy().tobytes() for t in net.state_dict().values()))
-        self.net, self.margin = net.to(self.device, memory_format=torch.channels_last).eval(), margin_of(net)
+        self.net = net.to(self.device, memory_format=torch.channels_last).eval()
+        self.margin = margin_of(net)
 
     def in_precision(
         self,
-        precision: str, # fp32 or bf16
+        precision: str,  # fp32 or bf16
     ) -> "Scorer":
         "The same network in another precision: what a slide was begun in, it is finished in."
         other = copy.copy(self)
@@ -192,131 +259,152 @@ class Scorer:
 
     def __call__(
         self,
-        image: np.ndarray, # (H, W, 3) uint8, a tile with its margins
-        keep: tuple, # top, left, bottom, right of what is kept of it
-    ): # name, probabilities (C, h, w) uint8 of each task: 255 is 1
+        image: np.ndarray,  # (H, W, 3) uint8, a tile with its margins
+        keep: tuple,  # top, left, bottom, right of what is kept of it
+    ):  # name, probabilities (C, h, w) uint8 of each task: 255 is 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             for name, scores in tile_scores(self.net, as_input(image, self.device), keep, self.tasks):
-                yield name, (255*scores[0].float().softmax(0)).round().byte().cpu().numpy()
+                yield name, (255 * scores[0].float().softmax(0)).round().byte().cpu().numpy()
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-028
-MAP_MPP = 2. # um per pixel of the map on which glands are found
-SQUARE_MARGIN = 96 # pixels around a square that `stain_nuclei` sees too: what it says depends on 48 beyond a nucleus
+MAP_MPP = 2.0  # um per pixel of the map on which glands are found
+SQUARE_MARGIN = 96  # pixels around a square that `stain_nuclei` sees too: what it says depends on 48 beyond a nucleus
+
 
 def _of_squares(squares, starts, shape, scale):
     "The value of the square that each pixel lies in; `scale`: pixels of the scores for each, `starts` in these."
-    places = [(start + (np.arange(n) + .5)*scale).astype(int)//PATCH for start, n in zip(starts, shape, strict=True)]
+    places = [
+        (start + (np.arange(n) + 0.5) * scale).astype(int) // PATCH for start, n in zip(starts, shape, strict=True)
+    ]
     return squares[np.ix_(*(np.minimum(p, side - 1) for p, side in zip(places, squares.shape, strict=True)))]
+
 
 def _put(whole, part, top, left):
     "Put a part into an array where both meet; its place may begin before the array."
-    part = part[max(-top, 0):, max(-left, 0):]
-    place = whole[max(top, 0):, max(left, 0):][:part.shape[0], :part.shape[1]]
-    place[:] = part[:place.shape[0], :place.shape[1]]
+    part = part[max(-top, 0) :, max(-left, 0) :]
+    place = whole[max(top, 0) :, max(left, 0) :][: part.shape[0], : part.shape[1]]
+    place[:] = part[: place.shape[0], : place.shape[1]]
 
+# %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-028-2
 def survey_stain(
-    read, # (x, y, width, height) -> (height, width, 3) uint8
-    shape: tuple[int, int], # height and width of the slide
-    tissue: np.ndarray, # (rows, columns) bool, squares of 144 pixels that show tissue
-    mpp: float, # um per pixel of these pixels
-    glands: bool = True, # look for glands
-) -> tuple[float, np.ndarray, tuple[int, int]]: # threshold of nuclei; glands (h, w) int32 of a part of the map; where it begins
+    read,  # (x, y, width, height) -> (height, width, 3) uint8
+    shape: tuple[int, int],  # height and width of the slide
+    tissue: np.ndarray,  # (rows, columns) bool, squares of 144 pixels that show tissue
+    mpp: float,  # um per pixel of these pixels
+    glands: bool = True,  # look for glands
+) -> tuple[
+    float, np.ndarray, tuple[int, int]
+]:  # threshold of nuclei; glands (h, w) int32 of a part of the map; where it begins
     "Look at the stain of a slide as a whole: one threshold for its nuclei, and its glands on one map at 2 um/px."
     rows, columns = (np.flatnonzero(tissue.any(axis)) for axis in (1, 0))
-    if not len(rows): return LEAST["nucleus"], np.zeros((0, 0), np.int32), (0, 0)
-    scale = mpp/MAP_MPP
-    squares = rows[0]*PATCH, columns[0]*PATCH, (rows[-1] + 1)*PATCH, (columns[-1] + 1)*PATCH
-    y0, x0, y1, x1 = (round(side*scale) for side in around(squares, PATCH, shape))
-    stain, counts = np.zeros((max(y1 - y0, 1), max(x1 - x0, 1)), np.float32), 0
+    if not len(rows):
+        return LEAST["nucleus"], np.zeros((0, 0), np.int32), (0, 0)
+    scale = mpp / MAP_MPP
+    squares = rows[0] * PATCH, columns[0] * PATCH, (rows[-1] + 1) * PATCH, (columns[-1] + 1) * PATCH
+    y0, x0, y1, x1 = (round(side * scale) for side in around(squares, PATCH, shape))
+    stain = np.zeros((max(y1 - y0, 1), max(x1 - x0, 1)), np.float32)
+    counts = 0
     for box in progress(boxes(shape), "stain of the slide", unit="tile"):
         top, left, bottom, right = box
-        if not tissue[top//PATCH:-(-bottom//PATCH), left//PATCH:-(-right//PATCH)].any(): continue
+        if not tissue[top // PATCH : -(-bottom // PATCH), left // PATCH : -(-right // PATCH)].any():
+            continue
         image = read(left, top, right - left, bottom - top)
         fine = nuclear_stain(image, mpp)
-        counts = counts + stain_levels(fine[_of_squares(tissue, (top, left), fine.shape, MPP/mpp)])
-        t, l, b, r = (round(side*scale) for side in box)
+        counts = counts + stain_levels(fine[_of_squares(tissue, (top, left), fine.shape, MPP / mpp)])
+        t, l, b, r = (round(side * scale) for side in box)
         coarse = cv2.resize(haematoxylin(image, mpp, MAP_MPP), (max(r - l, 1), max(b - t, 1)))
         _put(stain, coarse, t - y0, l - x0)
-    counted = _of_squares(tissue, (y0/scale, x0/scale), stain.shape, 1/scale)
+    counted = _of_squares(tissue, (y0 / scale, x0 / scale), stain.shape, 1 / scale)
     found = glands_on_map(stain, counted) if glands else np.zeros(stain.shape, np.int32)
     return otsu(counts, LEAST["nucleus"]), found, (y0, x0)
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-028b
 class StainScorer:
     "Glands and nuclei by stain alone, in the form of a `Scorer`."
+
     def __init__(
         self,
-        tasks=None, # of gland and nucleus; None: both
-        mpp: float | None = None, # um per pixel of its pictures; None: 0.5
+        tasks=None,  # of gland and nucleus; None: both
+        mpp: float | None = None,  # um per pixel of its pictures; None: 0.5
     ):
         self.tasks = choose_tasks({n: TASKS[n] for n in BASELINES}, tasks)
-        self.mpp, self.margin = mpp or MPP, SQUARE_MARGIN
+        self.mpp = mpp or MPP
+        self.margin = SQUARE_MARGIN
         self.name, self.digest, self.precision, self.device = "stain", "stain 2", "fp32", "cpu"
 
     def survey(
         self,
-        read, # (x, y, width, height) -> (height, width, 3) uint8
-        shape: tuple[int, int], # height and width of the slide
-        tissue: np.ndarray, # (rows, columns) bool, squares of 144 pixels that show tissue
-        path, # file that keeps what is found
-    ) -> np.ndarray: # (rows, columns) bool, the squares where there may be objects
+        read,  # (x, y, width, height) -> (height, width, 3) uint8
+        shape: tuple[int, int],  # height and width of the slide
+        tissue: np.ndarray,  # (rows, columns) bool, squares of 144 pixels that show tissue
+        path,  # file that keeps what is found
+    ) -> np.ndarray:  # (rows, columns) bool, the squares where there may be objects
         "Look at a whole slide before its tiles."
         if not Path(path).exists():
             threshold, glands, start = survey_stain(read, shape, tissue, self.mpp, "gland" in self.tasks)
-            with atomic_path(path) as p: np.savez_compressed(p, threshold=threshold, glands=glands, start=start)
+            with atomic_path(path) as p:
+                np.savez_compressed(p, threshold=threshold, glands=glands, start=start)
         with foreign_errors(path, "Delete this file and run the same command again.", "damaged"), np.load(path) as f:
-            self.threshold, self.glands, self.start = float(f["threshold"]), f["glands"], f["start"].tolist()
+            self.threshold = float(f["threshold"])
+            self.glands = f["glands"]
+            self.start = f["start"].tolist()
         self.tissue = tissue
         self.shown = cv2.dilate(np.uint8(tissue), np.ones((3, 3), np.uint8)) > 0
         places = (start + at for start, at in zip(self.start, np.nonzero(self.glands), strict=True))
-        squares = (((at + .5)*MAP_MPP/self.mpp).astype(int)//PATCH for at in places)
+        squares = (((at + 0.5) * MAP_MPP / self.mpp).astype(int) // PATCH for at in places)
         self.shown[tuple(np.minimum(at, side - 1) for at, side in zip(squares, tissue.shape, strict=True))] = True
         return self.shown
 
     def __call__(
         self,
-        image: np.ndarray, # (H, W, 3) uint8, a tile with its margins
-        keep: tuple, # top, left, bottom, right of what is kept of it
-        at: tuple | None = None, # its top and left edge on the slide that was surveyed; None: a picture by itself
-    ): # name, 255 where the region is (C, h, w) uint8 of each task, else 0
+        image: np.ndarray,  # (H, W, 3) uint8, a tile with its margins
+        keep: tuple,  # top, left, bottom, right of what is kept of it
+        at: tuple | None = None,  # its top and left edge on the slide that was surveyed; None: a picture by itself
+    ):  # name, 255 where the region is (C, h, w) uint8 of each task, else 0
         for name, task in self.tasks.items():
             if at is None:
                 whole = instance_target(BASELINES[name](image, self.mpp), task.kernel)
-                regions = whole[keep[0]:keep[2], keep[1]:keep[3]]
-            else: regions = {"gland": self._glands, "nucleus": self._nuclei}[name](image, keep, at, task.kernel)
-            yield name, np.uint8(255)*(regions == np.arange(len(task.classes))[:, None, None])
+                regions = whole[keep[0] : keep[2], keep[1] : keep[3]]
+            else:
+                regions = {"gland": self._glands, "nucleus": self._nuclei}[name](image, keep, at, task.kernel)
+            yield name, np.uint8(255) * (regions == np.arange(len(task.classes))[:, None, None])
 
     def _nuclei(self, image, keep, at, kernel):
         "Regions of nuclei, square by square; of those that reach out of the tissue's squares all, of others none."
         regions = np.zeros((keep[2] - keep[0], keep[3] - keep[1]), np.uint8)
         for y0, x0, y1, x1 in boxes(regions.shape, PATCH):
             square = (y0 + keep[0], x0 + keep[1], y1 + keep[0], x1 + keep[1])
-            if not self.shown[(at[0] + square[0])//PATCH, (at[1] + square[1])//PATCH]: continue
+            if not self.shown[(at[0] + square[0]) // PATCH, (at[1] + square[1]) // PATCH]:
+                continue
             t, l, b, r = around(square, SQUARE_MARGIN, image.shape[:2])
             ids = stain_nuclei(image[t:b, l:r], self.mpp, self.threshold)
             touching = ids[_of_squares(self.tissue, (at[0] + t, at[1] + l), ids.shape, 1)]
             target = instance_target(np.where(np.isin(ids, touching), ids, 0), kernel)
-            regions[y0:y1, x0:x1] = target[square[0] - t:square[2] - t, square[1] - l:square[3] - l]
+            regions[y0:y1, x0:x1] = target[square[0] - t : square[2] - t, square[1] - l : square[3] - l]
         return regions
 
     def _glands(self, image, keep, at, kernel):
         "Regions of glands, from the map."
         t, l, b, r = around(keep, kernel, image.shape[:2])
         edges = zip(at, (t, l), (b, r), self.start, strict=True)
-        places = [((edge + np.arange(first, last) + .5)*self.mpp/MAP_MPP).astype(int) - start for edge, first, last, start in edges]
+        places = [
+            ((edge + np.arange(first, last) + 0.5) * self.mpp / MAP_MPP).astype(int) - start
+            for edge, first, last, start in edges
+        ]
         there = [(p >= 0) & (p < side) for p, side in zip(places, self.glands.shape, strict=True)]
         ids = np.zeros((b - t, r - l), np.int32)
         ids[np.ix_(*there)] = self.glands[np.ix_(*(p[here] for p, here in zip(places, there, strict=True)))]
-        return instance_target(ids, kernel)[keep[0] - t:keep[2] - t, keep[1] - l:keep[3] - l]
+        return instance_target(ids, kernel)[keep[0] - t : keep[2] - t, keep[1] - l : keep[3] - l]
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-030
 def find_scorer(
-    weights, # folder of a training run, a file of weights, a `Cerberus`, something that is a scorer already; or "stain"
-    tasks=None, # names; None: all that it has
-    mpp: float | None = None, # um per pixel of its pictures; None: as the weights say
-    device: str = "auto", # auto, cpu, cuda ...
-    precision: str = "auto", # of `inference_precision`
-): # a scorer
+    weights,  # folder of a training run, a file of weights, a `Cerberus`, something that is a scorer already; or "stain"
+    tasks=None,  # names; None: all that it has
+    mpp: float | None = None,  # um per pixel of its pictures; None: as the weights say
+    device: str = "auto",  # auto, cpu, cuda ...
+    precision: str = "auto",  # of `inference_precision`
+):  # a scorer
     "What annotates."
-    if hasattr(weights, "margin"): return weights
+    if hasattr(weights, "margin"):
+        return weights
     return StainScorer(tasks, mpp) if weights == "stain" else Scorer(weights, tasks, mpp, device, precision)

@@ -21,159 +21,245 @@ from ..core.errors import BadInput
 from ..core.files import append_jsonl, atomic_path, read_record, write_json
 from ..core.parameters import check_ranges
 from ..core.progress import progress
+from ..datasets.readers import read_sets
 from ..models import cerberus
 from ..models.cerberus import Cerberus
-from ..training.running import (Stopped, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision, kept_rows,
-                              latest_checkpoint, loader, memory_layout, memory_used, same_run, timed, write_checkpoint)
 from .losses import task_loss
 from .samples import Batches, Samples, collate
-from ..datasets.readers import read_sets
 from .validation import curves, draw_progress, validate
+from histonb.training.running import (
+    Stopped,
+    claim,
+    draw_seed,
+    find_device,
+    find_precision,
+    hold_signals,
+    keep_precision,
+    kept_rows,
+    latest_checkpoint,
+    loader,
+    memory_layout,
+    memory_used,
+    same_run,
+    timed,
+    write_checkpoint,
+)
 
 # %% ../../nbs/10_segment/05_training.ipynb #cell-005
 @dataclasses.dataclass
 class TrainConfig:
     "Parameters of a training. Each has a default but the folder."
-    out: str # folder of the run
-    sets: tuple[dict, ...] = () # for `sets.read_sets`: {reader: glas, root: ...}, ...
-    tasks: tuple[str, ...] = () # of `TASKS`; empty: all that the sets have truth of
+
+    out: str  # folder of the run
+    sets: tuple[dict, ...] = ()  # for `sets.read_sets`: {reader: glas, root: ...}, ...
+    tasks: tuple[str, ...] = ()  # of `TASKS`; empty: all that the sets have truth of
     # network
-    arch: str = "resnet34" # or resnet18
-    width: float = 1. # share of its channels
-    start: str = "" # weights to start from: a finished run, or the authors' weights.tar; it brings its own arch and width
-    freeze: bool = False # only decoders that `start` does not have are trained
+    arch: str = "resnet34"  # or resnet18
+    width: float = 1.0  # share of its channels
+    start: str = (
+        ""  # weights to start from: a finished run, or the authors' weights.tar; it brings its own arch and width
+    )
+    freeze: bool = False  # only decoders that `start` does not have are trained
     # samples
-    mpp: float = .5 # um per pixel
-    crop: int = 448 # pixels a side
-    glass: float = .2 # share of the crops in which the tissue is made to end
-    border: Literal["objects", "insides"] = "objects" # what the weight of gaps measures to; insides: as the authors
-    sampling: Literal["single", "mixed", "alternating"] = "mixed" # how batches are made of the sets
-    shares: tuple[int, ...] = () # how often each set has its turn in a round of them; empty: once
-    batch_size: int = 12 # samples a step
-    val_share: float = .1 # of the cases of a set that its publisher has not divided
-    test_share: float = .2
+    mpp: float = 0.5  # um per pixel
+    crop: int = 448  # pixels a side
+    glass: float = 0.2  # share of the crops in which the tissue is made to end
+    border: Literal["objects", "insides"] = "objects"  # what the weight of gaps measures to; insides: as the authors
+    sampling: Literal["single", "mixed", "alternating"] = "mixed"  # how batches are made of the sets
+    shares: tuple[int, ...] = ()  # how often each set has its turn in a round of them; empty: once
+    batch_size: int = 12  # samples a step
+    val_share: float = 0.1  # of the cases of a set that its publisher has not divided
+    test_share: float = 0.2
     split_seed: int = 0
     # loss and schedule
-    type_loss: Literal["objects", "pixels"] = "objects" # what that of types is averaged over; pixels: as the authors
-    epochs: float = 140. # one shows each field of every set at least once
-    steps: int = 0 # in place of epochs
+    type_loss: Literal["objects", "pixels"] = "objects"  # what that of types is averaged over; pixels: as the authors
+    epochs: float = 140.0  # one shows each field of every set at least once
+    steps: int = 0  # in place of epochs
     lr: float = 1e-3
-    schedule: Literal["step", "cosine"] = "step" # a tenth after each `decay_every` steps, or down to 0 along a cosine
+    schedule: Literal["step", "cosine"] = "step"  # a tenth after each `decay_every` steps, or down to 0 along a cosine
     decay_every: int = 75000
     # machine
-    device: str = "auto" # auto = cuda where there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16"] = "auto" # of the products; auto = bf16 where the hardware has it
-    workers: int = 1 # processes that make samples; 0 = in the training process
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the products; auto = bf16 where the hardware has it
+    workers: int = 1  # processes that make samples; 0 = in the training process
     seed: int = 0
-    watch_every: int = 0 # steps between looks at validation fields; 0 = an epoch
-    val_fields: int = 4 # of each set, looked at then
-    log_every: int = 20 # steps between rows of the log; values are means over them
-    checkpoint_every: int = 500 # steps between checkpoints; the end of the run always has one
-    keep: int = 2 # latest checkpoints to keep
+    watch_every: int = 0  # steps between looks at validation fields; 0 = an epoch
+    val_fields: int = 4  # of each set, looked at then
+    log_every: int = 20  # steps between rows of the log; values are means over them
+    checkpoint_every: int = 500  # steps between checkpoints; the end of the run always has one
+    keep: int = 2  # latest checkpoints to keep
 
-    def __post_init__(self): check_ranges(vars(self), "TrainConfig", mpp="above 0")
+    def __post_init__(self):
+        check_ranges(vars(self), "TrainConfig", mpp="above 0")
 
-MACHINE = ("out", "sets", "start", "device", "workers", "watch_every", "val_fields", "log_every", "checkpoint_every", "keep") # may change when a run goes on
+# %% ../../nbs/10_segment/05_training.ipynb #cell-005-2
+MACHINE = (
+    "out",
+    "sets",
+    "start",
+    "device",
+    "workers",
+    "watch_every",
+    "val_fields",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+)  # may change when a run goes on
+
 
 def learning_rate(
-    config: TrainConfig, # settled
-    step: int, # steps taken
+    config: TrainConfig,  # settled
+    step: int,  # steps taken
 ) -> float:
     "The rate of a step."
-    if config.schedule == "cosine": return config.lr*(1 + math.cos(math.pi*step/config.steps))/2
-    return config.lr*.1**(step//config.decay_every)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
+    return config.lr * 0.1 ** (step // config.decay_every)
+
 
 def epoch_steps(
-    sizes, # number of training fields of each set
-    shares, # of each set; empty: all alike
+    sizes,  # number of training fields of each set
+    shares,  # of each set; empty: all alike
     batch_size: int,
-) -> float: # steps
+) -> float:  # steps
     "How many steps show each field of every set at least once, its sets in rounds."
-    shares = shares or [1]*len(sizes)
-    return max(n/share for n, share in zip(sizes, shares, strict=True))*sum(shares)/batch_size
+    shares = shares or [1] * len(sizes)
+    return max(n / share for n, share in zip(sizes, shares, strict=True)) * sum(shares) / batch_size
 
+# %% ../../nbs/10_segment/05_training.ipynb #cell-005-3
 def settle(
-    config: TrainConfig, # as the user gave it
-    sizes: list, # number of training fields of each set
-    patches: bool = False, # whether one of the sets holds patches with one class each
-) -> TrainConfig: # with steps, device and precision settled
+    config: TrainConfig,  # as the user gave it
+    sizes: list,  # number of training fields of each set
+    patches: bool = False,  # whether one of the sets holds patches with one class each
+) -> TrainConfig:  # with steps, device and precision settled
     "Replace what is left to choose, and refuse what cannot work."
     c = config
-    if not sizes or not all(sizes): raise BadInput("sets", f"no training field in {'one of them' if sizes else 'none'}", "Lower val_share and test_share, or leave the set out.")
-    if c.batch_size < 2: raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
-    shares = c.shares or (1,)*len(sizes)
-    if len(shares) != len(sizes) or min(shares) < 1: raise BadInput("shares", f"{list(shares)} for {len(sizes)} set(s)", "Give each set a whole number, 1 or more.")
-    if patches and c.sampling == "mixed" and c.batch_size//sum(shares)*min(shares) < 2:
-        raise BadInput("batch_size", f"{c.batch_size} samples in rounds of {sum(shares)} can leave one patch, of which batch norm has no statistics", f"Choose at least {sum(shares)*math.ceil(2/min(shares))}, or another sampling.")
-    if c.crop < 32 or c.crop % 16: raise BadInput("crop", f"{c.crop} pixels", f"Choose a multiple of 16, such as {max(round(c.crop/16), 2)*16}.")
-    if c.freeze and not c.start: raise BadInput("freeze", "nothing to hold without `start`", "Name the run whose weights are held.")
-    steps = c.steps or round(c.epochs*epoch_steps(sizes, c.shares, c.batch_size))
-    if steps < 1: raise BadInput("epochs", f"{c.epochs} make no step", "Choose more epochs, or set steps.")
+    if not sizes or not all(sizes):
+        raise BadInput(
+            "sets",
+            f"no training field in {'one of them' if sizes else 'none'}",
+            "Lower val_share and test_share, or leave the set out.",
+        )
+    if c.batch_size < 2:
+        raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
+    shares = c.shares or (1,) * len(sizes)
+    if len(shares) != len(sizes) or min(shares) < 1:
+        raise BadInput("shares", f"{list(shares)} for {len(sizes)} set(s)", "Give each set a whole number, 1 or more.")
+    if patches and c.sampling == "mixed" and c.batch_size // sum(shares) * min(shares) < 2:
+        raise BadInput(
+            "batch_size",
+            f"{c.batch_size} samples in rounds of {sum(shares)} can leave one patch, of which batch norm has no statistics",
+            f"Choose at least {sum(shares) * math.ceil(2 / min(shares))}, or another sampling.",
+        )
+    if c.crop < 32 or c.crop % 16:
+        raise BadInput(
+            "crop", f"{c.crop} pixels", f"Choose a multiple of 16, such as {max(round(c.crop / 16), 2) * 16}."
+        )
+    if c.freeze and not c.start:
+        raise BadInput("freeze", "nothing to hold without `start`", "Name the run whose weights are held.")
+    steps = c.steps or round(c.epochs * epoch_steps(sizes, c.shares, c.batch_size))
+    if steps < 1:
+        raise BadInput("epochs", f"{c.epochs} make no step", "Choose more epochs, or set steps.")
     device = find_device(c.device)
     return dataclasses.replace(c, steps=steps, device=str(device), precision=find_precision(c.precision, device))
 
 # %% ../../nbs/10_segment/05_training.ipynb #cell-008
 class Trainer:
     "The network, its optimiser and its position: what a checkpoint holds, and the step that moves it on."
+
     def __init__(
         self,
-        config: TrainConfig, # settled
-        tasks, # `Task`s to train
+        config: TrainConfig,  # settled
+        tasks,  # `Task`s to train
     ):
-        c, self.device = config, torch.device(config.device)
+        c = config
+        self.device = torch.device(config.device)
         torch.manual_seed(c.seed)
-        self.config, self.tasks, self.step, self.window = c, {t.name: t for t in tasks}, 0, []
+        self.config = c
+        self.tasks = {t.name: t for t in tasks}
+        self.step = 0
+        self.window = []
         self.net, known = _network(c, tasks)
         self.layout = memory_layout(self.net, c.precision, self.device)
         self.net.to(self.device, memory_format=self.layout)
         self.held = [self.net.encoder, self.net.map, *(self.net.decoders[n] for n in known)] if c.freeze else []
-        if c.freeze and not set(self.tasks) - set(known): raise BadInput("freeze", f"{c.start} knows all tasks: {', '.join(known)}", "Add a task that it does not know, or do not freeze.")
-        for module in self.held: module.requires_grad_(False)
+        if c.freeze and not set(self.tasks) - set(known):
+            raise BadInput(
+                "freeze",
+                f"{c.start} knows all tasks: {', '.join(known)}",
+                "Add a task that it does not know, or do not freeze.",
+            )
+        for module in self.held:
+            module.requires_grad_(False)
         self.optimiser = torch.optim.Adam([p for p in self.net.parameters() if p.requires_grad], lr=c.lr)
 
     def train_step(
         self,
-        batch, # of `samples.collate`
-    ) -> dict: # loss of each task, their weighted sum
+        batch,  # of `samples.collate`
+    ) -> dict:  # loss of each task, their weighted sum
         "Take one step."
         c, (images, truth) = self.config, batch
         torch.manual_seed(draw_seed(c.seed, self.step))  # for dropout
         self.net.train()
-        for module in self.held: module.eval()
-        truth = {name: [t.to(self.device, non_blocking=True) for t in truth[name]] for name in self.tasks if name in truth}
-        images = images.to(self.device, memory_format=self.layout, non_blocking=True).float()/255
+        for module in self.held:
+            module.eval()
+        truth = {
+            name: [t.to(self.device, non_blocking=True) for t in truth[name]] for name in self.tasks if name in truth
+        }
+        images = images.to(self.device, memory_format=self.layout, non_blocking=True).float() / 255
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
             scores = self.net(images, {name: rows for name, (rows, *_) in truth.items()})
-        losses = {name: task_loss(self.tasks[name], scores[name].float(), target, c.type_loss)
-                  for name, (_, *target) in truth.items()}
-        total = sum(self.tasks[name].weight*loss for name, loss in losses.items())
-        if not torch.isfinite(total): raise ArithmeticError(f"step {self.step + 1}: the loss is not finite ({', '.join(f'{n} {v.item():.3g}' for n, v in losses.items())}). Lower lr; the last checkpoint is kept.")
-        for group in self.optimiser.param_groups: group["lr"] = learning_rate(c, self.step)
+        losses = {
+            name: task_loss(self.tasks[name], scores[name].float(), target, c.type_loss)
+            for name, (_, *target) in truth.items()
+        }
+        total = sum(self.tasks[name].weight * loss for name, loss in losses.items())
+        if not torch.isfinite(total):
+            raise ArithmeticError(
+                f"step {self.step + 1}: the loss is not finite ({', '.join(f'{n} {v.item():.3g}' for n, v in losses.items())}). Lower lr; the last checkpoint is kept."
+            )
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(c, self.step)
         self.optimiser.zero_grad()
         total.backward()
         self.optimiser.step()
         self.step += 1
-        return {"loss": total.item(), "lr": learning_rate(c, self.step - 1), **{f"loss_{n}": v.item() for n, v in losses.items()}}
+        return {
+            "loss": total.item(),
+            "lr": learning_rate(c, self.step - 1),
+            **{f"loss_{n}": v.item() for n, v in losses.items()},
+        }
 
-    def state_dict(self) -> dict: # tensors, numbers and text only
+    def state_dict(self) -> dict:  # tensors, numbers and text only
         "All that a continued run needs."
-        return {"net": self.net.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step, "window": self.window}
+        return {
+            "net": self.net.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "window": self.window,
+        }
 
     def load_state_dict(
         self,
-        state: dict, # what `state_dict` gave
+        state: dict,  # what `state_dict` gave
     ):
         "Continue where the state was taken."
-        try: self.net.load_state_dict(state["net"])
-        except RuntimeError as e: raise BadInput("checkpoint", " ".join(str(e).split())[:400], "It belongs to another network.") from None
+        try:
+            self.net.load_state_dict(state["net"])
+        except RuntimeError as e:
+            raise BadInput("checkpoint", " ".join(str(e).split())[:400], "It belongs to another network.") from None
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.window = state["step"], state["window"]
+        self.step = state["step"]
+        self.window = state["window"]
 
+# %% ../../nbs/10_segment/05_training.ipynb #cell-008-2
 def _network(c, tasks):
     "The network, and the names of the tasks that it has been trained for."
-    if not c.start: return Cerberus(tasks, c.arch, c.width), []
+    if not c.start:
+        return Cerberus(tasks, c.arch, c.width), []
     before, about = cerberus.load(c.start)
-    if abs(about["mpp"] - c.mpp) > .01*c.mpp: raise BadInput(c.start, f"trained at {about['mpp']} um/px, not {c.mpp}", f"Set mpp to {about['mpp']}.")
+    if abs(about["mpp"] - c.mpp) > 0.01 * c.mpp:
+        raise BadInput(c.start, f"trained at {about['mpp']} um/px, not {c.mpp}", f"Set mpp to {about['mpp']}.")
     known = list(before.tasks)
     for task in tasks:
         theirs = before.tasks.get(task.name, task).classes
@@ -187,43 +273,67 @@ def _network(c, tasks):
 # %% ../../nbs/10_segment/05_training.ipynb #cell-013
 def train(
     config: TrainConfig,
-    restart: bool = False, # discard the run in the folder
-) -> Path: # folder of the run
+    restart: bool = False,  # discard the run in the folder
+) -> Path:  # folder of the run
     "Train a network for several tasks, or go on, or return at once where that is done."
     sets, tasks = read_sets(config.sets, config.tasks, config.val_share, config.test_share, config.split_seed)
-    part = {split: [fields.take((fields.table["split"] == split).to_numpy()) for fields in sets] for split in ("train", "val")}
+    part = {
+        split: [fields.take((fields.table["split"] == split).to_numpy()) for fields in sets]
+        for split in ("train", "val")
+    }
     c = settle(keep_precision(config, restart), [len(fields) for fields in part["train"]], any(map(_patches, sets)))
-    folder, parameters = Path(c.out), dataclasses.asdict(c) | {"data": _data_key(sets), "started_from": _start_key(c.start)}
-    free = (*MACHINE, *("steps", "epochs")*(c.schedule == "step"))  # whose rate of a step does not depend on how many follow
-    if not restart and same_run(folder, parameters, free) and _finished(folder, c): return folder
+    folder = Path(c.out)
+    parameters = dataclasses.asdict(c) | {"data": _data_key(sets), "started_from": _start_key(c.start)}
+    free = (
+        *MACHINE,
+        *("steps", "epochs") * (c.schedule == "step"),
+    )  # whose rate of a step does not depend on how many follow
+    if not restart and same_run(folder, parameters, free) and _finished(folder, c):
+        return folder
     with claim(folder, parameters, free, ("cerberus.json", "cerberus.safetensors"), restart), hold_signals() as asked:
         _write_fields(sets, folder)
         trainer = Trainer(c, tasks)
-        if found := latest_checkpoint(folder): trainer.load_state_dict(found[0])
-        if trainer.step > c.steps: raise BadInput(folder, f"its run has taken {trainer.step} steps already", f"Set steps to {trainer.step} or more.")
+        if found := latest_checkpoint(folder):
+            trainer.load_state_dict(found[0])
+        if trainer.step > c.steps:
+            raise BadInput(
+                folder, f"its run has taken {trainer.step} steps already", f"Set steps to {trainer.step} or more."
+            )
         _loop(trainer, part, asked)
     return folder
 
-def _finished(folder, c):
-    return ((folder/"cerberus.json").exists() and (folder/"cerberus.safetensors").exists()
-            and read_record(folder/"cerberus.json").get("step") == c.steps)
 
+def _finished(folder, c):
+    return (
+        (folder / "cerberus.json").exists()
+        and (folder / "cerberus.safetensors").exists()
+        and read_record(folder / "cerberus.json").get("step") == c.steps
+    )
+
+# %% ../../nbs/10_segment/05_training.ipynb #cell-013-2
 def _data_key(sets):
     "Name the data by its fields and their splits, wherever their files lie."
     return digest([[f.name, f.truths, f.table[["field", "case", "split"]].values.tolist()] for f in sets])
 
+
 def _start_key(start):
     "Name the weights that a training starts from by their content; empty where it starts from random ones."
-    if not start: return ""
+    if not start:
+        return ""
     path = Path(start)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return digest([content_key(p) for p in files])
 
+
 def _write_fields(sets, folder):
     "Which field of which set is in which split."
-    with atomic_path(folder/"fields.csv") as p: pd.concat([f.table[["field", "case", "split"]].assign(set=f.name) for f in sets]).to_csv(p, index=False)
+    with atomic_path(folder / "fields.csv") as p:
+        pd.concat([f.table[["field", "case", "split"]].assign(set=f.name) for f in sets]).to_csv(p, index=False)
 
-def _patches(fields): return fields.truths == ("tissue",)
+
+def _patches(fields):
+    return fields.truths == ("tissue",)
+
 
 def _loader(c, fields, tasks, start):
     "Batches of the steps from `start` to the last."
@@ -231,40 +341,61 @@ def _loader(c, fields, tasks, start):
     samples = Samples(fields, tasks, c.mpp, c.seed, glass=c.glass, border=c.border)
     return loader(samples, batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
 
+
 def _save(trainer, done=False):
     "Write a checkpoint, and at the end the weights."
     c = trainer.config
     write_checkpoint(trainer.state_dict(), c.out, trainer.step, c.keep)
-    if done: cerberus.save(trainer.net, c.out, c.mpp, step=trainer.step, steps=c.steps)
+    if done:
+        cerberus.save(trainer.net, c.out, c.mpp, step=trainer.step, steps=c.steps)
 
+# %% ../../nbs/10_segment/05_training.ipynb #cell-013-3
 def _loop(trainer, part, asked):
     "Steps until the last."
-    c, tasks, folder = trainer.config, list(trainer.tasks.values()), Path(trainer.config.out)
+    c = trainer.config
+    tasks = list(trainer.tasks.values())
+    folder = Path(trainer.config.out)
     per_epoch = max(round(epoch_steps(list(map(len, part["train"])), c.shares, c.batch_size)), 1)
-    kept_rows(folder/"log.jsonl", trainer.step)
-    clock, watched = {"wait": 0.}, Samples(part["val"], tasks, c.mpp)
-    if trainer.step == c.steps: return _save(trainer, done=True)  # killed after its last checkpoint, before its weights were written
-    def log(values): append_jsonl(folder/"log.jsonl", {"step": trainer.step, "epoch": trainer.step/per_epoch, **values})
+    kept_rows(folder / "log.jsonl", trainer.step)
+    clock = {"wait": 0.0}
+    watched = Samples(part["val"], tasks, c.mpp)
+    if trainer.step == c.steps:
+        return _save(trainer, done=True)  # killed after its last checkpoint, before its weights were written
+
+    def log(values):
+        append_jsonl(folder / "log.jsonl", {"step": trainer.step, "epoch": trainer.step / per_epoch, **values})
+
     began = time.perf_counter()
     with progress(desc="training", total=c.steps - trainer.step, unit="step") as bar:
         for batch in timed(_loader(c, part["train"], tasks, trainer.step), clock):
             row = trainer.train_step(batch)
             trainer.window.append(row)
-            last, halt = trainer.step == c.steps, bool(asked) or (folder/"stop").exists()
+            last = trainer.step == c.steps
+            halt = bool(asked) or (folder / "stop").exists()
             if trainer.step % c.log_every == 0 or last:
-                seconds, names = time.perf_counter() - began, dict.fromkeys(k for row in trainer.window for k in row)
-                log({k: float(np.mean([row[k] for row in trainer.window if k in row])) for k in names}
-                    | {"images_per_s": len(trainer.window)*c.batch_size/seconds, "data_wait": clock["wait"]/seconds, "memory": memory_used(trainer.device)})
-                trainer.window, began, clock["wait"] = [], time.perf_counter(), 0.
+                seconds = time.perf_counter() - began
+                names = dict.fromkeys(k for row in trainer.window for k in row)
+                log(
+                    {k: float(np.mean([row[k] for row in trainer.window if k in row])) for k in names}
+                    | {
+                        "images_per_s": len(trainer.window) * c.batch_size / seconds,
+                        "data_wait": clock["wait"] / seconds,
+                        "memory": memory_used(trainer.device),
+                    }
+                )
+                trainer.window, began, clock["wait"] = [], time.perf_counter(), 0.0
             if trainer.step % (c.watch_every or per_epoch) == 0 or last:
                 log(validate(trainer.net, watched, c.val_fields, c.precision))
-                draw_progress(trainer.net, watched, folder/"samples"/f"{trainer.step:07d}.png", c.precision)
+                draw_progress(trainer.net, watched, folder / "samples" / f"{trainer.step:07d}.png", c.precision)
                 curves(folder)
-                if not trainer.window: began = time.perf_counter()  # looking is not training
+                if not trainer.window:
+                    began = time.perf_counter()  # looking is not training
             bar.update(note=f"loss {row['loss']:.3f}")
-            if trainer.step % c.checkpoint_every == 0 or last or halt: _save(trainer, done=last)
-            if halt and not last: break
-    (folder/"stop").unlink(missing_ok=True)
+            if trainer.step % c.checkpoint_every == 0 or last or halt:
+                _save(trainer, done=last)
+            if halt and not last:
+                break
+    (folder / "stop").unlink(missing_ok=True)
     if trainer.step < c.steps:
-        write_json(folder/"stopped", {"step": trainer.step, "steps": c.steps})
+        write_json(folder / "stopped", {"step": trainer.step, "steps": c.steps})
         raise Stopped(f"stopped at step {trainer.step} of {c.steps}, checkpoint written")

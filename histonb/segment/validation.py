@@ -19,30 +19,35 @@ from .losses import task_loss
 from .targets import UNKNOWN, targets_of
 
 # %% ../../nbs/10_segment/04_validation.ipynb #cell-005
-SIDE = 512 # pixels: what is looked at of a validation field, at most
+SIDE = 512  # pixels: what is looked at of a validation field, at most
+
 
 def middle(
-    field: Field, # at the network's resolution
-    side: int = SIDE, # pixels
-) -> Field: # at most so large
+    field: Field,  # at the network's resolution
+    side: int = SIDE,  # pixels
+) -> Field:  # at most so large
     "The middle of a field."
     h, w = field.image.shape[:2]
-    box = tuple(slice((n - min(n, side))//2, (n + min(n, side))//2) for n in (h, w))
+    box = tuple(slice((n - min(n, side)) // 2, (n + min(n, side)) // 2) for n in (h, w))
     return Field(field.image[box], {k: a[box] if np.ndim(a) == 2 else a for k, a in field.truth.items()}, field.mpp)
+
 
 @torch.inference_mode()
 def score_image(
-    net: Cerberus, # put into eval mode
-    image: np.ndarray, # (h, w, 3) uint8
-    names=None, # of tasks; None: all
-    precision: str = "fp32", # or bf16
-) -> dict: # task -> scores (C, h, w) float32, on the CPU
+    net: Cerberus,  # put into eval mode
+    image: np.ndarray,  # (h, w, 3) uint8
+    names=None,  # of tasks; None: all
+    precision: str = "fp32",  # or bf16
+) -> dict:  # task -> scores (C, h, w) float32, on the CPU
     "Scores of a whole picture at once."
     net.eval()
     device = next(net.parameters()).device
-    x = torch.from_numpy(np.ascontiguousarray(image)).to(device).movedim(-1, 0)[None].float()/255
+    x = torch.from_numpy(np.ascontiguousarray(image)).to(device).movedim(-1, 0)[None].float() / 255
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        scores = net(x.contiguous(memory_format=torch.channels_last), {n: slice(None) for n in (net.tasks if names is None else names)})
+        scores = net(
+            x.contiguous(memory_format=torch.channels_last),
+            {n: slice(None) for n in (net.tasks if names is None else names)},
+        )
     return {name: s[0].float().cpu() for name, s in scores.items()}
 
 # %% ../../nbs/10_segment/04_validation.ipynb #cell-007
@@ -50,19 +55,22 @@ def _right(task, scores, truth):
     "How good an answer is, 0..1; None where the truth says nothing."
     called = scores.argmax(0).numpy()
     if task.kind == "instances":
-        a, b = called > 0, truth[0] > 0
-        return 2*(a & b).sum()/max(a.sum() + b.sum(), 1)
-    if task.kind == "patch": return float((called == truth[0]).mean())
+        a = called > 0
+        b = truth[0] > 0
+        return 2 * (a & b).sum() / max(a.sum() + b.sum(), 1)
+    if task.kind == "patch":
+        return float((called == truth[0]).mean())
     here = (truth[0] > 0) & (truth[0] != UNKNOWN)
     called = scores[1:].argmax(0).numpy() + 1
     return float((called == truth[0])[here].mean()) if here.any() else None
 
+
 def validate(
     net: Cerberus,
-    samples, # `Samples` of the validation fields
-    each: int = 4, # fields of each set
-    precision: str = "fp32", # or bf16
-) -> dict: # val_<task>: loss; right_<task>: Dice of instances, share of right types or patches
+    samples,  # `Samples` of the validation fields
+    each: int = 4,  # fields of each set
+    precision: str = "fp32",  # or bf16
+) -> dict:  # val_<task>: loss; right_<task>: Dice of instances, share of right types or patches
     "Losses and figures on validation fields."
     values = {}
     for number, fields in enumerate(samples.sets):
@@ -70,60 +78,87 @@ def validate(
             field = middle(at_mpp(samples.field(number, int(row)), samples.mpp))
             truths = targets_of(field.truth, [net.tasks[t.name] for t in samples.tasks])
             for name, scores in score_image(net, field.image, truths, precision).items():
-                loss = task_loss(net.tasks[name], scores[None], [torch.from_numpy(np.asarray(a)[None]) for a in truths[name]])
+                loss = task_loss(
+                    net.tasks[name], scores[None], [torch.from_numpy(np.asarray(a)[None]) for a in truths[name]]
+                )
                 values.setdefault(f"val_{name}", []).append(loss.item())
-                if (right := _right(net.tasks[name], scores, truths[name])) is not None: values.setdefault(f"right_{name}", []).append(right)
+                if (right := _right(net.tasks[name], scores, truths[name])) is not None:
+                    values.setdefault(f"right_{name}", []).append(right)
     return {k: float(np.mean(v)) for k, v in values.items()}
 
 # %% ../../nbs/10_segment/04_validation.ipynb #cell-010
 def draw_progress(
     net: Cerberus,
-    samples, # `Samples` of the validation fields
-    path, # PNG to write
-    precision: str = "fp32", # or bf16
-    side: int = 256, # pixels of a picture
+    samples,  # `Samples` of the validation fields
+    path,  # PNG to write
+    precision: str = "fp32",  # or bf16
+    side: int = 256,  # pixels of a picture
 ):
     "What the network draws on a validation field of each task of instances or types."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     first = {name: i for i, fields in reversed(list(enumerate(samples.sets))) if len(fields) for name in fields.truths}
     drawn = [t for t in samples.tasks if t.kind != "patch" and t.name in first]
-    if not drawn: return
-    fig = Figure(figsize=(5, 2.5*len(drawn)), layout="constrained")
+    if not drawn:
+        return
+    fig = Figure(figsize=(5, 2.5 * len(drawn)), layout="constrained")
     for task, axes in zip(drawn, fig.subplots(len(drawn), 2, squeeze=False), strict=True):
         field = middle(at_mpp(samples.field(first[task.name], 0), samples.mpp), side)
         p = score_image(net, field.image, [task.name], precision)[task.name].softmax(0).numpy()
-        shown = np.stack([p[1], p[2], 0*p[0]], -1) if task.kind == "instances" else p.argmax(0)
+        shown = np.stack([p[1], p[2], 0 * p[0]], -1) if task.kind == "instances" else p.argmax(0)
         axes[0].imshow(outline(field.image, field.truth[task.name].astype(np.int32), (20, 20, 230)))
         axes[1].imshow(shown, vmin=0, vmax=None if task.kind == "instances" else len(task.classes) - 1)
         axes[0].set_title(task.name, fontsize=9, loc="left")
-        for ax in axes: ax.axis("off")
-    with atomic_path(path) as p: FigureCanvasAgg(fig).print_figure(p, dpi=75)
+        for ax in axes:
+            ax.axis("off")
+    with atomic_path(path) as p:
+        FigureCanvasAgg(fig).print_figure(p, dpi=75)
+_PANELS = {
+    "loss_": "training loss",
+    "val_": "validation loss",
+    "right_": "validation: Dice, or share right",
+    "lr": "learning rate",
+    "images_per_s": "samples/s",
+    "data_wait": "share of time waiting for data",
+}
 
-_PANELS = {"loss_": "training loss", "val_": "validation loss", "right_": "validation: Dice, or share right", "lr": "learning rate", "images_per_s": "samples/s", "data_wait": "share of time waiting for data"}
-
+# %% ../../nbs/10_segment/04_validation.ipynb #cell-010-2
 def _panels(fig, rows):
     "A panel for each of `_PANELS`, a curve for each figure that begins so."
     for ax, (prefix, title) in zip(fig.subplots(2, 3).flat, _PANELS.items(), strict=True):
         for name in dict.fromkeys(k for row in rows for k in row if k.startswith(prefix)):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            ax.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 30 else None, ms=4, label=f"{name.removeprefix(prefix) or name} {points[-1][1]:.3g}")
+            ax.plot(
+                *zip(*points, strict=True),
+                lw=1,
+                marker="." if len(points) < 30 else None,
+                ms=4,
+                label=f"{name.removeprefix(prefix) or name} {points[-1][1]:.3g}",
+            )
         ax.set_title(title, fontsize=9, loc="left")
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.lines: ax.legend(fontsize=7, frameon=False)
+        if ax.lines:
+            ax.legend(fontsize=7, frameon=False)
+
 
 def curves(
-    folder, # of a run
-    fig=None, # matplotlib figure to draw on; None: a new one, written to `curves.png` in the folder
-): # the figure
+    folder,  # of a run
+    fig=None,  # matplotlib figure to draw on; None: a new one, written to `curves.png` in the folder
+):  # the figure
     "All that a run has logged: losses and figures by task, rate, speed, waiting."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    if not (Path(folder)/"log.jsonl").exists(): raise BadInput(folder, "holds no log.jsonl", "Give the folder of a training that has begun.")
-    rows, write = read_jsonl(Path(folder)/"log.jsonl"), fig is None
+
+    if not (Path(folder) / "log.jsonl").exists():
+        raise BadInput(folder, "holds no log.jsonl", "Give the folder of a training that has begun.")
+    rows = read_jsonl(Path(folder) / "log.jsonl")
+    write = fig is None
     fig = fig or Figure(figsize=(11, 5), layout="constrained")
-    with foreign_errors(Path(folder)/"log.jsonl", "Copy it again.", "not the log of a training"): _panels(fig, rows)
+    with foreign_errors(Path(folder) / "log.jsonl", "Copy it again.", "not the log of a training"):
+        _panels(fig, rows)
     if write:
-        with atomic_path(Path(folder)/"curves.png") as p: FigureCanvasAgg(fig).print_figure(p, dpi=80)
+        with atomic_path(Path(folder) / "curves.png") as p:
+            FigureCanvasAgg(fig).print_figure(p, dpi=80)
     return fig

@@ -15,13 +15,17 @@ import pandas as pd
 SLIDE_COLUMNS = ["slide", "image", "mask", "codes", "cohort", "case", "provider", "isup", "gleason"]
 QUARANTINE_COLUMNS = ["slide", "path", "fault", "remedy"]
 
+# %% ../../nbs/02_slides/09_cohort.ipynb #cell-006-2
 @dataclass(repr=False)
 class Cohort:
     "The usable slides of a data set, and what was left out of it."
-    name: str # of the data set
-    slides: pd.DataFrame # one row per slide: SLIDE_COLUMNS; `mask` is "" where there is none, `case` groups what must stay in one split
-    quarantine: pd.DataFrame # one row per slide left out: QUARANTINE_COLUMNS
-    counts: dict = field(default_factory=dict) # what was found: name -> number of slides
+
+    name: str  # of the data set
+    slides: (
+        pd.DataFrame
+    )  # one row per slide: SLIDE_COLUMNS; `mask` is "" where there is none, `case` groups what must stay in one split
+    quarantine: pd.DataFrame  # one row per slide left out: QUARANTINE_COLUMNS
+    counts: dict = field(default_factory=dict)  # what was found: name -> number of slides
 
     def grades(self):
         "Number of slides by provider (rows) and Gleason score (columns)."
@@ -30,15 +34,22 @@ class Cohort:
     def take(self, limit):
         "The same cohort with at most so many slides, evenly spread over its list; None or 0 takes all."
         left = max(len(self) - limit, 0) if limit else 0
-        if not left: return self
+        if not left:
+            return self
         rows = np.linspace(0, len(self) - 1, limit).round().astype(int)
-        return replace(self, slides=self.slides.iloc[rows].reset_index(drop=True), counts={**self.counts, "beyond the limit": left})
+        return replace(
+            self, slides=self.slides.iloc[rows].reset_index(drop=True), counts={**self.counts, "beyond the limit": left}
+        )
 
-    def __len__(self): return len(self.slides)
+    def __len__(self):
+        return len(self.slides)
 
     def __repr__(self):
-        slides, cases = len(self), self.slides["case"].nunique()
-        return f"{self.name}: {slides} slide{'s'*(slides != 1)} in {cases} case{'s'*(cases != 1)}" + "".join(
-            f", {number} {what}" for what, number in self.counts.items() if number)
+        slides = len(self)
+        cases = self.slides["case"].nunique()
+        return f"{self.name}: {slides} slide{'s' * (slides != 1)} in {cases} case{'s' * (cases != 1)}" + "".join(
+            f", {number} {what}" for what, number in self.counts.items() if number
+        )
 
-    def _repr_html_(self): return f"<p>{self!r}</p>{self.grades().to_html()}"
+    def _repr_html_(self):
+        return f"<p>{self!r}</p>{self.grades().to_html()}"

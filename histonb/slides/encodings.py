@@ -15,29 +15,35 @@ from ..core.errors import BadInput, nearest
 from .labels import LABELS, code_table
 
 # %% ../../nbs/02_slides/02_encodings.ipynb #cell-005
-ENCODINGS = { # name -> codes of no cancer, Gleason 3, 4 and 5
-    "0/1/2/3": (0, 1, 2, 3), "0/3/4/5": (0, 3, 4, 5),
-    "0/50/100/200": (0, 50, 100, 200), "0/100/150/200": (0, 100, 150, 200),
+ENCODINGS = {  # name -> codes of no cancer, Gleason 3, 4 and 5
+    "0/1/2/3": (0, 1, 2, 3),
+    "0/3/4/5": (0, 3, 4, 5),
+    "0/50/100/200": (0, 50, 100, 200),
+    "0/100/150/200": (0, 100, 150, 200),
 }
-_REACH = 25 # grey levels from a code that may still belong to it
+_REACH = 25  # grey levels from a code that may still belong to it
+
 
 def encoding_table(
-    name: str, # a key of `ENCODINGS`
-) -> dict[int, int]: # mask value -> histonb id
+    name: str,  # a key of `ENCODINGS`
+) -> dict[int, int]:  # mask value -> histonb id
     "The code table of an encoding."
-    if name not in ENCODINGS: raise BadInput("codes", f"unknown encoding `{name}`", nearest(name, ENCODINGS))
-    codes, labels = np.array(ENCODINGS[name]), [label for label in LABELS if label]
+    if name not in ENCODINGS:
+        raise BadInput("codes", f"unknown encoding `{name}`", nearest(name, ENCODINGS))
+    codes = np.array(ENCODINGS[name])
+    labels = [label for label in LABELS if label]
     values = codes if codes[-1] <= 5 else np.arange(256)
     return {int(v): labels[np.abs(codes - v).argmin()] for v in values}
 
 # %% ../../nbs/02_slides/02_encodings.ipynb #cell-008
-_BEND = 12 # largest difference between neighbours within an area, grey levels
-_AREA = .001 # least share of the area pixels that a code must hold to count as present
-_OFF = 10 # largest distance between a code and the middle of what is taken for it, grey levels
+_BEND = 12  # largest difference between neighbours within an area, grey levels
+_AREA = 0.001  # least share of the area pixels that a code must hold to count as present
+_OFF = 10  # largest distance between a code and the middle of what is taken for it, grey levels
+
 
 def areas(
-    mask: np.ndarray, # mask values, uint8, shape (h, w)
-) -> np.ndarray: # (256,) pixels of each value, borders left out
+    mask: np.ndarray,  # mask values, uint8, shape (h, w)
+) -> np.ndarray:  # (256,) pixels of each value, borders left out
     "The histogram of the pixels that are like their neighbours."
     m = mask.astype(np.int16)
     within = (np.abs(m[:-1, :-1] - m[1:, :-1]) <= _BEND) & (np.abs(m[:-1, :-1] - m[:-1, 1:]) <= _BEND)
@@ -47,77 +53,116 @@ def areas(
 @dataclass
 class Evidence:
     "What one mask says about its encoding."
-    fits: dict # encoding -> set of its codes that are present; encodings that are impossible are not in it
-    values: list # the values that cover most of it, for the error
+
+    fits: dict  # encoding -> set of its codes that are present; encodings that are impossible are not in it
+    values: list  # the values that cover most of it, for the error
+
 
 def _present(shades, codes):
     "The codes that are present in a histogram of shades, or None where it does not fit them."
     distance = np.abs(np.arange(256)[:, None] - codes)
-    nearest_code, total = distance.argmin(1), shades.sum()
-    if shades[distance.min(1) > _REACH].sum() > _AREA*total: return None
+    nearest_code = distance.argmin(1)
+    total = shades.sum()
+    if shades[distance.min(1) > _REACH].sum() > _AREA * total:
+        return None
     found = set()
     for i, code in enumerate(codes):
         own = np.where(nearest_code == i, shades, 0).cumsum()
-        if own[-1] < max(1, _AREA*total): continue
-        if abs(int(np.searchsorted(own, own[-1]/2)) - code) > _OFF: return None
+        if own[-1] < max(1, _AREA * total):
+            continue
+        if abs(int(np.searchsorted(own, own[-1] / 2)) - code) > _OFF:
+            return None
         found.add(code)
     return found
 
+# %% ../../nbs/02_slides/02_encodings.ipynb #cell-011-2
 def evidence(
-    mask: np.ndarray, # mask values, uint8, shape (h, w)
+    mask: np.ndarray,  # mask values, uint8, shape (h, w)
 ) -> Evidence:
     "Which encodings a mask may have, by its histogram."
-    counts, inner = np.bincount(mask.ravel(), minlength=256), areas(mask)
-    values, fits = set(np.flatnonzero(counts).tolist()), {}
+    counts = np.bincount(mask.ravel(), minlength=256)
+    inner = areas(mask)
+    values = set(np.flatnonzero(counts).tolist())
+    fits = {}
     for name, codes in ENCODINGS.items():
-        if values == {0}: fits[name] = {0}
+        if values == {0}:
+            fits[name] = {0}
         elif codes[-1] <= 5:
-            if values <= {*codes}: fits[name] = values
-        elif max(values) > 5 and (present := _present(inner, np.array(codes))): fits[name] = present
+            if values <= {*codes}:
+                fits[name] = values
+        elif max(values) > 5 and (present := _present(inner, np.array(codes))):
+            fits[name] = present
     common = counts.argsort()[::-1][:6]
-    return Evidence(fits, sorted(common[counts[common] > _AREA*mask.size].tolist()))
+    return Evidence(fits, sorted(common[counts[common] > _AREA * mask.size].tolist()))
 
 # %% ../../nbs/02_slides/02_encodings.ipynb #cell-014
 def decide(
-    found: list[Evidence], # what each mask says
-    path, # where they come from, for the error
-    names=(), # what each is called, for the error
-) -> str: # a key of `ENCODINGS`
+    found: list[Evidence],  # what each mask says
+    path,  # where they come from, for the error
+    names=(),  # what each is called, for the error
+) -> str:  # a key of `ENCODINGS`
     "The one encoding that all evidence allows. Raises `BadInput` where there is none, or more than one."
-    left, values = dict.fromkeys(ENCODINGS), sorted({v for e in found for v in e.values})
+    left = dict.fromkeys(ENCODINGS)
+    values = sorted({v for e in found for v in e.values})
     say = f'Say what they mean: `codes="{next(iter(ENCODINGS))}"`, for example, or a table of mask value -> class.'
     for i, e in enumerate(found):
-        if not e.fits: raise BadInput(names[i] if names else path, f"mask values {', '.join(map(str, e.values))} fit none of the encodings {', '.join(ENCODINGS)}", say)
-        before, left = left, {name: None for name in left if name in e.fits}
-        if not left: raise BadInput(names[i] if names else path, f"this mask is {' or '.join(e.fits)}, those before it {' or '.join(before)}",
-                                    "Keep the masks of one release together, or take out this one.")
-    if len(left) == 1: return next(iter(left))
-    if values == [0]: raise BadInput(path, "only background (mask value 0), which every encoding has", "Give masks of cancer too. " + say)
-    if not values: raise BadInput(path, "no mask can be read", "Copy or download them again, or do without: masks=False.")
-    shown = f"{', '.join(map(str, values[:10]))}{', ...'*(len(values) > 10)}"
-    raise BadInput(path, f"mask values {shown} may be {' or '.join(left)}", "Give more masks, with other grades. " + say)
+        if not e.fits:
+            raise BadInput(
+                names[i] if names else path,
+                f"mask values {', '.join(map(str, e.values))} fit none of the encodings {', '.join(ENCODINGS)}",
+                say,
+            )
+        before = left
+        left = {name: None for name in left if name in e.fits}
+        if not left:
+            raise BadInput(
+                names[i] if names else path,
+                f"this mask is {' or '.join(e.fits)}, those before it {' or '.join(before)}",
+                "Keep the masks of one release together, or take out this one.",
+            )
+    if len(left) == 1:
+        return next(iter(left))
+    if values == [0]:
+        raise BadInput(
+            path, "only background (mask value 0), which every encoding has", "Give masks of cancer too. " + say
+        )
+    if not values:
+        raise BadInput(path, "no mask can be read", "Copy or download them again, or do without: masks=False.")
+    shown = f"{', '.join(map(str, values[:10]))}{', ...' * (len(values) > 10)}"
+    raise BadInput(
+        path, f"mask values {shown} may be {' or '.join(left)}", "Give more masks, with other grades. " + say
+    )
 
+# %% ../../nbs/02_slides/02_encodings.ipynb #cell-014-2
 def detect_codes(
-    masks, # a mask, or several of one release: mask values, uint8, shape (h, w)
-    path="masks", # where they come from, for the error
-) -> dict[int, int]: # mask value -> histonb id
+    masks,  # a mask, or several of one release: mask values, uint8, shape (h, w)
+    path="masks",  # where they come from, for the error
+) -> dict[int, int]:  # mask value -> histonb id
     "Find out what mask values mean. Raises `BadInput` where they fit no encoding, or several."
     masks = [masks] if getattr(masks, "ndim", 3) == 2 else list(masks)
     return encoding_table(decide([evidence(m) for m in masks], path))
 
 # %% ../../nbs/02_slides/02_encodings.ipynb #cell-019
 def check_lossless(
-    mask, # an open `Slide`
-    codes: str | dict[int, int], # what its values mean, as `code_table` takes it
+    mask,  # an open `Slide`
+    codes: str | dict[int, int],  # what its values mean, as `code_table` takes it
 ):
     "Raise `BadInput` for a mask that is stored with loss, unless its table says of all 256 values what they mean."
     if len(code_table(codes, mask.path)) < 256 and mask.lossy:
-        raise BadInput(mask.path, "stored as JPEG, which changes the values of a mask",
-                       "Give the mask as it was drawn, in PNG, BMP or a TIFF without JPEG.")
+        raise BadInput(
+            mask.path,
+            "stored as JPEG, which changes the values of a mask",
+            "Give the mask as it was drawn, in PNG, BMP or a TIFF without JPEG.",
+        )
+
 
 def check_colors(
-    mask, # an open `Slide` of which something was read
+    mask,  # an open `Slide` of which something was read
 ):
     "Raise `BadInput` for a mask whose green or blue says something that its red does not."
-    if mask.colored: raise BadInput(mask.path, "its green or blue differ from its red: colours, not the codes of a mask",
-                                    "Save one number a pixel, in one channel or in red alone.")
+    if mask.colored:
+        raise BadInput(
+            mask.path,
+            "its green or blue differ from its red: colours, not the codes of a mask",
+            "Save one number a pixel, in one channel or in red alone.",
+        )

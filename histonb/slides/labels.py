@@ -15,8 +15,14 @@ from ..core.errors import BadInput, nearest
 # %% ../../nbs/02_slides/01_labels.ipynb #cell-005
 LABELS = {0: "background", 1: "healthy", 2: "gleason3", 3: "gleason4", 4: "gleason5"}
 IGNORE = 255
-LABEL_COLORS = {0: (255, 255, 255), 1: (167, 201, 160), 2: (247, 208, 96), 3: (236, 138, 62), 4: (176, 35, 48),
-                IGNORE: (150, 150, 160)}
+LABEL_COLORS = {
+    0: (255, 255, 255),
+    1: (167, 201, 160),
+    2: (247, 208, 96),
+    3: (236, 138, 62),
+    4: (176, 35, 48),
+    IGNORE: (150, 150, 160),
+}
 
 # %% ../../nbs/02_slides/01_labels.ipynb #cell-007
 CODES = {
@@ -27,47 +33,67 @@ CODES = {
 
 # %% ../../nbs/02_slides/01_labels.ipynb #cell-010a
 def code_table(
-    codes: str | dict[int, int], # a key of `CODES`, a table of mask value -> class id, or one as text: "0: healthy, 3: gleason3"
-    path="codes", # where the table was asked for, for the error
-) -> dict[int, int]: # mask value -> class id
+    codes: str
+    | dict[int, int],  # a key of `CODES`, a table of mask value -> class id, or one as text: "0: healthy, 3: gleason3"
+    path="codes",  # where the table was asked for, for the error
+) -> dict[int, int]:  # mask value -> class id
     "The table that `codes` stands for. Raises `BadInput` for an unknown name, value or class."
     if isinstance(codes, str):
-        if codes in CODES: return CODES[codes]
+        if codes in CODES:
+            return CODES[codes]
         parts = [re.fullmatch(r"\s*(\d+)\s*:\s*(\w+)\s*", part) for part in codes.split(",")]
-        if not all(parts): raise BadInput(path, f"unknown code table `{codes}`", nearest(codes, CODES) + ' Or write a table like "0: healthy, 3: gleason3".')
+        if not all(parts):
+            raise BadInput(
+                path,
+                f"unknown code table `{codes}`",
+                nearest(codes, CODES) + ' Or write a table like "0: healthy, 3: gleason3".',
+            )
         names = {name: i for i, name in [*LABELS.items(), (IGNORE, "ignore")]}
         pairs = [(int(p[1]), int(p[2]) if p[2].isdigit() else names.get(p[2], p[2])) for p in parts]
         codes = dict(pairs)
-        if len(codes) < len(pairs): raise BadInput(path, "a mask value stands twice in the code table", "Give each value one class.")
+        if len(codes) < len(pairs):
+            raise BadInput(path, "a mask value stands twice in the code table", "Give each value one class.")
     for value, label in codes.items():
-        if label not in (*LABELS, IGNORE): raise BadInput(path, f"`{label}`, for mask value {value}, is no class", nearest(label, [*LABELS.values(), "ignore"]))
-        if not 0 <= value <= 255: raise BadInput(path, f"mask value {value} is not between 0 and 255", "Masks hold 8-bit values.")
+        if label not in (*LABELS, IGNORE):
+            raise BadInput(
+                path, f"`{label}`, for mask value {value}, is no class", nearest(label, [*LABELS.values(), "ignore"])
+            )
+        if not 0 <= value <= 255:
+            raise BadInput(path, f"mask value {value} is not between 0 and 255", "Masks hold 8-bit values.")
     return codes
 
 # %% ../../nbs/02_slides/01_labels.ipynb #cell-010
 def to_labels(
-    mask: np.ndarray, # mask values, uint8, any shape
-    codes: str | dict[int, int], # as `code_table` takes them
-    path="mask", # where the mask comes from, for the error
-) -> np.ndarray: # class ids, uint8, the same shape
+    mask: np.ndarray,  # mask values, uint8, any shape
+    codes: str | dict[int, int],  # as `code_table` takes them
+    path="mask",  # where the mask comes from, for the error
+) -> np.ndarray:  # class ids, uint8, the same shape
     "Translate mask values to histonb's classes. Raises `BadInput` for a value that is not in the table."
-    codes, mask = code_table(codes, path), np.asarray(mask)
+    codes = code_table(codes, path)
+    mask = np.asarray(mask)
     if mask.dtype != np.uint8:
-        raise BadInput(path, f"mask values are {mask.dtype}, not uint8", "Give the red channel of the mask file as it is stored.")
-    table, known = np.zeros(256, np.uint8), np.zeros(256, bool)
+        raise BadInput(
+            path, f"mask values are {mask.dtype}, not uint8", "Give the red channel of the mask file as it is stored."
+        )
+    table = np.zeros(256, np.uint8)
+    known = np.zeros(256, bool)
     table[list(codes)], known[list(codes)] = list(codes.values()), True
     if not known[mask].all():
         values = np.setdiff1d(np.unique(mask), list(codes))
         shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
-        raise BadInput(path, f"mask values {shown} are not among the codes {sorted(codes)}",
-                       "Choose the code table of this cohort, or list these values in it.")
+        raise BadInput(
+            path,
+            f"mask values {shown} are not among the codes {sorted(codes)}",
+            "Choose the code table of this cohort, or list these values in it.",
+        )
     return table[mask]
 
 # %% ../../nbs/02_slides/01_labels.ipynb #cell-013
 def colorize(
-    labels: np.ndarray, # class ids, uint8, shape (h, w)
-) -> np.ndarray: # RGB, uint8, shape (h, w, 3)
+    labels: np.ndarray,  # class ids, uint8, shape (h, w)
+) -> np.ndarray:  # RGB, uint8, shape (h, w, 3)
     "Show class ids in the colours of `LABEL_COLORS`."
     table = np.zeros((256, 3), np.uint8)
-    for label, color in LABEL_COLORS.items(): table[label] = color
+    for label, color in LABEL_COLORS.items():
+        table[label] = color
     return table[np.asarray(labels, np.uint8)]

@@ -21,270 +21,380 @@ from .streams import COLOR_SPACES, EXPANSION, JPEG, Damaged, Level, check_propor
 GIVE_MPP = "Give it: `--slide-mpp 0.5` on the command line, `mpp=0.5` in Python, for example."
 AGAIN = "Copy or download it again."
 
+
 class Unreadable(ValueError):
     "A number that is there but cannot be understood."
 
+
 def _number(
-    text, # of a number; None: there is none
-    name, # what it is called
+    text,  # of a number; None: there is none
+    name,  # what it is called
 ) -> float | None:
     "Read a number with a decimal point or comma."
-    if text is None or not text.strip(): return None
-    try: return float(text.strip().replace(",", "."))
-    except ValueError: raise Unreadable(f"{name} is `{text.strip()[:40]}`") from None
+    if text is None or not text.strip():
+        return None
+    try:
+        return float(text.strip().replace(",", "."))
+    except ValueError:
+        raise Unreadable(f"{name} is `{text.strip()[:40]}`") from None
 
-_MICRONS = {"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "nm": 1e-3, "Å": 1e-4, "pm": 1e-6, "fm": 1e-9,
-            "in": 25400., "ft": 304800., "yd": 914400., "thou": 25.4, "mil": 25.4, "pt": 25400/72,
-            "centimeter": 1e4, "centimetre": 1e4, "millimeter": 1e3, "millimetre": 1e3, "nanometer": 1e-3,
-            "nanometre": 1e-3, "inch": 25400.,
-            **dict.fromkeys(("µm", "μm", "um", "micron", "micrometer", "micrometre"), 1.)}  # two letters look like mu
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-006-2
+_MICRONS = {
+    "m": 1e6,
+    "dm": 1e5,
+    "cm": 1e4,
+    "mm": 1e3,
+    "nm": 1e-3,
+    "Å": 1e-4,
+    "pm": 1e-6,
+    "fm": 1e-9,
+    "in": 25400.0,
+    "ft": 304800.0,
+    "yd": 914400.0,
+    "thou": 25.4,
+    "mil": 25.4,
+    "pt": 25400 / 72,
+    "centimeter": 1e4,
+    "centimetre": 1e4,
+    "millimeter": 1e3,
+    "millimetre": 1e3,
+    "nanometer": 1e-3,
+    "nanometre": 1e-3,
+    "inch": 25400.0,
+    **dict.fromkeys(("µm", "μm", "um", "micron", "micrometer", "micrometre"), 1.0),
+}  # two letters look like mu
+
 
 def _microns(text, unit, name):
     "A length in micrometres; None where none is said, or where its unit is none of length, such as `pixel`."
-    value, unit = _number(text, name), unit.strip()
+    value = _number(text, name)
+    unit = unit.strip()
     factor = _MICRONS.get(unit) or _MICRONS.get(unit.removesuffix("es")) or _MICRONS.get(unit.removesuffix("s"))
-    return None if value is None or factor is None else value*factor
+    return None if value is None or factor is None else value * factor
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-006-3
 @dataclasses.dataclass
 class DescribedImage:
     "What the XML of a file says of one of its images."
-    name: str = "the description" # what it is called
-    shape: tuple | None = None # height and width in pixels; None: not said
-    pages: set | None = None # its pages; None: not said
-    is_aside: bool = False # a picture of the glass, its label or the whole, not the scan
-    pixel: tuple = ((None, "µm"), (None, "µm")) # size of a pixel along x and y: text and unit
-    spacings: tuple = () # Philips: size of a pixel at every level, along x and y
 
-    def fits(self, page): return self.shape in (None, (page.imagelength, page.imagewidth))
+    name: str = "the description"  # what it is called
+    shape: tuple | None = None  # height and width in pixels; None: not said
+    pages: set | None = None  # its pages; None: not said
+    is_aside: bool = False  # a picture of the glass, its label or the whole, not the scan
+    pixel: tuple = ((None, "µm"), (None, "µm"))  # size of a pixel along x and y: text and unit
+    spacings: tuple = ()  # Philips: size of a pixel at every level, along x and y
+
+    def fits(self, page):
+        return self.shape in (None, (page.imagelength, page.imagewidth))
 
     def mpp(self):
         "Micrometres per pixel along x and y, None where not said. Raises `Unreadable`."
         return tuple(_microns(*size, f"a pixel's size in {self.name}") for size in self.pixel)
 
-def _count(text): return int(text) if text and text.strip().isdecimal() and len(text) < 12 else None
+
+def _count(text):
+    return int(text) if text and text.strip().isdecimal() and len(text) < 12 else None
+
 
 def _shape(element):
     "Height and width in pixels; None where they are not said."
     size = [_count(element.get(k) or element.get(k[0].lower() + k[1:])) for k in ("SizeY", "SizeX")]
     return None if None in size else tuple(size)
-
 _ASIDE_NAME = re.compile(r"(?<![a-z])(label|macro|thumbnail|overview|barcode)([ _-]?image)?[\])\s\d]*$", re.IGNORECASE)
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-006-4
 def _ome(root):
     for image in root.iterfind("{*}Image"):
         pixels = image.find("{*}Pixels")
-        if pixels is None: continue
-        pages, size = set(), [(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-                              for axis in "XY"]
+        if pixels is None:
+            continue
+        pages = set()
+        size = [(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "XY"]
         for data in pixels.iterfind("{*}TiffData"):
             first = _count(data.get("IFD"))
-            if first is not None: pages |= {*range(first, first + min(_count(data.get("PlaneCount")) or 1, 10_000))}
+            if first is not None:
+                pages |= {*range(first, first + min(_count(data.get("PlaneCount")) or 1, 10_000))}
         name = image.get("Name", "")
-        yield DescribedImage(name or "OME-XML", _shape(pixels), pages or None, bool(_ASIDE_NAME.search(name)),
-                             tuple(size))
+        yield DescribedImage(
+            name or "OME-XML", _shape(pixels), pages or None, bool(_ASIDE_NAME.search(name)), tuple(size)
+        )
+
 
 def _scn(root):
     images = []
     for image in root.iterfind("{*}collection/{*}image"):
-        pixels, view = image.find("{*}pixels"), image.find("{*}view")
-        if pixels is None or view is None or not _shape(pixels) or not _shape(view): continue
+        pixels = image.find("{*}pixels")
+        view = image.find("{*}view")
+        if pixels is None or view is None or not _shape(pixels) or not _shape(view):
+            continue
         pages = {_count(d.get("ifd")) for d in pixels.iterfind("{*}dimension")} - {None}
-        size = [(str(nm/n), "nm") for nm, n in zip(_shape(view), _shape(pixels),
-                                                   strict=True)] if 0 not in _shape(pixels) else []
-        images.append(DescribedImage(image.get("name", "SCN"), None, pages,
-                                     pixel=tuple(size[::-1]) or DescribedImage.pixel))
+        size = (
+            [(str(nm / n), "nm") for nm, n in zip(_shape(view), _shape(pixels), strict=True)]
+            if 0 not in _shape(pixels)
+            else []
+        )
+        images.append(
+            DescribedImage(image.get("name", "SCN"), None, pages, pixel=tuple(size[::-1]) or DescribedImage.pixel)
+        )
     finest = min((float(i.pixel[0][0] or math.inf) for i in images), default=0)
-    for image in images: image.is_aside = float(image.pixel[0][0] or math.inf) > 4*finest
+    for image in images:
+        image.is_aside = float(image.pixel[0][0] or math.inf) > 4 * finest
     more = {_count(e.get("ifd")) for e in root.iterfind("{*}collection/{*}supplementalImage")} - {None}
-    return images + [DescribedImage("supplementalImage", None, more, True)]*bool(more)
+    return images + [DescribedImage("supplementalImage", None, more, True)] * bool(more)
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-006-5
 def _philips(root):
-    def attribute(element, name): return element.iterfind(f"{{*}}Attribute[@Name='{name}']")
-    scans = [e for e in root.iterfind(".//{*}DataObject") for a in attribute(e, "PIM_DP_IMAGE_TYPE")
-             if (a.text or "").strip() == "WSI"] or [root]
-    levels = [e for a in attribute(scans[0], "PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE")
-              for e in a.iterfind("{*}Array/{*}DataObject")]
+    def attribute(element, name):
+        return element.iterfind(f"{{*}}Attribute[@Name='{name}']")
+
+    scans = [
+        e
+        for e in root.iterfind(".//{*}DataObject")
+        for a in attribute(e, "PIM_DP_IMAGE_TYPE")
+        if (a.text or "").strip() == "WSI"
+    ] or [root]
+    levels = [
+        e
+        for a in attribute(scans[0], "PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE")
+        for e in a.iterfind("{*}Array/{*}DataObject")
+    ]
     texts = [a.text for e in (levels or scans) for a in attribute(e, "DICOM_PIXEL_SPACING")]
     sizes = [tuple((t or "").replace('"', " ").split()[::-1]) for t in texts]  # rows, that is y, come first
     sizes = [s for s in sizes if len(s) == 2]
-    if not sizes: return
+    if not sizes:
+        return
     yield DescribedImage("DICOM_PIXEL_SPACING", pixel=tuple((s, "mm") for s in sizes[0]), spacings=tuple(sizes))
+
 
 def _vips(root):
     said = {p.findtext("{*}name"): p.findtext("{*}value") for p in root.iterfind(".//{*}property")}
     x, y = (said.get(f"openslide.mpp-{axis}") or said.get("aperio.MPP") for axis in "xy")
     yield DescribedImage("openslide.mpp-x", pixel=((x, "µm"), (y, "µm")))
 
+
 def _tag(page, code):
     "The value of a tag, None where a page has none."
     return page.tags[code].value if code in page.tags else None
-
 _SCAN_RES = re.compile(r"""\bScanRes\s*=\s*["']([^"']*)""")
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-006-6
 def _ventana(page):
     "What the iScan XML in the XMP tag says; None where there is none."
     text = _tag(page, 700)
     found = _SCAN_RES.search(text.decode("utf-8", "replace")) if isinstance(text, bytes) else None
     return DescribedImage("ScanRes", pixel=((found[1], "µm"), (None, "µm"))) if found else None
-
 _VENDORS = {"OME": _ome, "scn": _scn, "DataObject": _philips, "image": _vips}
 
+
 def described_images(
-    path, # for errors
-    pages: list, # all pages of the TIFF
-) -> list[DescribedImage]: # none where no page holds an XML that is known
+    path,  # for errors
+    pages: list,  # all pages of the TIFF
+) -> list[DescribedImage]:  # none where no page holds an XML that is known
     "Read what the XML of a TIFF says of its images. Raises `BadInput` for one that declares entities."
     for page in pages:
         text = page.description.strip("\ufeff\0 \r\n\t")
-        if not text.startswith("<"): continue
+        if not text.startswith("<"):
+            continue
         if re.search(r"<!\s*(DOCTYPE|ENTITY)", text):
             raise BadInput(path, "its description declares XML entities, as no scanner does", AGAIN)
-        try: root = ElementTree.fromstring(text)
-        except ElementTree.ParseError: continue  # not XML, though it begins like it
-        if vendor := _VENDORS.get(root.tag.rpartition("}")[2]): return list(vendor(root))
+        try:
+            root = ElementTree.fromstring(text)
+        except ElementTree.ParseError:
+            continue  # not XML, though it begins like it
+        if vendor := _VENDORS.get(root.tag.rpartition("}")[2]):
+            return list(vendor(root))
     return [image for page in pages if (image := _ventana(page))][:1]
 
 # %% ../../nbs/02_slides/04_layout.ipynb #cell-012
 def _whole_factor(whole, shape):
     "The whole number by which a level is smaller, to less than a pixel along each axis; None where there is none."
-    factor = max(1, round(max(whole)/shape[whole.index(max(whole))]))
-    fits = all(abs(S/factor - s) < 1 for S, s in zip(whole, shape, strict=True))
+    factor = max(1, round(max(whole) / shape[whole.index(max(whole))]))
+    fits = all(abs(S / factor - s) < 1 for S, s in zip(whole, shape, strict=True))
     return factor if fits else None
 
+
 def padded_factor(
-    whole: tuple[int, int], # height and width of level 0
-    shape: tuple[int, int], # of the level, padded or not
-    tile: tuple[int, int], # of its internal tiles
-    before: tuple[float, ...] = (1,), # factors of the levels before it
-) -> int | None: # None: it is not padded
+    whole: tuple[int, int],  # height and width of level 0
+    shape: tuple[int, int],  # of the level, padded or not
+    tile: tuple[int, int],  # of its internal tiles
+    before: tuple[float, ...] = (1,),  # factors of the levels before it
+) -> int | None:  # None: it is not padded
     "Recognise a level that is padded to whole tiles, and by how much it is smaller."
     axes = list(zip(whole, shape, tile, strict=True))
-    if any(s % t or S < s > t for S, s, t in axes): return None
+    if any(s % t or S < s > t for S, s, t in axes):
+        return None
     exact = _whole_factor(whole, shape)
-    if exact and exact % round(before[-1]) == 0: return None
-    least = max(*(S/s for S, s, _ in axes), math.floor(before[-1]) + 1)
-    beyond = min(S/(s - t) if s > t else math.inf for S, s, t in axes)
-    again = round(before[-1]*before[-1]/before[-2]) if len(before) > 1 else 0
-    power = 2**math.ceil(math.log2(least) - 1e-9)
+    if exact and exact % round(before[-1]) == 0:
+        return None
+    least = max(*(S / s for S, s, _ in axes), math.floor(before[-1]) + 1)
+    beyond = min(S / (s - t) if s > t else math.inf for S, s, t in axes)
+    again = round(before[-1] * before[-1] / before[-2]) if len(before) > 1 else 0
+    power = 2 ** math.ceil(math.log2(least) - 1e-9)
     return next((f for f in (again, power, math.ceil(least - 1e-9)) if least - 1e-9 <= f < beyond), None)
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-012-2
 def fit_levels(
-    levels: list[Level], # as the pages say, level 0 first
-    image: DescribedImage | None = None, # what is said of the slide
-) -> tuple[list[Level], list[tuple]]: # the levels without padding, the factor of each along x and y
+    levels: list[Level],  # as the pages say, level 0 first
+    image: DescribedImage | None = None,  # what is said of the slide
+) -> tuple[list[Level], list[tuple]]:  # the levels without padding, the factor of each along x and y
     "Find the factors of all levels, and cut off what pads them."
     (H, W), spacings = levels[0].shape, _ratios(image)
-    fitted, factors = [levels[0]], [(1., 1.)]
+    fitted = [levels[0]]
+    factors = [(1.0, 1.0)]
     for i, level in enumerate(levels[1:], 1):
         (h, w), before = level.shape, tuple(map(max, factors))
         padded = spacings[i] if len(spacings) == len(levels) else padded_factor((H, W), (h, w), level.tile, before)
         if padded:
-            level = dataclasses.replace(level, shape=(min(h, math.ceil(H/padded)), min(w, math.ceil(W/padded))))
+            level = dataclasses.replace(level, shape=(min(h, math.ceil(H / padded)), min(w, math.ceil(W / padded))))
             factors.append((float(padded), float(padded)))
-        else: factors.append(_factors((H, W), (h, w)))
+        else:
+            factors.append(_factors((H, W), (h, w)))
         fitted.append(level)
     return fitted, factors
+
 
 def _factors(whole, shape):
     "The factors along x and y of a level that is not padded."
     (H, W), (h, w) = whole, shape
-    both, number = (W/w + H/h)/2, _whole_factor(whole, shape)
-    if max(abs(W/both - w), abs(H/both - h)) <= .5: return both, both
-    return (float(number), float(number)) if number else (W/w, H/h)
+    both = (W / w + H / h) / 2
+    number = _whole_factor(whole, shape)
+    if max(abs(W / both - w), abs(H / both - h)) <= 0.5:
+        return both, both
+    return (float(number), float(number)) if number else (W / w, H / h)
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-012-3
 def _ratios(image):
     "By how much the levels are smaller, by the sizes of their pixels; empty where these are not said."
-    try: sizes = sorted(_number(x, "a pixel") for x, _ in image.spacings) if image else []
-    except Unreadable: return []
-    if not sizes or not sizes[0] > 0: return []
-    ratios = [size/sizes[0] for size in sizes]
-    return [round(r) if abs(r - round(r)) < .01*r else r for r in ratios]
+    try:
+        sizes = sorted(_number(x, "a pixel") for x, _ in image.spacings) if image else []
+    except Unreadable:
+        return []
+    if not sizes or not sizes[0] > 0:
+        return []
+    ratios = [size / sizes[0] for size in sizes]
+    return [round(r) if abs(r - round(r)) < 0.01 * r else r for r in ratios]
 
 # %% ../../nbs/02_slides/04_layout.ipynb #cell-009
-_ASIDE = re.compile(r"^\s*(aperio\s+)?(label|macro|thumbnail|overview|probability|barcode)([ _-]?image)?"
-                    r"(\s+\d+\s*x\s*\d+)?\s*$", re.IGNORECASE | re.MULTILINE)
-_LARGE = 1/4 # share of the slide's pixels from which an unmarked page may be a slide too
+_ASIDE = re.compile(
+    r"^\s*(aperio\s+)?(label|macro|thumbnail|overview|probability|barcode)([ _-]?image)?"
+    r"(\s+\d+\s*x\s*\d+)?\s*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LARGE = 1 / 4  # share of the slide's pixels from which an unmarked page may be a slide too
+
 
 def _marked_aside(page):
     "Whether a page itself says that it is no part of the slide."
-    kind, lens, name = page.subfiletype, _tag(page, 65421), _tag(page, 285)
-    return (bool(_ASIDE.search(page.description)) or isinstance(kind, int) and bool(kind & 12)
-            or isinstance(lens, (int, float)) and lens < 0 or isinstance(name, str) and bool(_ASIDE_NAME.search(name)))
+    kind = page.subfiletype
+    lens = _tag(page, 65421)
+    name = _tag(page, 285)
+    return (
+        bool(_ASIDE.search(page.description))
+        or isinstance(kind, int)
+        and bool(kind & 12)
+        or isinstance(lens, (int, float))
+        and lens < 0
+        or isinstance(name, str)
+        and bool(_ASIDE_NAME.search(name))
+    )
+
 
 def _check_sizes(path, page):
     "Raise `BadInput` where a size is none."
-    names = "imagewidth", "imagelength", "samplesperpixel", *(("tilewidth", "tilelength") if page.is_tiled
-                                                              else ("rowsperstrip",))
+    names = (
+        "imagewidth",
+        "imagelength",
+        "samplesperpixel",
+        *(("tilewidth", "tilelength") if page.is_tiled else ("rowsperstrip",)),
+    )
     for name in names:
         value = getattr(page, name)
-        if not isinstance(value, (int, np.integer)) or value < 1: raise BadInput(path,
-                                                                                 f"damaged: its {name} is {value!r}",
-                                                                                 AGAIN)
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise BadInput(path, f"damaged: its {name} is {value!r}", AGAIN)
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-009-2
 def _alike(a, b):
     "Whether two pages hold the same kind of pixels in the same way."
     return (a.is_tiled, a.samplesperpixel, a.bitspersample) == (b.is_tiled, b.samplesperpixel, b.bitspersample)
 
+
 def _smaller(first, page):
     "Whether a page is as wide for its height as the first, to 2 pixels or 2% or but for padding, and has fewer pixels."
     (H, W), (h, w) = (first.imagelength, first.imagewidth), (page.imagelength, page.imagewidth)
-    d = max(H, W)/max(h, w)
-    if d > 1 and abs(H/d - h) <= max(2, .02*h) and abs(W/d - w) <= max(2, .02*w): return True
+    d = max(H, W) / max(h, w)
+    if d > 1 and abs(H / d - h) <= max(2, 0.02 * h) and abs(W / d - w) <= max(2, 0.02 * w):
+        return True
     return page.is_tiled and padded_factor((H, W), (h, w), (page.tilelength, page.tilewidth)) is not None
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-009-3
 @dataclasses.dataclass
 class _Page:
     "A page, and what the XML says of it."
+
     page: object
     index: int
     image: DescribedImage | None
 
     @property
-    def area(self): return self.page.imagelength*self.page.imagewidth
+    def area(self):
+        return self.page.imagelength * self.page.imagewidth
 
     @property
-    def is_aside(self): return _marked_aside(self.page) or self.image is not None and self.image.is_aside
+    def is_aside(self):
+        return _marked_aside(self.page) or self.image is not None and self.image.is_aside
 
     @property
     def pixel(self):
         "Micrometres per pixel along x as the XML says; None where it does not."
-        try: return self.image.mpp()[0] if self.image else None
-        except Unreadable: return None
+        try:
+            return self.image.mpp()[0] if self.image else None
+        except Unreadable:
+            return None
 
-    def __str__(self): return f"page {self.index} ({self.page.imagewidth}x{self.page.imagelength})"
+    def __str__(self):
+        return f"page {self.index} ({self.page.imagewidth}x{self.page.imagelength})"
 
     def is_level_of(self, first):
         "Whether this may be the first one made smaller, by its proportions and the size of its pixels."
-        if not _smaller(first.page, self.page): return False
-        if self.image is first.image or not self.pixel or not first.pixel: return True
-        return abs(math.log(self.pixel/first.pixel*math.sqrt(self.area/first.area))) < .1
+        if not _smaller(first.page, self.page):
+            return False
+        if self.image is first.image or not self.pixel or not first.pixel:
+            return True
+        return abs(math.log(self.pixel / first.pixel * math.sqrt(self.area / first.area))) < 0.1
 
     def is_slide_beside(self, first):
         "Whether this is no level and yet as large as the first one, nearly so, or as fine."
-        if self.is_level_of(first): return False
-        if self.area >= _LARGE*first.area: return True
-        return self.image is not first.image and bool(self.pixel and first.pixel) and self.pixel < 4*first.pixel
+        if self.is_level_of(first):
+            return False
+        if self.area >= _LARGE * first.area:
+            return True
+        return self.image is not first.image and bool(self.pixel and first.pixel) and self.pixel < 4 * first.pixel
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-009-4
 def _image_of(index, page, images):
     "What is said of a page: of the images of its size the one that is said to lie there, or else the first."
     fitting = [image for image in images if image.fits(page)]
     here = [image for image in fitting if image.pages is None or index in image.pages]
     return next(iter(here or [image for image in fitting if image.shape]), None)
 
+
 def _inner_levels(path, heads):
     "The levels inside the largest pages, as lists of pages."
     inner = [list(head.page.pages) for head in heads]
-    for page in (page for pages in inner for page in pages): _check_sizes(path, page)
+    for page in (page for pages in inner for page in pages):
+        _check_sizes(path, page)
     groups = [list(group) for group in zip(*inner, strict=True)]
     return [g for g in groups if _smaller(heads[0].page, g[0]) and _alike(g[0], heads[0].page)]
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-009-5
 def pyramid_pages(
-    path, # for errors
-    pages: list, # all pages of the TIFF
-    images: list = (), # from `described_images`
-) -> tuple[list, DescribedImage | None]: # a list of pages for each level, the largest first; what is said of the slide
+    path,  # for errors
+    pages: list,  # all pages of the TIFF
+    images: list = (),  # from `described_images`
+) -> tuple[list, DescribedImage | None]:  # a list of pages for each level, the largest first; what is said of the slide
     "Find the pages of a TIFF that form the slide. Raises `BadInput` where several may be meant."
-    for page in pages: _check_sizes(path, page)
+    for page in pages:
+        _check_sizes(path, page)
     every = [_Page(p, i, _image_of(i, p, images)) for i, p in enumerate(pages)]
     pages = [p for p in every if not p.is_aside] or every
     first = max(pages, key=lambda p: p.area)
@@ -292,37 +402,56 @@ def pyramid_pages(
     heads = same if first.page.samplesperpixel == 1 and len(same) == 3 else [first]  # red, green and blue as pages
     rest = [p for p in pages if p not in heads]
     if others := [p for p in rest if p.is_slide_beside(first)]:
-        raise BadInput(path, f"it is not clear which page is the slide: {', '.join(map(str, [first, *others[:8]]))}",
-                       "Save the one that is meant as a file of its own.")
+        raise BadInput(
+            path,
+            f"it is not clear which page is the slide: {', '.join(map(str, [first, *others[:8]]))}",
+            "Save the one that is meant as a file of its own.",
+        )
     levels = [p.page for p in rest if p.is_level_of(first) and _alike(p.page, first.page)]
     step = len(heads)
-    groups = _inner_levels(path, heads) if first.page.subifds else [levels[i:i + step]
-                                                                    for i in range(0, len(levels), step)]
-    groups = sorted(groups, key=lambda pages: -pages[0].imagelength*pages[0].imagewidth)
+    groups = (
+        _inner_levels(path, heads)
+        if first.page.subifds
+        else [levels[i : i + step] for i in range(0, len(levels), step)]
+    )
+    groups = sorted(groups, key=lambda pages: -pages[0].imagelength * pages[0].imagewidth)
     return [[p.page for p in heads], *groups], first.image
 
 # %% ../../nbs/02_slides/04_layout.ipynb #cell-015
-_EMPTY_TILE = 2**28 # bytes of pixels from which an internal tile that is not stored is out of proportion too
+_EMPTY_TILE = 2**28  # bytes of pixels from which an internal tile that is not stored is out of proportion too
 
-def _name(value): return getattr(value, "name", str(value))
+
+def _name(value):
+    return getattr(value, "name", str(value))
+
 
 def _check_kind(path, page):
     "Raise `BadInput` for pixels that cannot be read exactly."
-    code, photometric, name = int(page.compression), int(page.photometric), _name(page.compression)
+    code = int(page.compression)
+    photometric = int(page.photometric)
+    name = _name(page.compression)
     if page.bitspersample != 8 or page.sampleformat not in (1, None):
         sign = {2: ", signed", 3: ", floating point"}.get(page.sampleformat, "")
-        raise BadInput(path, f"{page.bitspersample} bits a sample{sign}, not 8 without a sign",
-                       "Convert it to 8 bits: RGB for a slide, one channel for the codes of a mask.")
+        raise BadInput(
+            path,
+            f"{page.bitspersample} bits a sample{sign}, not 8 without a sign",
+            "Convert it to 8 bits: RGB for a slide, one channel for the codes of a mask.",
+        )
     if code not in EXPANSION:
-        raise BadInput(path, f"unsupported compression {name} ({code})",
-                       "Convert it to a TIFF with JPEG, LZW or deflate, for example with `vips tiffsave`.")
+        raise BadInput(
+            path,
+            f"unsupported compression {name} ({code})",
+            "Convert it to a TIFF with JPEG, LZW or deflate, for example with `vips tiffsave`.",
+        )
     readable = photometric in COLOR_SPACES if code == JPEG else photometric in (0, 1, 2, 3)
     if not readable:
-        raise BadInput(path, f"pixels are {_name(page.photometric)} with compression {name}, not RGB",
-                       "Convert it to an RGB TIFF.")
+        raise BadInput(
+            path, f"pixels are {_name(page.photometric)} with compression {name}, not RGB", "Convert it to an RGB TIFF."
+        )
     if page.jpegtables is not None and not isinstance(page.jpegtables, bytes):
         raise BadInput(path, "damaged: its JPEGTables are not bytes", AGAIN)
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-015-2
 def _check_bytes(path, level, size):
     "Raise `BadInput` where internal tiles lie beyond the end of the file, or are larger than their bytes can be."
     (h, w), stored = level.shape, level.counts > 0
@@ -330,90 +459,130 @@ def _check_bytes(path, level, size):
         raise BadInput(path, "damaged: internal tiles lie before the file", AGAIN)
     if (end := int((level.offsets + level.counts)[stored].max(initial=0))) > size:
         raise BadInput(path, f"truncated: its tiles reach to byte {end}, the file ends at {size}", AGAIN)
-    each = math.prod(level.tile)*level.samples
-    pixels = sum(math.prod((level.height(row), level.tile[1], level.samples))*int(n)
-                 for row, n in enumerate(stored.sum((0, 2))) if n)
+    each = math.prod(level.tile) * level.samples
+    pixels = sum(
+        math.prod((level.height(row), level.tile[1], level.samples)) * int(n)
+        for row, n in enumerate(stored.sum((0, 2)))
+        if n
+    )
     try:
         check_proportion(pixels, int(level.counts.sum()), level.compression, w, h)
-        if not stored.all(): check_proportion(each, _EMPTY_TILE, 1, level.tile[1], level.tile[0])
-    except Damaged as e: raise BadInput(path, f"damaged: {e}", AGAIN) from e
+        if not stored.all():
+            check_proportion(each, _EMPTY_TILE, 1, level.tile[1], level.tile[0])
+    except Damaged as e:
+        raise BadInput(path, f"damaged: {e}", AGAIN) from e
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-015-3
 def read_level(
-    path, # for errors
-    pages, # one TIFF page, or three with one colour each
-) -> Level: # the level they hold
+    path,  # for errors
+    pages,  # one TIFF page, or three with one colour each
+) -> Level:  # the level they hold
     "Describe one level from its tags. Raises `BadInput` for what cannot be read exactly."
     page = pages[0]
     _check_kind(path, page)
-    code, separate = int(page.compression), int(page.planarconfig) == 2
+    code = int(page.compression)
+    separate = int(page.planarconfig) == 2
     planes = page.samplesperpixel if separate else len(pages)
-    tile = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, page.imagelength),
-                                                                    page.imagewidth)
-    grid = (planes, -(-page.imagelength//tile[0]), -(-page.imagewidth//tile[1]))
-    offsets, counts = [np.concatenate([np.asarray(getattr(p, k), np.int64) for p in pages])
-                       for k in ("dataoffsets", "databytecounts")]
+    tile = (
+        (page.tilelength, page.tilewidth)
+        if page.is_tiled
+        else (min(page.rowsperstrip, page.imagelength), page.imagewidth)
+    )
+    grid = (planes, -(-page.imagelength // tile[0]), -(-page.imagewidth // tile[1]))
+    offsets, counts = [
+        np.concatenate([np.asarray(getattr(p, k), np.int64) for p in pages]) for k in ("dataoffsets", "databytecounts")
+    ]
     if len(offsets) != math.prod(grid) or len(counts) != len(offsets):
         raise BadInput(path, f"damaged: {len(offsets)} internal tiles are listed in place of {math.prod(grid)}", AGAIN)
-    level = Level((page.imagelength, page.imagewidth), tile, offsets.reshape(grid), counts.reshape(grid), code,
-                  int(page.photometric),
-                  1 if separate else page.samplesperpixel, page.predictor if code in (5, 8, 32946) else 1,
-                  page.jpegtables, not page.is_tiled)
+    level = Level(
+        (page.imagelength, page.imagewidth),
+        tile,
+        offsets.reshape(grid),
+        counts.reshape(grid),
+        code,
+        int(page.photometric),
+        1 if separate else page.samplesperpixel,
+        page.predictor if code in (5, 8, 32946) else 1,
+        page.jpegtables,
+        not page.is_tiled,
+    )
     _check_bytes(path, level, page.parent.filehandle.size)
     return level
 
 # %% ../../nbs/02_slides/04_layout.ipynb #cell-018
-_TAG_UNITS = {2: 25400., 3: 1e4, 4: 1e3,
-              5: 1.} # micrometres of a TIFF's unit of resolution; the last two are common extensions
-_PLAUSIBLE = (.02, 20.) # um per pixel
-_SQUARE = .02 # by which the sides of a pixel may differ
+_TAG_UNITS = {
+    2: 25400.0,
+    3: 1e4,
+    4: 1e3,
+    5: 1.0,
+}  # micrometres of a TIFF's unit of resolution; the last two are common extensions
+_PLAUSIBLE = (0.02, 20.0)  # um per pixel
+_SQUARE = 0.02  # by which the sides of a pixel may differ
+
 
 def _pixels_per_unit(page):
     "The resolution tags along x and y, None where one is absent or 0."
     for name in ("XResolution", "YResolution"):
         value = page.tags[name].value if name in page.tags else 0
-        try: n, d = value if isinstance(value, tuple) else (value, 1)
-        except ValueError: raise Unreadable(f"{name} is {value}") from None
-        if not all(isinstance(v, (int, float)) for v in (n, d)): raise Unreadable(f"{name} is {value!r}")
+        try:
+            n, d = value if isinstance(value, tuple) else (value, 1)
+        except ValueError:
+            raise Unreadable(f"{name} is {value}") from None
+        if not all(isinstance(v, (int, float)) for v in (n, d)):
+            raise Unreadable(f"{name} is {value!r}")
         yield (n, d) if n and d else None
+
 
 def _from_aperio(page, image):
     found = re.search(r"(?<![A-Za-z])MPP\s*=\s*([-+\d.,eE]+)", page.description)
     return (_number(found[1].rstrip(".,"), "MPP"), None) if found else (None, None)
 
-def _from_xml(page, image): return image.mpp() if image else (None, None)
 
+def _from_xml(page, image):
+    return image.mpp() if image else (None, None)
+
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-018-2
 def _from_imagej(page, image):
-    found = re.search(r"^unit=(.*)$", page.description,
-                      re.MULTILINE) if page.description.startswith("ImageJ=") else None
-    if not found: return None, None
+    found = (
+        re.search(r"^unit=(.*)$", page.description, re.MULTILINE) if page.description.startswith("ImageJ=") else None
+    )
+    if not found:
+        return None, None
     unit = found[1].replace("\\u00B5", "µ")
-    return tuple(_microns("1", unit, "unit") and _microns("1", unit, "unit")*r[1]/r[0] if r else None
-                 for r in _pixels_per_unit(page))
+    return tuple(
+        _microns("1", unit, "unit") and _microns("1", unit, "unit") * r[1] / r[0] if r else None
+        for r in _pixels_per_unit(page)
+    )
+
 
 def _from_tags(page, image):
     code = 2 if 296 not in page.tags else _tag(page, 296)
-    if not isinstance(code, int): raise Unreadable(f"ResolutionUnit is {code}")
+    if not isinstance(code, int):
+        raise Unreadable(f"ResolutionUnit is {code}")
     unit = _TAG_UNITS.get(int(code))
-    return tuple(unit*r[1]/r[0] if unit and r else None for r in _pixels_per_unit(page))
+    return tuple(unit * r[1] / r[0] if unit and r else None for r in _pixels_per_unit(page))
 
+# %% ../../nbs/02_slides/04_layout.ipynb #cell-018-3
 def find_mpp(
-    path, # for errors
-    page, # the largest page of the slide
-    image: DescribedImage | None = None, # what the XML says of it
-) -> float | None: # um per pixel, None where the file does not say
+    path,  # for errors
+    page,  # the largest page of the slide
+    image: DescribedImage | None = None,  # what the XML says of it
+) -> float | None:  # um per pixel, None where the file does not say
     "Find the resolution that the scanner wrote. Raises `BadInput` for oblong pixels and unreadable numbers."
     unclear = ""
     for source in (_from_aperio, _from_xml, _from_imagej, _from_tags):
-        try: sizes = source(page, image)
+        try:
+            sizes = source(page, image)
         except Unreadable as e:
             unclear = unclear or str(e)
             continue
         x, y = (size if size and _PLAUSIBLE[0] <= size <= _PLAUSIBLE[1] else None for size in sizes)
-        if not (x or y): continue
+        if not (x or y):
+            continue
         x, y = x or y, y or x
-        if abs(x - y) > _SQUARE*max(x, y): raise BadInput(path,
-                                                          f"a pixel is {x:.4g} by {y:.4g} micrometres, not square",
-                                                          GIVE_MPP)
+        if abs(x - y) > _SQUARE * max(x, y):
+            raise BadInput(path, f"a pixel is {x:.4g} by {y:.4g} micrometres, not square", GIVE_MPP)
         return x
-    if unclear: raise BadInput(path, f"the file does not say how many microns a pixel is: {unclear}", GIVE_MPP)
+    if unclear:
+        raise BadInput(path, f"the file does not say how many microns a pixel is: {unclear}", GIVE_MPP)
     return None

@@ -17,53 +17,68 @@ from ..core.digests import content_key, digest
 from ..core.errors import BadInput, foreign_errors
 from ..core.files import atomic_path
 from ..core.progress import progress
-from .tile_quality import FRACTIONS
 from .encodings import check_colors, check_lossless
 from .labels import IGNORE, LABELS, code_table, to_labels
-from .tile_store import tile_span
 from .slides import open_slide
+from .tile_quality import FRACTIONS
+from .tile_store import tile_span
 
 # %% ../../nbs/02_slides/11_masks.ipynb #cell-005
 def extent(
-    slide, # the slide (open or closed): its levels and resolution
-    level: int, # level the tile was read from
-    mpp: float, # um/px of the tile; NaN where unknown
-    size: int = 224, # side of the tile in pixels
-) -> int: # side of the tile in pixels of level 0
+    slide,  # the slide (open or closed): its levels and resolution
+    level: int,  # level the tile was read from
+    mpp: float,  # um/px of the tile; NaN where unknown
+    size: int = 224,  # side of the tile in pixels
+) -> int:  # side of the tile in pixels of level 0
     "How much of the mask a tile covers."
-    return round(tile_span(slide, level, mpp, size)*slide.downsample(level))
+    return round(tile_span(slide, level, mpp, size) * slide.downsample(level))
+
 
 def resize_labels(
-    labels: np.ndarray, # class ids, uint8, square
-    size: int, # wanted side in pixels
-) -> np.ndarray: # class ids, uint8, shape (size, size)
+    labels: np.ndarray,  # class ids, uint8, square
+    size: int,  # wanted side in pixels
+) -> np.ndarray:  # class ids, uint8, shape (size, size)
     "Resample class ids: each pixel takes the nearest."
     return labels if len(labels) == size else cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
 
 # %% ../../nbs/02_slides/11_masks.ipynb #cell-008
 class MaskTiles:
     "Class ids of tiles, read from the slides' masks by coordinate: the interface of `SlideTiles`, masks in place of images."
+
     def __init__(
         self,
-        table: pd.DataFrame, # rows to serve, in this order: slide, x, y, level, mpp, label
-        slides: pd.DataFrame, # of a `Cohort`: slide, image, mask, codes, and mpp where a slide does not say
-        size: int = 224, # side of a tile, in pixels
-        side: int | None = None, # of the masks that are served, in pixels; None: as the tile
-        keep_open: int = 64, # masks that stay open in each process
+        table: pd.DataFrame,  # rows to serve, in this order: slide, x, y, level, mpp, label
+        slides: pd.DataFrame,  # of a `Cohort`: slide, image, mask, codes, and mpp where a slide does not say
+        size: int = 224,  # side of a tile, in pixels
+        side: int | None = None,  # of the masks that are served, in pixels; None: as the tile
+        keep_open: int = 64,  # masks that stay open in each process
     ):
-        self.table, self.size, self.side = table.reset_index(drop=True), size, side or size
-        self.keep_open, self.opened = keep_open, OrderedDict()
+        self.table = table.reset_index(drop=True)
+        self.size = size
+        self.side = side or size
+        self.keep_open = keep_open
+        self.opened = OrderedDict()
         self.slides = slides.set_index("slide")[[c for c in ("image", "mask", "codes", "mpp") if c in slides]]
         for name in self.table["slide"].unique():
-            if name not in self.slides.index: raise BadInput(name, "this slide of the tile table is not in the cohort", "Give the cohort that was tiled.")
+            if name not in self.slides.index:
+                raise BadInput(
+                    name, "this slide of the tile table is not in the cohort", "Give the cohort that was tiled."
+                )
             path = self.slides.at[name, "mask"]
-            if pd.isna(path) or not path: raise BadInput(name, "this slide has no mask in the cohort", "Put its mask back, or leave its tiles out.")
-            if not Path(path).is_file(): raise BadInput(path, f"the mask of {name} is not there", "Download it again, or leave the slide's tiles out.")
+            if pd.isna(path) or not path:
+                raise BadInput(
+                    name, "this slide has no mask in the cohort", "Put its mask back, or leave its tiles out."
+                )
+            if not Path(path).is_file():
+                raise BadInput(
+                    path, f"the mask of {name} is not there", "Download it again, or leave the slide's tiles out."
+                )
             code_table(self.slides.at[name, "codes"], path)
         self.where = self.table[["x", "y", "level"]].to_numpy(np.int64)
         self.mpp, self.labels = self.table["mpp"].to_numpy(np.float64), self.table["label"].to_numpy(np.int64)
 
-    def __len__(self): return len(self.where)
+    def __len__(self):
+        return len(self.where)
 
     def _open(self, name):
         "The slide, for its levels only, and its open mask."
@@ -71,24 +86,30 @@ class MaskTiles:
             row = self.slides.loc[name]
             mpp = row.get("mpp")
             with open_slide(row["image"], None if pd.isna(mpp) else mpp) as slide:
-                for level in np.unique(self.where[:, 2]).tolist(): slide.downsample(level)  # known before it is closed
+                for level in np.unique(self.where[:, 2]).tolist():
+                    slide.downsample(level)  # known before it is closed
             mask = open_slide(row["mask"], mask=True)
             try:
                 check_lossless(mask, row["codes"])
                 if mask.base.shape != slide.base.shape:
-                    raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape, *slide.base.shape), "Give the mask of this slide.")
+                    raise BadInput(
+                        mask.path,
+                        "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape, *slide.base.shape),
+                        "Give the mask of this slide.",
+                    )
             except BadInput:
                 mask.close()
                 raise
             self.opened[name] = slide, mask
         self.opened.move_to_end(name)
-        while len(self.opened) > self.keep_open: self.opened.popitem(last=False)[1][1].close()
+        while len(self.opened) > self.keep_open:
+            self.opened.popitem(last=False)[1][1].close()
         return self.opened[name]
 
     def read(
         self,
-        i: int, # row of the table
-    ) -> np.ndarray: # class ids, uint8, as large as the tile is at level 0
+        i: int,  # row of the table
+    ) -> np.ndarray:  # class ids, uint8, as large as the tile is at level 0
         "The mask of one tile as it lies in the file."
         name = self.table["slide"].iat[i]
         slide, mask = self._open(name)
@@ -98,46 +119,66 @@ class MaskTiles:
         check_colors(mask)
         return to_labels(codes, self.slides.at[name, "codes"], mask.path)
 
-    def __getitem__(self, i): return resize_labels(self.read(i), self.side), int(self.labels[i])
+    def __getitem__(self, i):
+        return resize_labels(self.read(i), self.side), int(self.labels[i])
 
-    def __getstate__(self): return {**self.__dict__, "opened": OrderedDict()}
+    def __getstate__(self):
+        return {**self.__dict__, "opened": OrderedDict()}
 
     def check(
         self,
-        n: int = 100, # rows to look at, evenly spread; 0: all
-    ) -> int: # how many were compared
+        n: int = 100,  # rows to look at, evenly spread; 0: all
+    ) -> int:  # how many were compared
         "Compare masks with the class shares of the tile table. `BadInput` where they are not the masks by which it was labelled."
         rows = range(len(self)) if not n else np.unique(np.linspace(0, len(self) - 1, n).astype(int)).tolist()
         for i in rows:
-            labels, told = self.read(i), self.table.loc[i, FRACTIONS].to_numpy(float)
+            labels = self.read(i)
+            told = self.table.loc[i, FRACTIONS].to_numpy(float)
             found = np.array([(labels == c).mean() for c in (*LABELS, IGNORE)])
             if not np.abs(found - told).max() < 1e-3:
                 c = np.nanargmax(np.abs(found - told)) if np.isfinite(told).any() else 0
-                raise BadInput(self._open(self.table["slide"].iat[i])[1].path,
-                               f"the tile at {self.where[i, 0]}, {self.where[i, 1]} is {found[c]:.1%} {[*LABELS.values(), 'ignore'][c]}, the tile table says {told[c]:.1%}",
-                               "Give the masks by which the store was labelled, or tile again.")
+                raise BadInput(
+                    self._open(self.table["slide"].iat[i])[1].path,
+                    f"the tile at {self.where[i, 0]}, {self.where[i, 1]} is {found[c]:.1%} {[*LABELS.values(), 'ignore'][c]}, the tile table says {told[c]:.1%}",
+                    "Give the masks by which the store was labelled, or tile again.",
+                )
         return len(rows)
 
 # %% ../../nbs/02_slides/11_masks.ipynb #cell-015
 def masks_key(
-    masks: MaskTiles, # the masks
-) -> str: # 16 hexadecimal digits
+    masks: MaskTiles,  # the masks
+) -> str:  # 16 hexadecimal digits
     "A digest of which tiles, of which mask files, by which codes."
-    table, used = masks.table, masks.slides.loc[masks.table["slide"].unique()]
-    return digest(masks.size, masks.side, table["slide"].tolist(), table[["x", "y", "level", "mpp"]].to_numpy(np.float64).tobytes(),
-                  [content_key(p) for p in used["mask"]], [sorted(code_table(c).items()) for c in used["codes"]])
+    table = masks.table
+    used = masks.slides.loc[masks.table["slide"].unique()]
+    return digest(
+        masks.size,
+        masks.side,
+        table["slide"].tolist(),
+        table[["x", "y", "level", "mpp"]].to_numpy(np.float64).tobytes(),
+        [content_key(p) for p in used["mask"]],
+        [sorted(code_table(c).items()) for c in used["codes"]],
+    )
+
 
 def store_masks(
-    masks: MaskTiles, # N tiles
-    folder, # of the file, made where missing
-) -> np.ndarray: # class ids (N, side, side) uint8, a read-only memory map
+    masks: MaskTiles,  # N tiles
+    folder,  # of the file, made where missing
+) -> np.ndarray:  # class ids (N, side, side) uint8, a read-only memory map
     "Read all masks once into `masks-<key>.npy`."
-    if not len(masks): raise BadInput("masks", "there is no tile", "Check the tile table: perhaps every tile was dropped.")
-    path, shape = Path(folder)/f"masks-{masks_key(masks)}.npy", (len(masks), masks.side, masks.side)
+    if not len(masks):
+        raise BadInput("masks", "there is no tile", "Check the tile table: perhaps every tile was dropped.")
+    path = Path(folder) / f"masks-{masks_key(masks)}.npy"
+    shape = (len(masks), masks.side, masks.side)
     if not path.exists():
         with atomic_path(path) as p, open(p, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for i in progress(range(len(masks)), "masks", unit="tile"): f.write(masks[i][0].tobytes())
-    with foreign_errors(path, "Delete it; it is written anew.", "not a whole .npy file"): found = np.lib.format.open_memmap(path, mode="r")
-    if found.shape != shape or found.dtype != np.uint8: raise BadInput(path, f"masks of shape {found.shape} and {found.dtype}, not {shape}", "Delete it; it is written anew.")
+            for i in progress(range(len(masks)), "masks", unit="tile"):
+                f.write(masks[i][0].tobytes())
+    with foreign_errors(path, "Delete it; it is written anew.", "not a whole .npy file"):
+        found = np.lib.format.open_memmap(path, mode="r")
+    if found.shape != shape or found.dtype != np.uint8:
+        raise BadInput(
+            path, f"masks of shape {found.shape} and {found.dtype}, not {shape}", "Delete it; it is written anew."
+        )
     return found

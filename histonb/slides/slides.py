@@ -35,6 +35,7 @@ _PLAIN = {b"BM": imagecodecs.bmp_decode, _PNG: imagecodecs.png_decode, _JPEG: im
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # values a pixel by PNG's type of colour
 _DEFLATE, _STORED = 8, 1  # compression tags
 
+
 def _check_plain(data):
     "Raise `Damaged` where a plain image cannot be as large as its header says."
     if data.startswith(b"\xff\xd8"):
@@ -42,78 +43,103 @@ def _check_plain(data):
         return
     if data.startswith(_PNG):
         width, height, bits, kind = struct.unpack(">IIBB", data[16:26])
-        compression, bits = _DEFLATE, bits*_PNG_SAMPLES.get(kind, 4)
+        compression = _DEFLATE
+        bits = bits * _PNG_SAMPLES.get(kind, 4)
     else:
         begin, _, width, height, _, bits, packed = struct.unpack("<IIiiHHI", data[10:34])
-        if packed in (4, 5): return _check_plain(data[begin:])  # a JPEG or a PNG inside
-        compression, height = _STORED, abs(height)
-    check_proportion(height*((width*bits + 7)//8), len(data), compression, width, height)
+        if packed in (4, 5):
+            return _check_plain(data[begin:])  # a JPEG or a PNG inside
+        compression = _STORED
+        height = abs(height)
+    check_proportion(height * ((width * bits + 7) // 8), len(data), compression, width, height)
+
 
 def _palette(data, pixels):
     "The numbers of an image whose colours stand in a palette; the pixels of any other."
-    if data[25] != 3 and data[:2] != b"BM": return pixels  # byte 25 of a PNG: 3 says that there is one
-    with Image.open(io.BytesIO(data)) as image: return np.asarray(image) if image.mode == "P" else pixels
+    if data[25] != 3 and data[:2] != b"BM":
+        return pixels  # byte 25 of a PNG: 3 says that there is one
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image) if image.mode == "P" else pixels
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-023-2
 def _decode_plain(path, data, decoder, mask):
     "The pixels of a plain image, or the codes of a mask."
     try:
         _check_plain(data)
         pixels = decoder(data)
-        if mask and decoder is not imagecodecs.jpeg8_decode: pixels = _palette(data, pixels)
-    except Damaged as e: raise BadInput(path, f"truncated or damaged: {e}", AGAIN) from e
+        if mask and decoder is not imagecodecs.jpeg8_decode:
+            pixels = _palette(data, pixels)
+    except Damaged as e:
+        raise BadInput(path, f"truncated or damaged: {e}", AGAIN) from e
     except Exception as e:
         raise BadInput(path, f"truncated or damaged: it cannot be decoded ({type(e).__name__}: {e})", AGAIN) from e
     return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 2 else pixels  # grey and opacity
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-023-3
 def _open_file(path, mask=False):
     "Open a slide's file, a plain image as a TIFF, saying plainly why one cannot be opened."
     path = Path(path)
-    if path.is_dir(): raise BadInput(path, "a folder, not a slide", "Name one TIFF or SVS file in it.")
-    if not path.exists(): raise BadInput(path, "no such file", "Check the path.")
-    if not path.stat().st_size: raise BadInput(path, "the file is empty (0 bytes)", AGAIN)
+    if path.is_dir():
+        raise BadInput(path, "a folder, not a slide", "Name one TIFF or SVS file in it.")
+    if not path.exists():
+        raise BadInput(path, "no such file", "Check the path.")
+    if not path.stat().st_size:
+        raise BadInput(path, "the file is empty (0 bytes)", AGAIN)
     try:
         file = open(path, "rb")
         magic = file.read(4)
     except OSError as e:
         raise BadInput(path, f"cannot be read ({e.strerror})", "Check its permissions and the disk.") from e
-    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return file
+    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return file
     plain = [decode for start, decode in _PLAIN.items() if magic.startswith(start)]
     with file:
-        if not plain: raise BadInput(path, "not a TIFF, nor a BMP, PNG or JPEG image",
-                                     "Give a pyramidal TIFF, an Aperio SVS or a plain image.")
+        if not plain:
+            raise BadInput(
+                path,
+                "not a TIFF, nor a BMP, PNG or JPEG image",
+                "Give a pyramidal TIFF, an Aperio SVS or a plain image.",
+            )
         pixels = _decode_plain(path, magic + file.read(), plain[0], mask)
     with tempfile.TemporaryDirectory() as folder:  # an open file outlives its name
-        unpacked = Path(folder)/"plain.tiff"
-        tifffile.imwrite(unpacked, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack", metadata=None,
-                         rowsperstrip=256)
+        unpacked = Path(folder) / "plain.tiff"
+        tifffile.imwrite(
+            unpacked, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack", metadata=None, rowsperstrip=256
+        )
         return open(unpacked, "rb")
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-023-4
 def _open_tiff(path, file):
     "Open a TIFF and all of its pages, saying plainly why they cannot be read."
     try:
         file.seek(0)
         tiff = tifffile.TiffFile(file)
         pages = list(tiff.pages)
-        last, kind, f = pages[-1], tiff.tiff, tiff.filehandle
+        last = pages[-1]
+        kind = tiff.tiff
+        f = tiff.filehandle
         f.seek(last.offset)
-        f.seek(last.offset + kind.tagnosize + kind.tagsize*struct.unpack(kind.tagnoformat, f.read(kind.tagnosize))[0])
+        f.seek(last.offset + kind.tagnosize + kind.tagsize * struct.unpack(kind.tagnoformat, f.read(kind.tagnosize))[0])
         beyond = struct.unpack(kind.offsetformat, f.read(kind.offsetsize))[0]
     except Exception as e:
         raise BadInput(path, f"truncated or damaged: its tags cannot be read ({type(e).__name__}: {e})", AGAIN) from e
-    if beyond: raise BadInput(path, "truncated: a level lies beyond the end of the file", AGAIN)
+    if beyond:
+        raise BadInput(path, "truncated: a level lies beyond the end of the file", AGAIN)
     return tiff, pages
 
 # %% ../../nbs/02_slides/05_slides.ipynb #cell-024
 class Slide:
     "A slide or its mask: a pyramid of levels. Threads and forked processes may share it; a pickled one opens the file again."
+
     def __init__(
         self,
-        path, # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
-        mpp: float | None = None, # um per pixel at level 0, in place of what the file says
-        mask: bool = False, # read label codes: the red or the only channel, (height, width)
-        max_damaged: int = 0, # internal tiles that may be damaged: they are blank, and listed in `damaged`
+        path,  # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
+        mpp: float | None = None,  # um per pixel at level 0, in place of what the file says
+        mask: bool = False,  # read label codes: the red or the only channel, (height, width)
+        max_damaged: int = 0,  # internal tiles that may be damaged: they are blank, and listed in `damaged`
     ):
-        self.path, self.mask = Path(path), mask
+        self.path = Path(path)
+        self.mask = mask
         self._given = None if mpp is None or math.isnan(mpp) else mpp
         if self._given is not None and not 0 < self._given < math.inf:
             raise BadInput(path, f"{mpp} micrometres per pixel are given", GIVE_MPP)
@@ -124,7 +150,8 @@ class Slide:
         self.fill = 0 if mask else 255
         with foreign_errors(path, AGAIN):
             self._file = _open_file(path, mask)
-            try: self._read_layout()
+            try:
+                self._read_layout()
             except BaseException:
                 self._file.close()
                 raise
@@ -137,9 +164,11 @@ class Slide:
             self._tagged = fit_levels([read_level(self.path, p) for p in pages], image)  # levels and their factors
             self._pyramid = self._tagged if self.mask or len(pages) == 1 else None  # the same without strangers
             self._mpp, self._no_mpp = self._given, None
-            try: self._mpp = self._mpp or find_mpp(self.path, pages[0][0], image)
+            try:
+                self._mpp = self._mpp or find_mpp(self.path, pages[0][0], image)
             except BadInput as e:
-                if not self.mask: raise
+                if not self.mask:
+                    raise
                 self._no_mpp = e  # of a mask, the scale is hardly ever asked for
         if not self.mask and max(self.base.samples, len(self.base.offsets)) < 3:
             raise BadInput(self.path, "one channel, not RGB", "Open it with `mask=True` where it holds label codes.")
@@ -152,7 +181,8 @@ class Slide:
     def _without_strangers(self):
         "The levels that show the slide, and their factors; looked for when a level but the first is wanted."
         if self._pyramid is None:
-            with foreign_errors(self.path, AGAIN): keep = levels_of_slide(self, *self._tagged)
+            with foreign_errors(self.path, AGAIN):
+                keep = levels_of_slide(self, *self._tagged)
             self._pyramid = [[of[i] for i in keep] for of in self._tagged]
         return self._pyramid
 
@@ -179,11 +209,12 @@ class Slide:
     def downsample(self, level):
         "How much smaller a level is than level 0."
         x, y = self.at(level)[1]
-        return (x + y)/2
+        return (x + y) / 2
 
     def at(self, level):
         "A `Level` and its factors along x and y."
-        if level == 0: return self.base, (1., 1.)
+        if level == 0:
+            return self.base, (1.0, 1.0)
         return self.levels[level], self.factors[level]
 
     @property
@@ -196,25 +227,36 @@ class Slide:
     @property
     def lossy(self):
         "Whether values were changed when the file was written: by JPEG or JPEG 2000."
-        with open(self.path, "rb") as f: plain_jpeg = f.read(3) == _JPEG
+        with open(self.path, "rb") as f:
+            plain_jpeg = f.read(3) == _JPEG
         return plain_jpeg or self.base.compression in (JPEG, *JPEG2000)
 
     def level_mpp(self, level):
         "Microns per pixel at `level`."
-        return self.mpp*self.downsample(level)
+        return self.mpp * self.downsample(level)
 
-    def close(self): self._file.close()
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __reduce__(self): return Slide, (self.path, self._given, self.mask, self.max_damaged)
-    def __repr__(self): return f"Slide({self.path.name}, {' '.join(f'{w}x{h}' for h, w in self.shapes)})"
+    def close(self):
+        self._file.close()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __reduce__(self):
+        return Slide, (self.path, self._given, self.mask, self.max_damaged)
+
+    def __repr__(self):
+        return f"Slide({self.path.name}, {' '.join(f'{w}x{h}' for h, w in self.shapes)})"
+
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-024-2
 def open_slide(
-    path, # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
-    mpp: float | None = None, # um per pixel at level 0, in place of what the file says
-    mask: bool = False, # read label codes: the red or the only channel, (height, width)
-    max_damaged: int = 0, # internal tiles that may be damaged: they are blank, and listed in `damaged`
-) -> Slide: # the open slide; use it in a `with` block or close it
+    path,  # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
+    mpp: float | None = None,  # um per pixel at level 0, in place of what the file says
+    mask: bool = False,  # read label codes: the red or the only channel, (height, width)
+    max_damaged: int = 0,  # internal tiles that may be damaged: they are blank, and listed in `damaged`
+) -> Slide:  # the open slide; use it in a `with` block or close it
     "Open a slide, or with `mask=True` a label mask. A file that cannot be used raises `BadInput`."
     return Slide(path, mpp, mask, max_damaged)
 
@@ -223,176 +265,216 @@ def _is_colored(pixels):
     "Whether green or blue say anything else than red does: neither one value nor the same."
     total = cv2.sumElems(pixels)
     for number in (1, 2):
-        if not total[number]: continue  # as in most masks
+        if not total[number]:
+            continue  # as in most masks
         channel = cv2.extractChannel(pixels, number)
         low, high, _, _ = cv2.minMaxLoc(channel)
-        if low != high and not np.array_equal(channel, pixels[..., 0]): return True
+        if low != high and not np.array_equal(channel, pixels[..., 0]):
+            return True
     return False
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-030-2
 @patch
 def _decode_stored(
     self: Slide,
-    level: Level, # where it belongs
-    row: int, # row of the internal tile
-    column: int, # its column
-    buffer=None, # (height, width, 3) uint8 to decode into
-) -> np.ndarray | None: # (height, width, 3) uint8; a mask (height, width); None where it is not stored
+    level: Level,  # where it belongs
+    row: int,  # row of the internal tile
+    column: int,  # its column
+    buffer=None,  # (height, width, 3) uint8 to decode into
+) -> np.ndarray | None:  # (height, width, 3) uint8; a mask (height, width); None where it is not stored
     "Fetch and decode one internal tile. Raises whatever the codec does."
     planes = []
     for offset, count in zip(level.offsets[:, row, column], level.counts[:, row, column], strict=True):
-        if not count: return None
+        if not count:
+            return None
         data = os.pread(self._file.fileno(), count, offset)
-        if self.mask and (value := self._constant.get(data)) is not None: return np.broadcast_to(value, level.tile)
+        if self.mask and (value := self._constant.get(data)) is not None:
+            return np.broadcast_to(value, level.tile)
         planes.append(decode(level, data, row, buffer if len(level.offsets) == 1 else None))
         if (found := planes[-1].shape[:2]) != level.tile and not level.is_covered(row, column, found):
             raise Damaged(f"it is {found[1]}x{found[0]} pixels in place of {level.tile[1]}x{level.tile[0]}")
     pixels = planes[0] if len(planes) == 1 else np.dstack(planes)
-    if not self.mask: return pixels[..., :3]
+    if not self.mask:
+        return pixels[..., :3]
     codes = pixels[..., 0]
     height, width = level.visible(row, column)
-    if pixels.shape[2] >= 3 and not self.colored: self.colored = _is_colored(pixels[:height, :width])
-    constant = len(planes) == 1 and len(data) < codes.size//64 and codes.min() == codes.max()
-    if constant: self._constant[data] = codes[0, 0]
+    if pixels.shape[2] >= 3 and not self.colored:
+        self.colored = _is_colored(pixels[:height, :width])
+    constant = len(planes) == 1 and len(data) < codes.size // 64 and codes.min() == codes.max()
+    if constant:
+        self._constant[data] = codes[0, 0]
     return codes
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-030-3
 @patch
 def _decode(
     self: Slide,
-    level: int, # level of the pyramid
-    row: int, # row of the internal tile
-    column: int, # its column
-    buffer=None, # (height, width, 3) uint8 to decode into
-) -> np.ndarray: # (height, width, 3) uint8; a mask (height, width)
+    level: int,  # level of the pyramid
+    row: int,  # row of the internal tile
+    column: int,  # its column
+    buffer=None,  # (height, width, 3) uint8 to decode into
+) -> np.ndarray:  # (height, width, 3) uint8; a mask (height, width)
     "Fetch and decode one internal tile; one that is not stored, or damaged and allowed to be so, is blank."
     at, _ = self.at(level)
-    try: pixels = self._decode_stored(at, row, column, buffer)
+    try:
+        pixels = self._decode_stored(at, row, column, buffer)
     except MemoryError as e:
-        raise BadInput(self.path, f"no memory for an internal tile of {at.tile[1]}x{at.tile[0]} pixels",
-                       "Give the process more memory.") from e
+        raise BadInput(
+            self.path,
+            f"no memory for an internal tile of {at.tile[1]}x{at.tile[0]} pixels",
+            "Give the process more memory.",
+        ) from e
     except OSError as e:
-        raise BadInput(self.path, f"cannot be read ({e.strerror or e})",
-                       "Check the disk, or the connection to it.") from e
+        raise BadInput(
+            self.path, f"cannot be read ({e.strerror or e})", "Check the disk, or the connection to it."
+        ) from e
     except Exception as e:
         self.note_damage(level, row, column, e)
         pixels = None
     return self._blank_tile(at) if pixels is None else pixels
 
+
 @patch
 def _blank_tile(self: Slide, level):
     "An internal tile of nothing."
-    return np.broadcast_to(np.uint8(self.fill), (*level.tile, 1)[:2 if self.mask else 3])
+    return np.broadcast_to(np.uint8(self.fill), (*level.tile, 1)[: 2 if self.mask else 3])
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-030-4
 @patch
 def note_damage(
     self: Slide,
-    level: int, # level of the pyramid
-    row: int, # row of the internal tile
-    column: int, # its column
-    error: Exception, # what is wrong with it
+    level: int,  # level of the pyramid
+    row: int,  # row of the internal tile
+    column: int,  # its column
+    error: Exception,  # what is wrong with it
 ):
     "List a damaged internal tile in `damaged`, or raise `BadInput` where these are too many."
     fault = str(error) if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
     self.damaged[level, row, column] = fault
-    if len(self.damaged) <= self.max_damaged: return
+    if len(self.damaged) <= self.max_damaged:
+        return
     many = f"{len(self.damaged)} internal tiles are damaged, {self.max_damaged} may be; the last is a "
-    if not self.max_damaged: many = ""
-    raise BadInput(self.path, f"{many}damaged internal tile (level {level}, row {row}, column {column}): {fault}",
-                   "Copy or download it again, leave it out, or allow more damage (`--max-damaged`, `max_damaged=`).") from error
+    if not self.max_damaged:
+        many = ""
+    raise BadInput(
+        self.path,
+        f"{many}damaged internal tile (level {level}, row {row}, column {column}): {fault}",
+        "Copy or download it again, leave it out, or allow more damage (`--max-damaged`, `max_damaged=`).",
+    ) from error
+
 
 def _touched(
-    start: int, # first pixel of a region
-    size: int, # its pixels
-    total: int, # pixels of the level
-    tile: int, # pixels of an internal tile
-) -> range: # rows (or columns) of internal tiles
+    start: int,  # first pixel of a region
+    size: int,  # its pixels
+    total: int,  # pixels of the level
+    tile: int,  # pixels of an internal tile
+) -> range:  # rows (or columns) of internal tiles
     "Which internal tiles a region touches along one axis."
-    first, last = max(start, 0), min(start + size, total) - 1
-    return range(first//tile, last//tile + 1) if last >= first else range(0)
+    first = max(start, 0)
+    last = min(start + size, total) - 1
+    return range(first // tile, last // tile + 1) if last >= first else range(0)
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-030-5
 def _paste(
-    level: Level, # where to read
-    x: int, # left edge, pixels of this level
-    y: int, # top edge
-    out: np.ndarray, # (height, width[, 3]) uint8, filled in place
-    fill: int, # value outside the slide
-    get, # (row, column) -> decoded internal tile
-) -> list: # row and column of the internal tiles it touches
+    level: Level,  # where to read
+    x: int,  # left edge, pixels of this level
+    y: int,  # top edge
+    out: np.ndarray,  # (height, width[, 3]) uint8, filled in place
+    fill: int,  # value outside the slide
+    get,  # (row, column) -> decoded internal tile
+) -> list:  # row and column of the internal tiles it touches
     "Assemble a region from the internal tiles it touches."
     used = []
     (h, w), (height, width), (th, tw) = out.shape[:2], level.shape, level.tile
-    if x < 0 or y < 0 or x + w > width or y + h > height: out[:] = fill
+    if x < 0 or y < 0 or x + w > width or y + h > height:
+        out[:] = fill
     for row in _touched(y, h, height, th):
-        top, bottom = max(y, row*th), min(y + h, row*th + th, height)
+        top = max(y, row * th)
+        bottom = min(y + h, row * th + th, height)
         for column in _touched(x, w, width, tw):
-            left, right = max(x, column*tw), min(x + w, column*tw + tw, width)
-            out[top - y:bottom - y, left - x:right - x] = get(row, column)[top - row*th:bottom - row*th,
-                                                                           left - column*tw:right - column*tw]
+            left = max(x, column * tw)
+            right = min(x + w, column * tw + tw, width)
+            out[top - y : bottom - y, left - x : right - x] = get(row, column)[
+                top - row * th : bottom - row * th, left - column * tw : right - column * tw
+            ]
             used.append((row, column))
     return used
 
 # %% ../../nbs/02_slides/05_slides.ipynb #cell-031
 _WHOLE_LEVEL = 2**32  # bytes of pixels that may be read at once
 
+
 @patch
 def _blank(self: Slide, height, width):
     "Pixels to be filled, or `BadInput` where there is no memory for them."
-    try: return np.empty((height, width) if self.mask else (height, width, 3), np.uint8)
-    except MemoryError as e: raise BadInput(self.path, f"no memory for {width}x{height} pixels",
-                                            "Read smaller regions, or a coarser level.") from e
+    try:
+        return np.empty((height, width) if self.mask else (height, width, 3), np.uint8)
+    except MemoryError as e:
+        raise BadInput(
+            self.path, f"no memory for {width}x{height} pixels", "Read smaller regions, or a coarser level."
+        ) from e
+
 
 @patch
 def read(
     self: Slide,
-    x: float, # left edge, level-0 pixels
-    y: float, # top edge, level-0 pixels
-    width: int, # pixels of `level`
-    height: int, # pixels of `level`
-    level: int = 0, # level of the pyramid
-) -> np.ndarray: # (height, width, 3) uint8; a mask (height, width)
+    x: float,  # left edge, level-0 pixels
+    y: float,  # top edge, level-0 pixels
+    width: int,  # pixels of `level`
+    height: int,  # pixels of `level`
+    level: int = 0,  # level of the pyramid
+) -> np.ndarray:  # (height, width, 3) uint8; a mask (height, width)
     "Read a region; what lies outside the slide is white (a mask: 0)."
     at, (fx, fy) = self.at(level)
     out = self._blank(height, width)
-    _paste(at, round(x/fx), round(y/fy), out, self.fill, lambda r, c: self._decode(level, r, c))
+    _paste(at, round(x / fx), round(y / fy), out, self.fill, lambda r, c: self._decode(level, r, c))
     return out
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-031-2
 @patch
 def read_mask(
     self: Slide,
-    x: float, # left edge, level-0 pixels
-    y: float, # top edge, level-0 pixels
-    width: int, # pixels of `level`
-    height: int, # pixels of `level`
-    level: int = 0, # level of the pyramid
-) -> np.ndarray: # (height, width) uint8 label codes
+    x: float,  # left edge, level-0 pixels
+    y: float,  # top edge, level-0 pixels
+    width: int,  # pixels of `level`
+    height: int,  # pixels of `level`
+    level: int = 0,  # level of the pyramid
+) -> np.ndarray:  # (height, width) uint8 label codes
     "Read label codes: the red channel, or the only one."
     pixels = self.read(x, y, width, height, level)
     return pixels if self.mask else pixels[..., 0]
 
+
 @patch
 def level(
     self: Slide,
-    level: int, # level of the pyramid
-) -> np.ndarray: # the whole level
+    level: int,  # level of the pyramid
+) -> np.ndarray:  # the whole level
     "Read a whole level; mind the memory at level 0."
     height, width = self.shapes[level]
-    if height*width*3 > _WHOLE_LEVEL:
-        raise BadInput(self.path, f"{width}x{height} pixels are too many to be read at once",
-                       "Write it with coarser levels: `vips tiffsave --tile --pyramid`.")
+    if height * width * 3 > _WHOLE_LEVEL:
+        raise BadInput(
+            self.path,
+            f"{width}x{height} pixels are too many to be read at once",
+            "Write it with coarser levels: `vips tiffsave --tile --pyramid`.",
+        )
     return self.read(0, 0, width, height, level)
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-031-3
 @patch
 def touches_damage(
     self: Slide,
-    x: float, # left edge, level-0 pixels
-    y: float, # top edge, level-0 pixels
-    size: int, # side in pixels of `level`
-    level: int = 0, # level of the pyramid
+    x: float,  # left edge, level-0 pixels
+    y: float,  # top edge, level-0 pixels
+    size: int,  # side in pixels of `level`
+    level: int = 0,  # level of the pyramid
 ) -> bool:
     "Whether a square that has been read lies on a damaged internal tile, so that some of its pixels are none."
-    if not self.damaged: return False
+    if not self.damaged:
+        return False
     at, (fx, fy) = self.at(level)
-    rows = _touched(round(y/fy), size, at.shape[0], at.tile[0])
-    columns = _touched(round(x/fx), size, at.shape[1], at.tile[1])
+    rows = _touched(round(y / fy), size, at.shape[0], at.tile[0])
+    columns = _touched(round(x / fx), size, at.shape[1], at.tile[1])
     return any(where == level and row in rows and column in columns for where, row, column in list(self.damaged))
 
 # %% ../../nbs/02_slides/05_slides.ipynb #cell-strange
@@ -400,52 +482,68 @@ _UNSURE = 2048  # longest side of a level that may be a label or a macro in trut
 _SAMPLE = 8  # internal tiles that are compared
 _MOST_PIXELS = 2**22  # of these
 _NEAR = 12  # mean difference of grey levels that compression and resampling make at most
-_ALIKE = .5  # correlation from which two pictures are the same
+_ALIKE = 0.5  # correlation from which two pictures are the same
+
 
 def levels_of_slide(
-    slide, # an open `Slide`
-    levels: list, # all that have its proportions, the largest first
-    factors: list, # of each, along x and y
-) -> list[int]: # which of them
+    slide,  # an open `Slide`
+    levels: list,  # all that have its proportions, the largest first
+    factors: list,  # of each, along x and y
+) -> list[int]:  # which of them
     "Find the levels that show the same picture as the one before them."
     keep = [0]
     for i in range(1, len(levels)):
         pairs = zip(levels, factors, strict=True)
         fine, coarse = [pair for k, pair in enumerate(pairs) if k in (keep[-1], i)]
-        if max(levels[i].shape) > _UNSURE or _same_picture(slide, fine, coarse): keep.append(i)
+        if max(levels[i].shape) > _UNSURE or _same_picture(slide, fine, coarse):
+            keep.append(i)
     return keep
+
 
 def _same_picture(slide, fine, coarse):
     "Whether a level shows what a finer one does; each as the level and its factors."
     pairs = []
     for n, (row, column) in enumerate(_spread(fine[0])):
         pair = _both(slide, fine, coarse, row, column)
-        if pair is not None: pairs.append(pair)
-        if n and pairs and np.abs(np.diff(np.concatenate(pairs, 1), axis=0)).mean() < _NEAR: return True
-    if not pairs: return True
+        if pair is not None:
+            pairs.append(pair)
+        if n and pairs and np.abs(np.diff(np.concatenate(pairs, 1), axis=0)).mean() < _NEAR:
+            return True
+    if not pairs:
+        return True
     a, b = np.concatenate(pairs, 1)
     return bool(a.std() and b.std() and np.corrcoef(a, b)[0, 1] > _ALIKE) or bool(np.abs(a - b).mean() < _NEAR)
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-strange-2
 def _both(slide, fine, coarse, row, column):
     "Grey levels of an internal tile at both levels; None where it is damaged, and says nothing of the other."
+
     def get(level, row, column):
         pixels = slide._decode_stored(level, row, column)
         return slide._blank_tile(level) if pixels is None else pixels
+
     (at, (fx, fy)), (other, (cx, cy)) = fine, coarse
     h, w = at.visible(row, column)
-    there = np.empty((max(1, round(h*fy/cy)), max(1, round(w*fx/cx)), 3), np.uint8)
-    x, y = round(column*at.tile[1]*fx/cx), round(row*at.tile[0]*fy/cy)
+    there = np.empty((max(1, round(h * fy / cy)), max(1, round(w * fx / cx)), 3), np.uint8)
+    x = round(column * at.tile[1] * fx / cx)
+    y = round(row * at.tile[0] * fy / cy)
     try:
         here = get(at, row, column)[:h, :w]
         _paste(other, x, y, there, slide.fill, lambda r, c: get(other, r, c))
-    except (ValueError, RuntimeError): return None
-    return np.stack([there, cv2.resize(here, there.shape[1::-1],
-                                       interpolation=cv2.INTER_AREA)]).mean(-1, dtype=np.float32).reshape(2, -1)
+    except (ValueError, RuntimeError):
+        return None
+    return (
+        np.stack([there, cv2.resize(here, there.shape[1::-1], interpolation=cv2.INTER_AREA)])
+        .mean(-1, dtype=np.float32)
+        .reshape(2, -1)
+    )
+
 
 def _spread(level):
     "Some internal tiles: the fullest, the emptiest, and others between; none where they are too large to be looked at."
-    counts, stored = level.counts.sum(0).ravel(), np.flatnonzero(level.counts.all(0))
-    n = min(_SAMPLE, len(stored), _MOST_PIXELS//math.prod(level.tile))
+    counts = level.counts.sum(0).ravel()
+    stored = np.flatnonzero(level.counts.all(0))
+    n = min(_SAMPLE, len(stored), _MOST_PIXELS // math.prod(level.tile))
     order = stored[np.argsort(counts[stored], kind="stable")][::-1]
     chosen = order[np.linspace(0, len(order) - 1, n).astype(int)].tolist()
     return [divmod(i, level.grid[1]) for i in chosen[:1] + chosen[:0:-1]]
@@ -454,31 +552,34 @@ def _spread(level):
 @patch
 def read_mpp(
     self: Slide,
-    x: float, # left edge, level-0 pixels
-    y: float, # top edge, level-0 pixels
-    width: int, # pixels of the result
-    height: int, # pixels of the result
-    mpp: float, # um per pixel of the result
-) -> np.ndarray: # (height, width, 3) uint8; a mask (height, width)
+    x: float,  # left edge, level-0 pixels
+    y: float,  # top edge, level-0 pixels
+    width: int,  # pixels of the result
+    height: int,  # pixels of the result
+    mpp: float,  # um per pixel of the result
+) -> np.ndarray:  # (height, width, 3) uint8; a mask (height, width)
     "Read a region at any scale: from the coarsest level that is still fine enough, averaged down (a mask: nearest code)."
-    level = max((i for i in range(len(self.levels)) if self.level_mpp(i) <= mpp*1.01), default=0)
-    scale_x, scale_y = (mpp/(self.mpp*f) for f in self.factors[level])
-    pixels = self.read(x, y, max(1, round(width*scale_x)), max(1, round(height*scale_y)), level)
+    level = max((i for i in range(len(self.levels)) if self.level_mpp(i) <= mpp * 1.01), default=0)
+    scale_x, scale_y = (mpp / (self.mpp * f) for f in self.factors[level])
+    pixels = self.read(x, y, max(1, round(width * scale_x)), max(1, round(height * scale_y)), level)
     return _resize(pixels, width, height, self.mask)
+
 
 @patch
 def thumbnail(
     self: Slide,
-    max_size: int = 512, # longest side of the result, pixels
-) -> np.ndarray: # the whole slide, small
+    max_size: int = 512,  # longest side of the result, pixels
+) -> np.ndarray:  # the whole slide, small
     "The whole slide, from the coarsest level that is large enough."
     level = max((i for i, s in enumerate(self.shapes) if max(s) >= max_size), default=0)
     height, width = self.shapes[level]
-    scale = min(1, max_size/max(height, width))
-    return _resize(self.level(level), max(1, round(width*scale)), max(1, round(height*scale)), self.mask)
+    scale = min(1, max_size / max(height, width))
+    return _resize(self.level(level), max(1, round(width * scale)), max(1, round(height * scale)), self.mask)
+
 
 def _resize(pixels, width, height, mask):
-    if pixels.shape[:2] == (height, width): return pixels
+    if pixels.shape[:2] == (height, width):
+        return pixels
     shrinks = width <= pixels.shape[1]
     how = cv2.INTER_NEAREST if mask else cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(pixels, (width, height), interpolation=how)
@@ -486,13 +587,20 @@ def _resize(pixels, width, height, mask):
 # %% ../../nbs/02_slides/05_slides.ipynb #cell-039
 class _Tiles:
     "Decoded internal tiles that several threads share: each is decoded once, and recycled after the last who needs it."
+
     def __init__(self, slide, level, corners, size):
-        self.slide, self.level, at = slide, level, slide.at(level)[0]
+        self.slide = slide
+        self.level = level
+        at = slide.at(level)[0]
         (height, width), (th, tw) = at.shape, at.tile
-        self.left = Counter((r, c) for x, y in corners for r in _touched(y, size, height, th)
-                            for c in _touched(x, size, width, tw))
+        self.left = Counter(
+            (r, c) for x, y in corners for r in _touched(y, size, height, th) for c in _touched(x, size, width, tw)
+        )
         self.todo = OrderedDict.fromkeys(self.left)  # not yet begun, in the order of need
-        self.lock, self.held, self.spare, self.shape = threading.Lock(), {}, [], (th, tw, at.samples)
+        self.lock = threading.Lock()
+        self.held = {}
+        self.spare = []
+        self.shape = (th, tw, at.samples)
 
     def get(self, row, column):
         "The decoded internal tile. While another thread decodes it, decode the next one rather than wait."
@@ -500,27 +608,35 @@ class _Tiles:
         while True:
             with self.lock:
                 tile = self.held.get(key)
-                if tile is not None and (tile.done() or not self.todo): break
+                if tile is not None and (tile.done() or not self.todo):
+                    break
                 begun = self.todo.popitem(last=False)[0] if tile is not None else key
                 self.todo.pop(begun, None)
                 mine = self.held[begun] = Future()
                 buffer = self.spare.pop() if self.spare else None
             try:
-                if buffer is None: buffer = self._buffer()
+                if buffer is None:
+                    buffer = self._buffer()
                 mine.set_result((self.slide._decode(self.level, *begun, buffer), buffer))
-            except BaseException as e: mine.set_exception(e)
+            except BaseException as e:
+                mine.set_exception(e)
         return tile.result()[0]
 
     def _buffer(self):
-        try: return np.empty(self.shape, np.uint8)
+        try:
+            return np.empty(self.shape, np.uint8)
         except MemoryError as e:
-            raise BadInput(self.slide.path, "no memory for an internal tile of {1}x{0} pixels".format(*self.shape),
-                           "Give the process more memory.") from e
+            raise BadInput(
+                self.slide.path,
+                "no memory for an internal tile of {1}x{0} pixels".format(*self.shape),
+                "Give the process more memory.",
+            ) from e
 
     def done(self, row, column):
         with self.lock:
             self.left[row, column] -= 1
-            if not self.left[row, column]: self.spare.append(self.held.pop((row, column)).result()[1])
+            if not self.left[row, column]:
+                self.spare.append(self.held.pop((row, column)).result()[1])
 
 # %% ../../nbs/02_slides/05_slides.ipynb #cell-040
 @patch
@@ -528,84 +644,107 @@ def map_tiles(
     self: Slide,
     function,
     # called as function(i, tile) from several threads; the tile (size, size[, 3]) is valid during the call only
-    xy, # (n, 2) left and top edges, level-0 pixels
-    size: int = 224, # side of a tile, pixels of `level`
-    level: int = 0, # level of the pyramid
-    threads: int = 2, # threads that decode and call
-) -> list: # what `function` returned, in the order of `xy`
+    xy,  # (n, 2) left and top edges, level-0 pixels
+    size: int = 224,  # side of a tile, pixels of `level`
+    level: int = 0,  # level of the pyramid
+    threads: int = 2,  # threads that decode and call
+) -> list:  # what `function` returned, in the order of `xy`
     "Call a function on many tiles of a slide while decoding each internal tile once, band by band."
     at, factors = self.at(level)
-    corners = np.rint(np.asarray(xy, float).reshape(-1, 2)/factors).astype(int)
-    order = np.lexsort((corners[:, 0], corners[:, 1]//size)).tolist()
-    bands = iter([list(band) for _, band in groupby(order, lambda i: corners[i, 1]//size)])
-    tiles, results = _Tiles(self, level, corners[order].tolist(), size), [None]*len(corners)
-    stop, turn = threading.Event(), threading.Lock()
+    corners = np.rint(np.asarray(xy, float).reshape(-1, 2) / factors).astype(int)
+    order = np.lexsort((corners[:, 0], corners[:, 1] // size)).tolist()
+    bands = iter([list(band) for _, band in groupby(order, lambda i: corners[i, 1] // size)])
+    tiles = _Tiles(self, level, corners[order].tolist(), size)
+    results = [None] * len(corners)
+    stop = threading.Event()
+    turn = threading.Lock()
 
     def work():
         try:
             tile = self._blank(size, size)
             while True:
-                with turn: band = next(bands, None)
-                if band is None: return
+                with turn:
+                    band = next(bands, None)
+                if band is None:
+                    return
                 for i in band:
-                    if stop.is_set(): return
+                    if stop.is_set():
+                        return
                     x, y = corners[i].tolist()
-                    for row, column in _paste(at, x, y, tile, self.fill, tiles.get): tiles.done(row, column)
+                    for row, column in _paste(at, x, y, tile, self.fill, tiles.get):
+                        tiles.done(row, column)
                     results[i] = function(i, tile)
         except BaseException:
             stop.set()
             raise
+
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for running in [pool.submit(work) for _ in range(threads)]: running.result()
-        finally: stop.set()
+            for running in [pool.submit(work) for _ in range(threads)]:
+                running.result()
+        finally:
+            stop.set()
     return results
 
 # %% ../../nbs/02_slides/05_slides.ipynb #cell-046
-_ZIGZAG = sorted(range(64), key=lambda i: (i//8 + i % 8, i//8 if (i//8 + i % 8) % 2 else i % 8))
+_ZIGZAG = sorted(range(64), key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8))
+
 
 @dataclasses.dataclass(frozen=True)
 class JpegSource:
     "How a slide's JPEG tiles were made: what it takes to encode a cut of them again with almost no loss."
+
     tables: list  # quantisation tables, 64 numbers each, row by row: luma (or all), then chroma
     subsampling: str  # "4:4:4", "4:2:2" or "4:2:0"
     colorspace: str  # "RGB", "YCbCr" or "GRAYSCALE"
 
+
 def _read_source(level, data):
     "What the headers of one JPEG stream, and the tables that it shares, say of how it was made."
-    tables, parts = {}, []
+    tables = {}
+    parts = []
     for stream in (level.tables or b"", data):
         for marker, start, end in jpeg_segments(stream) if stream else ():
             payload = stream[start:end]
-            if marker == 0xDB: tables |= _quantisation(payload)
-            elif marker in (0xC0, 0xC1, 0xC2): parts = [payload[6 + 3*i:9 + 3*i] for i in range(payload[5])]
-            elif marker == 0xDA: break
+            if marker == 0xDB:
+                tables |= _quantisation(payload)
+            elif marker in (0xC0, 0xC1, 0xC2):
+                parts = [payload[6 + 3 * i : 9 + 3 * i] for i in range(payload[5])]
+            elif marker == 0xDA:
+                break
     used = list(dict.fromkeys(part[2] for part in parts))
     name = {0x11: "4:4:4", 0x21: "4:2:2", 0x22: "4:2:0"}.get(parts[0][1], "4:4:4")
-    space = "RGB" if len(level.counts) == 3 else {1: "GRAYSCALE", 2: "RGB",
-                                                  6: "YCbCr"}[level.photometric]  # three grey planes are a colour image
+    space = (
+        "RGB" if len(level.counts) == 3 else {1: "GRAYSCALE", 2: "RGB", 6: "YCbCr"}[level.photometric]
+    )  # three grey planes are a colour image
     return JpegSource([tables[i] for i in used], name, space)
 
+# %% ../../nbs/02_slides/05_slides.ipynb #cell-046-2
 def _quantisation(payload):
     "The tables of one segment: number -> 64 values, row by row."
     tables = {}
     while payload:
-        wide, name = payload[0] >> 4, payload[0] & 15
+        wide = payload[0] >> 4
+        name = payload[0] & 15
         values = np.frombuffer(payload, ">u2" if wide else "u1", 64, 1)
         tables[name] = [int(values[_ZIGZAG.index(i)]) for i in range(64)]
-        payload = payload[1 + 64*(1 + wide):]
+        payload = payload[1 + 64 * (1 + wide) :]
     return tables
+
 
 @patch
 def jpeg_source(
     self: Slide,
-    level: int = 0, # level of the pyramid
-) -> JpegSource | None: # None where the level is not JPEG
+    level: int = 0,  # level of the pyramid
+) -> JpegSource | None:  # None where the level is not JPEG
     "The quantisation tables, subsampling and colour space of a level, from the first internal tile that can be read."
     at, _ = self.at(level)
-    if at.compression != JPEG: return None
+    if at.compression != JPEG:
+        return None
     for first in np.flatnonzero(at.counts[0])[:16]:
         data = os.pread(self._file.fileno(), at.counts[0].flat[first], at.offsets[0].flat[first])
-        try: return _read_source(at, data)
-        except (ValueError, IndexError, KeyError): continue  # damaged: another one will say
+        try:
+            return _read_source(at, data)
+        except (ValueError, IndexError, KeyError):
+            continue  # damaged: another one will say
     return None

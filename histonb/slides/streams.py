@@ -21,9 +21,11 @@ import numpy as np
 JPEG = 7
 JPEG2000 = {33004, 33005, 34712}
 
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Level:
     "One resolution of a slide: its size, its internal tiles, and where and how their bytes lie in the file."
+
     shape: tuple  # height and width, pixels
     tile: tuple  # height and width of an internal tile (a strip is a tile as wide as the image)
     offsets: np.ndarray  # (planes, rows, columns): first byte of each internal tile
@@ -42,33 +44,43 @@ class Level:
 
     def height(self, row):
         "Stored height of a row of internal tiles."
-        return min(self.tile[0], self.shape[0] - row*self.tile[0]) if self.strips else self.tile[0]
+        return min(self.tile[0], self.shape[0] - row * self.tile[0]) if self.strips else self.tile[0]
 
     def visible(self, row, column):
         "Height and width of what an internal tile shows of the image; the rest of it is padding."
         (h, w), (th, tw) = self.shape, self.tile
-        return min(th, h - row*th), min(tw, w - column*tw)
+        return min(th, h - row * th), min(tw, w - column * tw)
 
     def is_covered(self, row, column, shape):
         "Whether pixels of this height and width are all that an internal tile shows."
         return all(have >= seen for have, seen in zip(shape, self.visible(row, column), strict=True))
 
 # %% ../../nbs/02_slides/03_streams.ipynb #cell-007
-EXPANSION = {1: 1, 5: 2600, JPEG: 1500, 8: 1040, 32946: 1040, 32773: 64,
-             **dict.fromkeys(JPEG2000, 1_000_000)}  # compression tag -> most bytes of pixels for a byte of a file
+EXPANSION = {
+    1: 1,
+    5: 2600,
+    JPEG: 1500,
+    8: 1040,
+    32946: 1040,
+    32773: 64,
+    **dict.fromkeys(JPEG2000, 1_000_000),
+}  # compression tag -> most bytes of pixels for a byte of a file
+
 
 class Damaged(ValueError):
     "What is wrong with the bytes of an internal tile."
 
+
 def check_proportion(
-    pixels: int, # bytes that the pixels take
-    stored: int, # bytes that they are stored in
-    compression: int, # TIFF compression tag
-    width: int, # pixels
+    pixels: int,  # bytes that the pixels take
+    stored: int,  # bytes that they are stored in
+    compression: int,  # TIFF compression tag
+    width: int,  # pixels
     height: int,
 ):
     "Raise `Damaged` where so few bytes cannot hold an image of that size."
-    if pixels <= EXPANSION[compression]*stored: return
+    if pixels <= EXPANSION[compression] * stored:
+        return
     raise Damaged(f"its sizes are out of proportion: {width}x{height} pixels in {stored:,} bytes")
 
 # %% ../../nbs/02_slides/03_streams.ipynb #cell-010
@@ -79,44 +91,58 @@ _END = 0xD9
 _SCAN = 0xDA
 _GOES_ON = {0xC4, _SCAN, _END}  # tables, a scan, the end: what comes after a part of a picture
 
+
 class Frame(NamedTuple):
     "What the frame header of a JPEG stream says of its picture."
+
     bits: int  # of a value
     height: int
     width: int
     samples: int  # values a pixel
 
+# %% ../../nbs/02_slides/03_streams.ipynb #cell-010-2
 def jpeg_segments(
-    data: bytes, # a JPEG stream
-    at: int = 2, # where a marker stands
-): # (code, first byte, last byte + 1) of each segment's content; the end mark comes last
+    data: bytes,  # a JPEG stream
+    at: int = 2,  # where a marker stands
+):  # (code, first byte, last byte + 1) of each segment's content; the end mark comes last
     "Walk through a JPEG stream from marker to marker. Raises `Damaged` where the way is lost."
     while True:
-        while data[at:at + 2] == b"\xff\xff": at += 1  # markers may be preceded by fill bytes
-        if at + 2 > len(data): raise Damaged("its JPEG stream breaks off")
-        if data[at] != 0xFF or data[at + 1] not in _CODES: raise Damaged("its JPEG stream holds an impossible marker")
+        while data[at : at + 2] == b"\xff\xff":
+            at += 1  # markers may be preceded by fill bytes
+        if at + 2 > len(data):
+            raise Damaged("its JPEG stream breaks off")
+        if data[at] != 0xFF or data[at + 1] not in _CODES:
+            raise Damaged("its JPEG stream holds an impossible marker")
         code = data[at + 1]
         if code == _END:
             yield code, at + 2, at + 2
             return
-        end = at + 2 + int.from_bytes(data[at + 2:at + 4], "big")
-        if not at + 4 <= end <= len(data): raise Damaged("its JPEG stream breaks off")
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if not at + 4 <= end <= len(data):
+            raise Damaged("its JPEG stream breaks off")
         yield code, at + 4, end
         at = end
         if code == _SCAN:
             mark = _MARK.search(data, at)
-            if mark is None: raise Damaged("its JPEG stream breaks off")
+            if mark is None:
+                raise Damaged("its JPEG stream breaks off")
             at = mark.start()
 
+# %% ../../nbs/02_slides/03_streams.ipynb #cell-010-3
 def _goes_on(data, end):
     "Whether what follows an end mark is the rest of the same picture."
     mark = _MARK.search(data, end)
-    if mark is None or mark.group()[1] not in _GOES_ON: return False  # padding, notes, or another picture
-    if not data[end:mark.start()].strip(b"\0\xff"): return False
-    try: *_, (_, _, last) = jpeg_segments(data, mark.start())
-    except Damaged: return False
+    if mark is None or mark.group()[1] not in _GOES_ON:
+        return False  # padding, notes, or another picture
+    if not data[end : mark.start()].strip(b"\0\xff"):
+        return False
+    try:
+        *_, (_, _, last) = jpeg_segments(data, mark.start())
+    except Damaged:
+        return False
     after = data[last:].lstrip(b"\0")
     return not after or after.startswith(b"\xff\xd8")
+
 
 def _walk(data):
     "The frame of a stream, the number of its scans, and where the walk through it ended."
@@ -124,83 +150,107 @@ def _walk(data):
     for code, start, end in jpeg_segments(data):
         scans += code == _SCAN
         if code in _FRAMES and frame is None:
-            if end - start < 6: raise Damaged("its JPEG stream holds an impossible frame")
-            frame = Frame(*struct.unpack(">BHHB", data[start:start + 6]))
+            if end - start < 6:
+                raise Damaged("its JPEG stream holds an impossible frame")
+            frame = Frame(*struct.unpack(">BHHB", data[start : start + 6]))
     return frame, scans, end
+
 
 @functools.lru_cache(256)
 def _frame_of(header):
     "The frame that a stream's bytes before its scan speak of; None where they are not whole segments. Most tiles share them."
-    try: return _walk(header + bytes([0xFF, _END]))[0] if header[:2] == b"\xff\xd8" else None
-    except Damaged: return None
+    try:
+        return _walk(header + bytes([0xFF, _END]))[0] if header[:2] == b"\xff\xd8" else None
+    except Damaged:
+        return None
 
+# %% ../../nbs/02_slides/03_streams.ipynb #cell-010-4
 def jpeg_frame(
-    data: bytes, # a JPEG stream, perhaps with something behind it
-) -> Frame: # its frame
+    data: bytes,  # a JPEG stream, perhaps with something behind it
+) -> Frame:  # its frame
     "Walk through a JPEG stream to its end. Raises `Damaged` for a break in it, which libjpeg would paint grey."
     scan = data.find(bytes([0xFF, _SCAN]))
     mark = _MARK.search(data, scan + 2)
-    frame = _frame_of(data[:max(scan, 0)])
+    frame = _frame_of(data[: max(scan, 0)])
     if not frame or not mark or mark.group()[1] != _END or mark.end() != len(data):  # not just one scan and the end
-        if data[:2] != b"\xff\xd8": raise Damaged("it does not begin as a JPEG stream")
+        if data[:2] != b"\xff\xd8":
+            raise Damaged("it does not begin as a JPEG stream")
         frame, scans, end = _walk(data)
-        if frame is None or not scans: raise Damaged("its JPEG stream holds no picture")
-        if _goes_on(data, end): raise Damaged("its JPEG stream ends too early")
-    if 0 in frame: raise Damaged("its JPEG stream holds no picture")
-    check_proportion(frame.height*frame.width*frame.samples, len(data), JPEG, frame.width, frame.height)
+        if frame is None or not scans:
+            raise Damaged("its JPEG stream holds no picture")
+        if _goes_on(data, end):
+            raise Damaged("its JPEG stream ends too early")
+    if 0 in frame:
+        raise Damaged("its JPEG stream holds no picture")
+    check_proportion(frame.height * frame.width * frame.samples, len(data), JPEG, frame.width, frame.height)
     return frame
 
 # %% ../../nbs/02_slides/03_streams.ipynb #cell-013
 def _jpeg2000_frame(data):
     "What a JPEG 2000 stream says of its picture."
     at = data.find(b"\xff\x4f\xff\x51")
-    if at < 0 or len(data) < at + 43: raise Damaged("it holds no JPEG 2000 stream")
-    right, low, left, top = struct.unpack(">4I", data[at + 8:at + 24])
-    samples, bits = int.from_bytes(data[at + 40:at + 42], "big"), (data[at + 42] & 127) + 1
+    if at < 0 or len(data) < at + 43:
+        raise Damaged("it holds no JPEG 2000 stream")
+    right, low, left, top = struct.unpack(">4I", data[at + 8 : at + 24])
+    samples = int.from_bytes(data[at + 40 : at + 42], "big")
+    bits = (data[at + 42] & 127) + 1
     return Frame(bits, low - top, right - left, samples)
 
 # %% ../../nbs/02_slides/03_streams.ipynb #cell-015
-_INFLATE = {1: None, 5: imagecodecs.lzw_decode, 8: imagecodecs.zlibng_decode, 32946: imagecodecs.zlibng_decode,
-            32773: imagecodecs.packbits_decode}
+_INFLATE = {
+    1: None,
+    5: imagecodecs.lzw_decode,
+    8: imagecodecs.zlibng_decode,
+    32946: imagecodecs.zlibng_decode,
+    32773: imagecodecs.packbits_decode,
+}
 COLOR_SPACES = {1: "GRAYSCALE", 2: "RGB", 6: "YCBCR"}  # the TIFF photometric tag, in the words of libjpeg
 
+
 def decode(
-    level: Level, # where the internal tile belongs
-    data: bytes, # its compressed bytes
-    row: int, # its row, for the height of a last strip
-    out=None, # uint8 buffer of the full internal tile to decode into
-) -> np.ndarray: # (height, width, samples) uint8, no larger than the tile
+    level: Level,  # where the internal tile belongs
+    data: bytes,  # its compressed bytes
+    row: int,  # its row, for the height of a last strip
+    out=None,  # uint8 buffer of the full internal tile to decode into
+) -> np.ndarray:  # (height, width, samples) uint8, no larger than the tile
     "Decode one internal tile of one plane. Raises `Damaged`, or what the codec raises, where its bytes are damaged."
     shape = (level.height(row), level.tile[1], level.samples)
     size = math.prod(shape)
     check_proportion(size, len(data), level.compression, shape[1], shape[0])
     whole = out if shape[0] == level.tile[0] else None
-    if level.compression == JPEG: return _decode_jpeg(level, data, shape, whole)
+    if level.compression == JPEG:
+        return _decode_jpeg(level, data, shape, whole)
     if level.compression in JPEG2000:
         _check_frame(_jpeg2000_frame(data), level)
         pixels = imagecodecs.jpeg2k_decode(data)
-        return pixels.reshape(*pixels.shape[:2], level.samples)[:shape[0], :shape[1]]
+        return pixels.reshape(*pixels.shape[:2], level.samples)[: shape[0], : shape[1]]
     inflate = _INFLATE[level.compression]
     flat = np.empty(size, np.uint8) if whole is None else whole.reshape(-1)
     raw = np.frombuffer(data if inflate is None else inflate(data, out=flat), np.uint8)
-    if len(raw) < size: raise Damaged(f"it holds {len(raw)} bytes in place of {size}")
+    if len(raw) < size:
+        raise Damaged(f"it holds {len(raw)} bytes in place of {size}")
     pixels = raw[:size].reshape(shape)
     return imagecodecs.delta_decode(pixels, axis=1) if level.predictor == 2 else pixels
 
+# %% ../../nbs/02_slides/03_streams.ipynb #cell-015-2
 def _decode_jpeg(level, data, shape, out):
     "Decode a JPEG stream in the colour space of its photometric tag."
     frame = jpeg_frame(data)
     _check_frame(frame, level)
-    if (frame.height, frame.width) != shape[:2]: out = None
+    if (frame.height, frame.width) != shape[:2]:
+        out = None
     space, into = (COLOR_SPACES[level.photometric], "RGB") if level.samples == 3 else ("GRAYSCALE", "GRAYSCALE")
-    if out is not None and level.samples == 1: out = out[..., 0]
+    if out is not None and level.samples == 1:
+        out = out[..., 0]
     pixels = imagecodecs.jpeg8_decode(data, tables=level.tables, colorspace=space, outcolorspace=into, out=out)
-    return pixels.reshape(*pixels.shape[:2], level.samples)[:shape[0], :shape[1]]
+    return pixels.reshape(*pixels.shape[:2], level.samples)[: shape[0], : shape[1]]
+
 
 def _check_frame(frame, level):
     "Raise `Damaged` where a stream's picture is none of a tile of this level."
-    if frame == (8, *level.tile, level.samples): return
+    if frame == (8, *level.tile, level.samples):
+        return
     if frame.bits != 8 or frame.samples != level.samples:
         raise Damaged(f"it holds {frame.samples} values of {frame.bits} bits a pixel in place of {level.samples} of 8")
-    if frame.height > 2*level.tile[0] or frame.width > 2*level.tile[1]:
+    if frame.height > 2 * level.tile[0] or frame.width > 2 * level.tile[1]:
         raise Damaged(f"it is {frame.width}x{frame.height} pixels in place of {level.tile[1]}x{level.tile[0]}")

@@ -15,55 +15,62 @@ from .labels import IGNORE, LABELS, code_table
 
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-005
 def grey(
-    tile: np.ndarray, # RGB, uint8, shape (h, w, 3)
-) -> np.ndarray: # uint8, shape (h, w)
+    tile: np.ndarray,  # RGB, uint8, shape (h, w, 3)
+) -> np.ndarray:  # uint8, shape (h, w)
     "Brightness of a tile."
     return cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY)
 
-BLACK = 8 # highest value of a picture in which nothing can be seen
+
+BLACK = 8  # highest value of a picture in which nothing can be seen
+
 
 def check_bright(
-    highest: int, # value of a picture
-    path, # of the picture, for the error
+    highest: int,  # value of a picture
+    path,  # of the picture, for the error
 ):
     "Raise `BadInput` for a black picture: one that was saved from 0 to 1, in JPEG too."
-    if highest <= BLACK: raise BadInput(path, f"black: no value above {highest}",
-                                        "Give values from 0 to 255: multiply a picture from 0 to 1 before it is saved.")
+    if highest <= BLACK:
+        raise BadInput(
+            path,
+            f"black: no value above {highest}",
+            "Give values from 0 to 255: multiply a picture from 0 to 1 before it is saved.",
+        )
 
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-010
 def emptiness(
-    grey: np.ndarray, # brightness, uint8, shape (h, w)
-    white: int = 220, # grey level from which a pixel counts as glass, 1 to 255
-) -> float: # fraction of glass, 0 to 1
+    grey: np.ndarray,  # brightness, uint8, shape (h, w)
+    white: int = 220,  # grey level from which a pixel counts as glass, 1 to 255
+) -> float:  # fraction of glass, 0 to 1
     "The fraction of pixels that show no tissue."
-    return cv2.countNonZero(cv2.threshold(grey, white - 1, 255, cv2.THRESH_BINARY)[1])/grey.size
+    return cv2.countNonZero(cv2.threshold(grey, white - 1, 255, cv2.THRESH_BINARY)[1]) / grey.size
 
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-013
 def edges(
-    grey: np.ndarray, # brightness, uint8, shape (h, w)
-    gradient: int = 40, # Sobel magnitude, in grey levels, from which a pixel counts as an edge, 1 to 255
-) -> float: # fraction of edge pixels, 0 to 1
+    grey: np.ndarray,  # brightness, uint8, shape (h, w)
+    gradient: int = 40,  # Sobel magnitude, in grey levels, from which a pixel counts as an edge, 1 to 255
+) -> float:  # fraction of edge pixels, 0 to 1
     "The fraction of pixels with a steep change of brightness, at half resolution."
-    half = cv2.resize(grey, None, fx=.5, fy=.5, interpolation=cv2.INTER_AREA)
+    half = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     x, y = cv2.spatialGradient(half)
     steep = cv2.add(cv2.convertScaleAbs(x), cv2.convertScaleAbs(y))  # saturates at 255
-    return cv2.countNonZero(cv2.threshold(steep, gradient - 1, 255, cv2.THRESH_BINARY)[1])/half.size
+    return cv2.countNonZero(cv2.threshold(steep, gradient - 1, 255, cv2.THRESH_BINARY)[1]) / half.size
 
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-017
 def homogeneity(
-    grey: np.ndarray, # brightness, uint8, shape (h, w)
-) -> float: # 0 (black and white) to 1 (one shade)
+    grey: np.ndarray,  # brightness, uint8, shape (h, w)
+) -> float:  # 0 (black and white) to 1 (one shade)
     "How even the brightness of a tile is."
-    return 1 - float(cv2.meanStdDev(grey)[1][0, 0])/127.5
+    return 1 - float(cv2.meanStdDev(grey)[1][0, 0]) / 127.5
 
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-019
 METRICS = ["emptiness", "edges", "homogeneity"]
 
+
 def metrics(
-    tile: np.ndarray, # RGB, uint8, shape (h, w, 3)
-    white: int = 220, # grey level from which a pixel counts as glass
-    gradient: int = 40, # Sobel magnitude from which a pixel counts as an edge
-) -> tuple[float, float, float]: # in the order of METRICS
+    tile: np.ndarray,  # RGB, uint8, shape (h, w, 3)
+    white: int = 220,  # grey level from which a pixel counts as glass
+    gradient: int = 40,  # Sobel magnitude from which a pixel counts as an edge
+) -> tuple[float, float, float]:  # in the order of METRICS
     "The three criteria of one tile."
     g = grey(tile)
     return emptiness(g, white), edges(g, gradient), homogeneity(g)
@@ -71,10 +78,11 @@ def metrics(
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-024
 FRACTIONS = [*(f"f{c}" for c in LABELS), "fignore"]
 
+
 def code_matrix(
-    codes: str | dict[int, int], # as `code_table` takes them
-    path="codes", # where the table was asked for, for the error
-) -> np.ndarray: # float32, shape (256, 7): mask value -> one-hot over FRACTIONS, then "unknown value"
+    codes: str | dict[int, int],  # as `code_table` takes them
+    path="codes",  # where the table was asked for, for the error
+) -> np.ndarray:  # float32, shape (256, 7): mask value -> one-hot over FRACTIONS, then "unknown value"
     "The matrix that turns a histogram of mask values into pixels per class."
     columns = [*LABELS, IGNORE]
     matrix = np.zeros((256, len(columns) + 1), np.float32)
@@ -84,26 +92,30 @@ def code_matrix(
         matrix[value, columns.index(label)] = 1
     return matrix
 
+
 def fractions(
-    mask: np.ndarray, # mask values, uint8, shape (h, w)
-    matrix: np.ndarray, # from `code_matrix`
-    path="mask", # where the mask comes from, for the error
-) -> np.ndarray: # float32, shape (6,): f0 ... f4, fignore; they sum to 1
+    mask: np.ndarray,  # mask values, uint8, shape (h, w)
+    matrix: np.ndarray,  # from `code_matrix`
+    path="mask",  # where the mask comes from, for the error
+) -> np.ndarray:  # float32, shape (6,): f0 ... f4, fignore; they sum to 1
     "The fraction of a mask tile in each class. Raises `BadInput` for a value that is not in the code table."
     counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel()
     pixels = counts @ matrix
     if pixels[-1]:
-        unknown = np.flatnonzero(counts*matrix[:, -1])
-        raise BadInput(path, f"mask values {', '.join(map(str, unknown[:10]))} are not among the codes "
-                       f"{np.flatnonzero(matrix[:, -1] == 0).tolist()}",
-                       "Choose the code table of this cohort, or list these values in it.")
-    return pixels[:-1]/mask.size
+        unknown = np.flatnonzero(counts * matrix[:, -1])
+        raise BadInput(
+            path,
+            f"mask values {', '.join(map(str, unknown[:10]))} are not among the codes "
+            f"{np.flatnonzero(matrix[:, -1] == 0).tolist()}",
+            "Choose the code table of this cohort, or list these values in it.",
+        )
+    return pixels[:-1] / mask.size
 
 # %% ../../nbs/02_slides/06_tile_quality.ipynb #cell-027
 def highest(
-    fractions: np.ndarray, # shape (n, 6): f0 ... f4, fignore
-    min_coverage: float = 0., # least fraction of the tile a class must cover to count, 0 to 1
-) -> np.ndarray: # int64, shape (n,): class ids, or IGNORE
+    fractions: np.ndarray,  # shape (n, 6): f0 ... f4, fignore
+    min_coverage: float = 0.0,  # least fraction of the tile a class must cover to count, 0 to 1
+) -> np.ndarray:  # int64, shape (n,): class ids, or IGNORE
     "The highest class present in each tile; ungraded tissue ranks between healthy and Gleason 3."
     f = np.asarray(fractions)
     present = (f > 0) & (f >= min_coverage)

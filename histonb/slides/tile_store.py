@@ -34,83 +34,112 @@ def _qualities():
     streams = {q: io.BytesIO(imagecodecs.jpeg8_encode(blank, level=q)) for q in range(1, 101)}
     return {q: [list(table) for table in Image.open(stream).quantization.values()] for q, stream in streams.items()}
 
+
 def encoder(
-    source=None, # `Slide.jpeg_source(level)`: the source's tables, subsampling and colour space; None where it has none
-): # a function: RGB tile, uint8, shape (h, w, 3) -> bytes of a JPEG file
+    source=None,  # `Slide.jpeg_source(level)`: the source's tables, subsampling and colour space; None where it has none
+):  # a function: RGB tile, uint8, shape (h, w, 3) -> bytes of a JPEG file
     "How to store tiles of a slide: as the source has them, or at quality 95 without subsampling."
-    tables, subsampling, space = (None, "4:4:4", "YCbCr") if source is None else (source.tables, source.subsampling, source.colorspace)
-    level = 95 if source is None else next((q for q, standard in _qualities().items() if standard[:len(tables)] == tables), None)
+    tables, subsampling, space = (
+        (None, "4:4:4", "YCbCr") if source is None else (source.tables, source.subsampling, source.colorspace)
+    )
+    level = (
+        95
+        if source is None
+        else next((q for q, standard in _qualities().items() if standard[: len(tables)] == tables), None)
+    )
     if level is not None:
-        return lambda tile: imagecodecs.jpeg8_encode(tile, level=level, colorspace="RGB", outcolorspace=space, subsampling=subsampling.replace(":", ""))
+        return lambda tile: imagecodecs.jpeg8_encode(
+            tile, level=level, colorspace="RGB", outcolorspace=space, subsampling=subsampling.replace(":", "")
+        )
 
     def encode(tile):
         out = io.BytesIO()
         Image.fromarray(tile).save(out, "JPEG", qtables=tables, subsampling=subsampling, keep_rgb=space == "RGB")
         return out.getvalue()
+
     return encode
 
 # %% ../../nbs/02_slides/07_tile_store.ipynb #cell-009
 HEADER = struct.Struct("<II")  # bytes of the JPEG, CRC-32 of the JPEG
 
+
 def record(
-    jpeg: bytes, # an encoded tile
-) -> bytes: # the same behind its header
+    jpeg: bytes,  # an encoded tile
+) -> bytes:  # the same behind its header
     "One tile as it lies in a shard."
     return HEADER.pack(len(jpeg), zlib.crc32(jpeg)) + jpeg
 
+
 def read_record(
-    file: int, # open file descriptor of a shard
-    offset: int, # where the record begins, in bytes
-    nbytes: int, # length of its JPEG, in bytes
-    path, # the shard, for the error
-) -> bytes: # the JPEG
+    file: int,  # open file descriptor of a shard
+    offset: int,  # where the record begins, in bytes
+    nbytes: int,  # length of its JPEG, in bytes
+    path,  # the shard, for the error
+) -> bytes:  # the JPEG
     "Read and check one record. `os.pread` moves no file position, so threads and forks may share a descriptor."
-    end, size = offset + HEADER.size + nbytes, os.fstat(file).st_size
-    if end > size: raise BadInput(path, f"truncated: a tile ends at byte {end}, the file at {size}",
-                                  "Delete the folder of tiles and tile the cohort again, or copy the shard again.")
+    end = offset + HEADER.size + nbytes
+    size = os.fstat(file).st_size
+    if end > size:
+        raise BadInput(
+            path,
+            f"truncated: a tile ends at byte {end}, the file at {size}",
+            "Delete the folder of tiles and tile the cohort again, or copy the shard again.",
+        )
     data = os.pread(file, HEADER.size + nbytes, offset)
-    jpeg = data[HEADER.size:]
+    jpeg = data[HEADER.size :]
     if HEADER.unpack_from(data) != (nbytes, zlib.crc32(jpeg)):
-        raise BadInput(path, f"damaged: the checksum of the tile at byte {offset} is wrong",
-                       "Delete the folder of tiles and tile the cohort again, or copy the shard again.")
+        raise BadInput(
+            path,
+            f"damaged: the checksum of the tile at byte {offset} is wrong",
+            "Delete the folder of tiles and tile the cohort again, or copy the shard again.",
+        )
     return jpeg
 
 # %% ../../nbs/02_slides/07_tile_store.ipynb #cell-011
 def shard_path(
-    folder, # the tile store
-    shard: int, # number of the shard
-) -> Path: # its file
+    folder,  # the tile store
+    shard: int,  # number of the shard
+) -> Path:  # its file
     "The file of a shard."
-    return Path(folder)/f"shard-{shard:05d}.tiles"
+    return Path(folder) / f"shard-{shard:05d}.tiles"
 
+# %% ../../nbs/02_slides/07_tile_store.ipynb #cell-011-2
 class ShardWriter:
     "Append files of records to numbered shards."
+
     def __init__(
         self,
-        folder, # the tile store, made where missing
-        sizes: dict[int, int] | None = None, # bytes accounted for in each existing shard; anything beyond is cut off
-        limit: int = 1 << 30, # bytes after which the next shard is begun
+        folder,  # the tile store, made where missing
+        sizes: dict[int, int] | None = None,  # bytes accounted for in each existing shard; anything beyond is cut off
+        limit: int = 1 << 30,  # bytes after which the next shard is begun
     ):
-        self.folder, self.limit, self.sizes = Path(folder), limit, dict(sizes or {})
+        self.folder = Path(folder)
+        self.limit = limit
+        self.sizes = dict(sizes or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         for shard, size in self.sizes.items():
             path = shard_path(folder, shard)
             found = path.stat().st_size if path.exists() else 0
             if found < size:
-                raise BadInput(path, f"truncated: {found} bytes of {size}", "Delete the folder of tiles and tile the cohort again.")
+                raise BadInput(
+                    path, f"truncated: {found} bytes of {size}", "Delete the folder of tiles and tile the cohort again."
+                )
             os.truncate(path, size)
         known = {shard_path(folder, shard).name for shard in self.sizes}
         for path in self.folder.glob("shard-*.tiles"):
-            if path.stem[6:].isdigit() and path.name not in known: path.unlink()
+            if path.stem[6:].isdigit() and path.name not in known:
+                path.unlink()
 
     def append(
         self,
-        records, # path of a file of records laid end to end
-    ) -> tuple[int, int]: # number of the shard, byte at which the first record begins
+        records,  # path of a file of records laid end to end
+    ) -> tuple[int, int]:  # number of the shard, byte at which the first record begins
         "Append a file; the shard is on the disk when this returns, or as it was before when it fails."
         shard = max(self.sizes, default=0)
-        if self.sizes.get(shard, 0) >= self.limit: shard += 1
-        start, path = self.sizes.get(shard, 0), shard_path(self.folder, shard)
+        if self.sizes.get(shard, 0) >= self.limit:
+            shard += 1
+        start = self.sizes.get(shard, 0)
+        path = shard_path(self.folder, shard)
         try:
             with open(records, "rb") as source, open(path, "ab") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
@@ -118,137 +147,175 @@ class ShardWriter:
                 os.fsync(target.fileno())
                 self.sizes[shard] = target.tell()
         except BaseException:
-            if path.exists(): os.truncate(path, start)
+            if path.exists():
+                os.truncate(path, start)
             raise
         return shard, start
 
 # %% ../../nbs/02_slides/07_tile_store.ipynb #cell-014
 _AGAIN = "Give the folder that `tile_cohort` wrote, or tile the cohort again."
 _HOLDS = {
-    "kept": (pd.api.types.is_bool_dtype, "true and false"), "mpp": (pd.api.types.is_float_dtype, "numbers"),
-    **dict.fromkeys(("x", "y", "level", "label", "shard", "offset", "nbytes"), (pd.api.types.is_integer_dtype, "whole numbers")),
-} # column -> what it holds
+    "kept": (pd.api.types.is_bool_dtype, "true and false"),
+    "mpp": (pd.api.types.is_float_dtype, "numbers"),
+    **dict.fromkeys(
+        ("x", "y", "level", "label", "shard", "offset", "nbytes"), (pd.api.types.is_integer_dtype, "whole numbers")
+    ),
+}  # column -> what it holds
+_PLACE = ("kept", "label", "shard", "offset", "nbytes")  # columns without which no tile can be served
 
-_PLACE = ("kept", "label", "shard", "offset", "nbytes") # columns without which no tile can be served
 
 def _checked(table, columns, path):
     "The tile table itself, if it has these columns and all columns hold what they should."
     for name in columns:
-        if name not in table: raise BadInput(path, f"no column `{name}` in this tile table", nearest(name, table))
+        if name not in table:
+            raise BadInput(path, f"no column `{name}` in this tile table", nearest(name, table))
     for name, (fits, what) in _HOLDS.items():
-        if name in table and not fits(table[name]): raise BadInput(path, f"its column `{name}` does not hold {what}", _AGAIN)
+        if name in table and not fits(table[name]):
+            raise BadInput(path, f"its column `{name}` does not hold {what}", _AGAIN)
     return table
+
 
 def read_tiles(
-    store, # folder of a tile store
-    columns=(), # that it must have besides the place of a tile in its shard and its label
-) -> pd.DataFrame: # all rows
+    store,  # folder of a tile store
+    columns=(),  # that it must have besides the place of a tile in its shard and its label
+) -> pd.DataFrame:  # all rows
     "Read the tile table of a store. Raises `BadInput` where it is missing, damaged, or another table."
-    path = Path(store)/"tiles.parquet"
-    if not path.is_file(): raise BadInput(path, "there is no tile table here", _AGAIN)
+    path = Path(store) / "tiles.parquet"
+    if not path.is_file():
+        raise BadInput(path, "there is no tile table here", _AGAIN)
     table = _checked(read_parquet(path, remedy=_AGAIN), (*_PLACE, *columns), path)
     stored = table[table["shard"] >= 0]
-    if (stored["offset"] < 0).any() or (stored["nbytes"] <= 0).any(): raise BadInput(path, "a stored tile has no place in its shard", _AGAIN)
+    if (stored["offset"] < 0).any() or (stored["nbytes"] <= 0).any():
+        raise BadInput(path, "a stored tile has no place in its shard", _AGAIN)
     return table
 
+# %% ../../nbs/02_slides/07_tile_store.ipynb #cell-014-2
 class TileShards:
     "Tiles of a store, by row of the tile table: a map-style dataset for `torch.utils.data.DataLoader`."
+
     def __init__(
         self,
-        folder, # the tile store
-        table: pd.DataFrame | None = None, # rows to serve, in this order; by default the kept rows of `tiles.parquet` that are stored
-        transform=None, # applied to each image; receives and may return anything
-        columns=(), # that the table of the folder must have, for `read_tiles`
+        folder,  # the tile store
+        table: pd.DataFrame
+        | None = None,  # rows to serve, in this order; by default the kept rows of `tiles.parquet` that are stored
+        transform=None,  # applied to each image; receives and may return anything
+        columns=(),  # that the table of the folder must have, for `read_tiles`
     ):
-        self.folder, self.transform, self.files = Path(folder), transform, {}
+        self.folder = Path(folder)
+        self.transform = transform
+        self.files = {}
         if table is None:
             table = read_tiles(folder, columns)
             table = table[table.kept & (table["shard"] >= 0)]
         self.table = _checked(table, ("shard", "offset", "nbytes", "label"), "tile table").reset_index(drop=True)
         unstored = int((self.table["shard"] < 0).sum())
-        if unstored: raise BadInput(folder, f"{unstored} of {len(table)} tiles of the table are not stored",
-                                    "Tile the cohort again by this rule, or read them with `SlideTiles`.")
+        if unstored:
+            raise BadInput(
+                folder,
+                f"{unstored} of {len(table)} tiles of the table are not stored",
+                "Tile the cohort again by this rule, or read them with `SlideTiles`.",
+            )
         self.where = self.table[["shard", "offset", "nbytes"]].to_numpy(np.int64)
         self.labels = self.table["label"].to_numpy(np.int64)
 
-    def __len__(self): return len(self.where)
+    def __len__(self):
+        return len(self.where)
 
     def __getitem__(self, i):
         jpeg = self.jpeg(i)
-        with foreign_errors(self.folder, _AGAIN, f"tile {i} cannot be decoded"): image = imagecodecs.jpeg8_decode(jpeg)
+        with foreign_errors(self.folder, _AGAIN, f"tile {i} cannot be decoded"):
+            image = imagecodecs.jpeg8_decode(jpeg)
         return (image if self.transform is None else self.transform(image)), int(self.labels[i])
 
-    def __getstate__(self): return {**self.__dict__, "files": {}}
+    def __getstate__(self):
+        return {**self.__dict__, "files": {}}
 
     def __del__(self):
-        for file, _ in self.__dict__.get("files", {}).values(): os.close(file)
+        for file, _ in self.__dict__.get("files", {}).values():
+            os.close(file)
 
     def jpeg(
         self,
-        i: int, # row of the table
-    ) -> bytes: # the encoded tile
+        i: int,  # row of the table
+    ) -> bytes:  # the encoded tile
         "Read one tile without decoding it; its checksum is verified."
         shard, offset, nbytes = self.where[i].tolist()
         if shard not in self.files:
             path = shard_path(self.folder, shard)
-            if not path.exists(): raise BadInput(path, "the shard is missing", "Copy it again, or tile the cohort again.")
+            if not path.exists():
+                raise BadInput(path, "the shard is missing", "Copy it again, or tile the cohort again.")
             self.files[shard] = os.open(path, os.O_RDONLY), path
         file, path = self.files[shard]
         return read_record(file, offset, nbytes, path)
 
-    def check(self) -> int: # number of tiles that were checked
+    def check(self) -> int:  # number of tiles that were checked
         "Read every tile in the order of the disk; the first truncated or damaged shard is a `BadInput`."
-        for i in np.lexsort((self.where[:, 1], self.where[:, 0])): self.jpeg(i)
+        for i in np.lexsort((self.where[:, 1], self.where[:, 0])):
+            self.jpeg(i)
         return len(self)
 
 # %% ../../nbs/02_slides/07_tile_store.ipynb #cell-019
 def tile_span(
-    slide, # an open `Slide`
-    level: int, # level that is read
-    mpp: float, # resolution of the tile in um/px; NaN where unknown
-    size: int = 224, # side of the tile in pixels
-) -> int: # side of the tile in pixels of that level
+    slide,  # an open `Slide`
+    level: int,  # level that is read
+    mpp: float,  # resolution of the tile in um/px; NaN where unknown
+    size: int = 224,  # side of the tile in pixels
+) -> int:  # side of the tile in pixels of that level
     "How much of a level one tile covers."
-    return size if np.isnan(mpp) else round(size*mpp/slide.level_mpp(level))
+    return size if np.isnan(mpp) else round(size * mpp / slide.level_mpp(level))
+
 
 def fit(
-    tile: np.ndarray, # RGB, uint8, square
-    size: int, # wanted side in pixels
-) -> np.ndarray: # RGB, uint8, shape (size, size, 3)
+    tile: np.ndarray,  # RGB, uint8, square
+    size: int,  # wanted side in pixels
+) -> np.ndarray:  # RGB, uint8, shape (size, size, 3)
     "Resample a tile: the mean over areas where it shrinks, linear where it grows."
-    if len(tile) == size: return tile
+    if len(tile) == size:
+        return tile
     return cv2.resize(tile, (size, size), interpolation=cv2.INTER_AREA if len(tile) > size else cv2.INTER_LINEAR)
 
+# %% ../../nbs/02_slides/07_tile_store.ipynb #cell-019-2
 class SlideTiles:
     "Tiles read straight from slides by coordinate: the interface of `TileShards` without a store."
+
     def __init__(
         self,
-        table: pd.DataFrame, # rows to serve, in this order: slide, x, y, level, mpp, label
-        slides: dict, # slide id -> path of the slide
-        transform=None, # applied to each image
-        size: int = 224, # side of a tile, in pixels
-        keep_open: int = 8, # slides that stay open in each process
-        slide_mpp: dict | None = None, # slide id -> um/px at level 0, for slides that do not say
+        table: pd.DataFrame,  # rows to serve, in this order: slide, x, y, level, mpp, label
+        slides: dict,  # slide id -> path of the slide
+        transform=None,  # applied to each image
+        size: int = 224,  # side of a tile, in pixels
+        keep_open: int = 8,  # slides that stay open in each process
+        slide_mpp: dict | None = None,  # slide id -> um/px at level 0, for slides that do not say
     ):
         self.table = _checked(table, ("slide", "x", "y", "level", "mpp", "label"), "tile table").reset_index(drop=True)
         self.slides, self.transform = slides, transform
         missing = set(self.table["slide"]) - set(slides)
-        if missing: raise BadInput(sorted(missing)[0], "the slide's path is not given", "Give the path of every slide of the table.")
-        self.size, self.keep_open, self.opened, self.slide_mpp = size, keep_open, OrderedDict(), slide_mpp or {}
+        if missing:
+            raise BadInput(
+                sorted(missing)[0], "the slide's path is not given", "Give the path of every slide of the table."
+            )
+        self.size = size
+        self.keep_open = keep_open
+        self.opened = OrderedDict()
+        self.slide_mpp = slide_mpp or {}
         self.where = self.table[["x", "y", "level"]].to_numpy(np.int64)
         self.mpp = self.table["mpp"].to_numpy(np.float64)
         self.labels = self.table["label"].to_numpy(np.int64)
 
-    def __len__(self): return len(self.where)
+    def __len__(self):
+        return len(self.where)
 
     def __getitem__(self, i):
         name = self.table["slide"].iat[i]
-        if name not in self.opened: self.opened[name] = open_slide(self.slides[name], self.slide_mpp.get(name))
+        if name not in self.opened:
+            self.opened[name] = open_slide(self.slides[name], self.slide_mpp.get(name))
         self.opened.move_to_end(name)
-        while len(self.opened) > self.keep_open: self.opened.popitem(last=False)[1].close()
+        while len(self.opened) > self.keep_open:
+            self.opened.popitem(last=False)[1].close()
         x, y, level = self.where[i].tolist()
         span = tile_span(self.opened[name], level, self.mpp[i], self.size)
         image = fit(self.opened[name].read(x, y, span, span, level), self.size)
         return (image if self.transform is None else self.transform(image)), int(self.labels[i])
 
-    def __getstate__(self): return {**self.__dict__, "opened": OrderedDict()}
+    def __getstate__(self):
+        return {**self.__dict__, "opened": OrderedDict()}

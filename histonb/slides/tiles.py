@@ -18,36 +18,46 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from ..core.parameters import check_ranges
-from .tile_quality import FRACTIONS, METRICS, check_bright, code_matrix, fractions, highest, metrics
 from .encodings import check_colors, check_lossless
 from .labels import IGNORE, LABEL_COLORS, LABELS
-from .tile_store import HEADER, encoder, fit, record, tile_span
 from .slides import open_slide
+from .tile_quality import FRACTIONS, METRICS, check_bright, code_matrix, fractions, highest, metrics
+from .tile_store import HEADER, encoder, fit, record, tile_span
 
 # %% ../../nbs/02_slides/08_tiles.ipynb #cell-005
 @dataclass(frozen=True)
 class TileRule:
     "How slides are cut into tiles, and which tiles are kept."
-    size: int = 224 # side of a tile, in pixels
-    level: int = 0 # pyramid level whose pixels are taken, where no mpp is given
-    mpp: float | None = None # resolution of the tiles, in micrometres per pixel; None takes the level as it is
-    edge: Literal["drop", "pad"] = "drop" # incomplete tiles at the right and lower border: leave out, or complete with white
-    white: int = 220 # grey level from which a pixel counts as glass
-    gradient: int = 40 # Sobel magnitude from which a pixel counts as an edge
-    background: float = .98 # tiles with this fraction of glass at low resolution are not read at full resolution
-    max_damaged: int = 16 # internal tiles of a slide, or of its mask, that may be damaged: what lies on them is dropped
-    max_emptiness: float = .9 # threshold: largest fraction of glass
-    min_edges: float = .02 # threshold: smallest fraction of edge pixels
-    max_homogeneity: float = .96 # threshold: largest homogeneity
-    min_coverage: float = 0. # threshold: least fraction of the tile a class must cover to label it
+
+    size: int = 224  # side of a tile, in pixels
+    level: int = 0  # pyramid level whose pixels are taken, where no mpp is given
+    mpp: float | None = None  # resolution of the tiles, in micrometres per pixel; None takes the level as it is
+    edge: Literal["drop", "pad"] = (
+        "drop"  # incomplete tiles at the right and lower border: leave out, or complete with white
+    )
+    white: int = 220  # grey level from which a pixel counts as glass
+    gradient: int = 40  # Sobel magnitude from which a pixel counts as an edge
+    background: float = 0.98  # tiles with this fraction of glass at low resolution are not read at full resolution
+    max_damaged: int = (
+        16  # internal tiles of a slide, or of its mask, that may be damaged: what lies on them is dropped
+    )
+    max_emptiness: float = 0.9  # threshold: largest fraction of glass
+    min_edges: float = 0.02  # threshold: smallest fraction of edge pixels
+    max_homogeneity: float = 0.96  # threshold: largest homogeneity
+    min_coverage: float = 0.0  # threshold: least fraction of the tile a class must cover to label it
 
     def __post_init__(self):
         check_ranges(vars(self), "TileRule", mpp="above 0")
         if not 0 <= self.max_emptiness < self.background <= 1:
-            raise BadInput("TileRule", f"max_emptiness {self.max_emptiness} is not below background {self.background}",
-                           "Tiles that emptier than `background` are never measured: raise `background`, or lower `max_emptiness`.")
-        if self.edge not in ("drop", "pad"): raise BadInput("TileRule", f"edge is {self.edge!r}", "Choose `drop` or `pad`.")
-        if self.size < 16: raise BadInput("TileRule", f"a tile of {self.size} pixels", "Use at least 16 pixels.")
+            raise BadInput(
+                "TileRule",
+                f"max_emptiness {self.max_emptiness} is not below background {self.background}",
+                "Tiles that emptier than `background` are never measured: raise `background`, or lower `max_emptiness`.",
+            )
+        if self.edge not in ("drop", "pad"):
+            raise BadInput("TileRule", f"edge is {self.edge!r}", "Choose `drop` or `pad`.")
+        if self.size < 16:
+            raise BadInput("TileRule", f"a tile of {self.size} pixels", "Use at least 16 pixels.")
 
     def passes(self, emptiness, edges, homogeneity):
         "Whether the three numbers of a tile (or of many) meet the thresholds."
@@ -57,101 +67,125 @@ class TileRule:
 @dataclass(frozen=True)
 class Grid:
     "Where the tiles of one slide lie."
-    xy: np.ndarray # int64, shape (n, 2): left and top of each candidate, in pixels of level 0, row by row
-    columns: int # candidates in a row
-    level: int # level that is read
-    span: int # side of a tile in pixels of that level
-    extent: int # side of a tile in pixels of level 0
-    mpp: float # resolution of the tiles in um/px, NaN where unknown
-    incomplete: int # tiles at the border that were left out
 
+    xy: np.ndarray  # int64, shape (n, 2): left and top of each candidate, in pixels of level 0, row by row
+    columns: int  # candidates in a row
+    level: int  # level that is read
+    span: int  # side of a tile in pixels of that level
+    extent: int  # side of a tile in pixels of level 0
+    mpp: float  # resolution of the tiles in um/px, NaN where unknown
+    incomplete: int  # tiles at the border that were left out
+
+# %% ../../nbs/02_slides/08_tiles.ipynb #cell-010-2
 def grid(
-    slide, # an open `Slide`
+    slide,  # an open `Slide`
     rule: TileRule = TileRule(),
 ) -> Grid:
     "Lay the grid over a slide. Raises `BadInput` where the level does not exist or the resolution is unknown or too fine."
     if rule.mpp is None:
         level = rule.level
         if not 0 <= level < len(slide.shapes):
-            raise BadInput(slide.path, f"there is no level {level}",
-                           f"Choose a level from 0 to {len(slide.shapes) - 1}.")
-        try: mpp = slide.level_mpp(level)
-        except BadInput: mpp = math.nan  # the resolution is not needed to cut a level
+            raise BadInput(
+                slide.path, f"there is no level {level}", f"Choose a level from 0 to {len(slide.shapes) - 1}."
+            )
+        try:
+            mpp = slide.level_mpp(level)
+        except BadInput:
+            mpp = math.nan  # the resolution is not needed to cut a level
     else:
         mpp = rule.mpp
-        if mpp < slide.mpp/1.25:
-            raise BadInput(slide.path, f"tiles at {mpp} um/px are asked for, but the slide has {slide.mpp:.3g}",
-                           "Ask for a resolution that the slide has (`--mpp`, `TileRule(mpp=...)`), "
-                           "or correct the slide's (`--slide-mpp`, `mpp=`).")
-        level = max(i for i in range(len(slide.shapes)) if i == 0 or slide.level_mpp(i) <= 1.01*mpp)
+        if mpp < slide.mpp / 1.25:
+            raise BadInput(
+                slide.path,
+                f"tiles at {mpp} um/px are asked for, but the slide has {slide.mpp:.3g}",
+                "Ask for a resolution that the slide has (`--mpp`, `TileRule(mpp=...)`), "
+                "or correct the slide's (`--slide-mpp`, `mpp=`).",
+            )
+        level = max(i for i in range(len(slide.shapes)) if i == 0 or slide.level_mpp(i) <= 1.01 * mpp)
     span, (at, factors) = tile_span(slide, level, mpp, rule.size), slide.at(level)
     (h, w), rounding = at.shape, math.floor if rule.edge == "drop" else math.ceil
-    rows, columns = rounding(h/span), rounding(w/span)
-    x, y = (np.round(np.arange(n)*span*f).astype(np.int64) for n, f in zip((columns, rows), factors, strict=True))
-    return Grid(np.stack([np.tile(x, rows), np.repeat(y, columns)], 1), columns, level, span,
-                round(span*slide.downsample(level)), mpp,
-                math.ceil(h/span)*math.ceil(w/span) - rows*columns)
+    rows = rounding(h / span)
+    columns = rounding(w / span)
+    x, y = (np.round(np.arange(n) * span * f).astype(np.int64) for n, f in zip((columns, rows), factors, strict=True))
+    return Grid(
+        np.stack([np.tile(x, rows), np.repeat(y, columns)], 1),
+        columns,
+        level,
+        span,
+        round(span * slide.downsample(level)),
+        mpp,
+        math.ceil(h / span) * math.ceil(w / span) - rows * columns,
+    )
 
 # %% ../../nbs/02_slides/08_tiles.ipynb #cell-013
 def low_resolution_glass(
-    slide, # an open `Slide`
-    grid: Grid, # its tiles
-    white: int = 220, # grey level from which a pixel counts as glass at full resolution
-) -> np.ndarray: # float64, shape (n,): fraction of glass in each tile, NaN where no coarser level exists
+    slide,  # an open `Slide`
+    grid: Grid,  # its tiles
+    white: int = 220,  # grey level from which a pixel counts as glass at full resolution
+) -> np.ndarray:  # float64, shape (n,): fraction of glass in each tile, NaN where no coarser level exists
     "The fraction of glass of every candidate, from the coarsest level that still shows it."
-    levels = [i for i in range(grid.level + 1, len(slide.shapes)) if grid.extent/slide.downsamples[i] >= 8]
-    if not levels: return np.full(len(grid.xy), np.nan)
+    levels = [i for i in range(grid.level + 1, len(slide.shapes)) if grid.extent / slide.downsamples[i] >= 8]
+    if not levels:
+        return np.full(len(grid.xy), np.nan)
     level, (h, w) = levels[-1], slide.shapes[levels[-1]]
     factors = slide.factors[level]
 
     def bands(rows=512):  # a low level of a large slide is large itself
         for top in range(0, h, rows):
-            band = cv2.cvtColor(slide.read(0, top*factors[1], w, min(rows, h - top), level), cv2.COLOR_RGB2GRAY)
+            band = cv2.cvtColor(slide.read(0, top * factors[1], w, min(rows, h - top), level), cv2.COLOR_RGB2GRAY)
             for where, row, column in slide.damaged:  # blank, but not known to be glass
-                y, x = row*slide.levels[level].tile[0] - top, column*slide.levels[level].tile[1]
-                if where == level: band[max(y, 0):max(y + slide.levels[level].tile[0], 0),
-                                        x:x + slide.levels[level].tile[1]] = 0
+                y = row * slide.levels[level].tile[0] - top
+                x = column * slide.levels[level].tile[1]
+                if where == level:
+                    band[max(y, 0) : max(y + slide.levels[level].tile[0], 0), x : x + slide.levels[level].tile[1]] = 0
             yield top, band
 
     shades = sum(np.bincount(band.ravel(), minlength=256) for _, band in bands())
     bright = shades[white:255].cumsum()  # 255 itself is what scanners leave out
-    clear = white + int(np.searchsorted(bright, bright[-1]/2)) if bright[-1] else 255
-    low = np.minimum(np.floor(grid.xy/factors).astype(int), [w - 1, h - 1])
-    high = np.minimum(np.ceil((grid.xy + grid.extent)/factors).astype(int), [w, h])
+    clear = white + int(np.searchsorted(bright, bright[-1] / 2)) if bright[-1] else 255
+    low = np.minimum(np.floor(grid.xy / factors).astype(int), [w - 1, h - 1])
+    high = np.minimum(np.ceil((grid.xy + grid.extent) / factors).astype(int), [w, h])
     tissue = np.zeros(len(grid.xy))
     for top, band in bands():
-        total = cv2.integral((band < (white + clear)/2).astype(np.uint8))
+        total = cv2.integral((band < (white + clear) / 2).astype(np.uint8))
         y0, y1 = (np.clip(edge[:, 1] - top, 0, len(band)) for edge in (low, high))
         tissue += total[y1, high[:, 0]] - total[y1, low[:, 0]] - total[y0, high[:, 0]] + total[y0, low[:, 0]]
-    return 1 - tissue/(high - low).prod(1)
+    return 1 - tissue / (high - low).prod(1)
 
 # %% ../../nbs/02_slides/08_tiles.ipynb #cell-016
 def relabel(
-    table: pd.DataFrame, # a tile table
-    min_coverage: float = 0., # least fraction of the tile a class must cover to count
-) -> pd.DataFrame: # a copy with new labels
+    table: pd.DataFrame,  # a tile table
+    min_coverage: float = 0.0,  # least fraction of the tile a class must cover to count
+) -> pd.DataFrame:  # a copy with new labels
     "Label tiles again from their class fractions, without their masks. A tile that had no mask keeps its label; without one it is -1."
     label = highest(table[FRACTIONS].to_numpy(), min_coverage)
     return table.assign(label=np.where(table["f0"].isna(), table.get("label", -1), label).astype(np.int16))
 
+
 def apply_rule(
-    table: pd.DataFrame, # a tile table
-    rule: TileRule = TileRule(), # only its thresholds count
-) -> pd.DataFrame: # a copy with new label, kept and why
+    table: pd.DataFrame,  # a tile table
+    rule: TileRule = TileRule(),  # only its thresholds count
+) -> pd.DataFrame:  # a copy with new label, kept and why
     "Decide again which tiles are kept, from their stored numbers."
     table = relabel(table, rule.min_coverage)
-    failed = [table.emptiness.isna(), table.emptiness > rule.max_emptiness, table.edges < rule.min_edges,
-              table.homogeneity > rule.max_homogeneity, table.label == IGNORE]
+    failed = [
+        table.emptiness.isna(),
+        table.emptiness > rule.max_emptiness,
+        table.edges < rule.min_edges,
+        table.homogeneity > rule.max_homogeneity,
+        table.label == IGNORE,
+    ]
     why = np.select(failed, ["damaged", "emptiness", "edges", "homogeneity", "ignored"], "")
     return table.assign(kept=why == "", why=why)
 
 # %% ../../nbs/02_slides/08_tiles.ipynb #cell-018
 FATES = ["incomplete", "background", "damaged", "emptiness", "edges", "homogeneity", "ignored", "kept"]
 
+
 def account(
-    table: pd.DataFrame, # a tile table
-    unread: dict[str, dict], # slide -> tiles that are not in the table: {"incomplete": n, "background": n}
-) -> pd.DataFrame: # slide, label, one column of counts per fate, candidates (their sum)
+    table: pd.DataFrame,  # a tile table
+    unread: dict[str, dict],  # slide -> tiles that are not in the table: {"incomplete": n, "background": n}
+) -> pd.DataFrame:  # slide, label, one column of counts per fate, candidates (their sum)
     "Count what became of every candidate tile, per slide and class."
     fate = table["why"].where(~table["kept"], "kept")
     counts = table.groupby(["slide", "label", fate.rename("fate")], sort=False).size().unstack(fill_value=0)
@@ -162,139 +196,215 @@ def account(
     return counts.assign(candidates=counts[FATES].sum(axis=1)).sort_values(["slide", "label"], ignore_index=True)
 
 # %% ../../nbs/02_slides/08_tiles.ipynb #cell-020
-COLUMNS = ["slide", "x", "y", "level", "mpp", *METRICS, "kept", "why", "label", *FRACTIONS,
-           "cohort", "case", "split", "shard", "offset", "nbytes"]
+COLUMNS = [
+    "slide",
+    "x",
+    "y",
+    "level",
+    "mpp",
+    *METRICS,
+    "kept",
+    "why",
+    "label",
+    *FRACTIONS,
+    "cohort",
+    "case",
+    "split",
+    "shard",
+    "offset",
+    "nbytes",
+]
+
 
 def _strips(xy, extent, tiles=2048, rows=16):
     "Cut the candidates into strips of at least `tiles`, between every 16th tile row, where internal tiles of 256 or 512 end too."
-    row = xy[:, 1]//extent//rows
+    row = xy[:, 1] // extent // rows
     cut = 0
     for end in [*(np.flatnonzero(np.diff(row)) + 1), len(xy)]:
         if end - cut >= tiles or end == len(xy) > cut:
             yield xy[cut:end]
             cut = end
 
+# %% ../../nbs/02_slides/08_tiles.ipynb #cell-020-2
 def _shares(mask, matrix, xy, extent, threads):
     "The fraction of each class in the tiles at `xy`; NaN where there is no mask, or where it is damaged."
     unknown = np.full(len(FRACTIONS), np.nan, np.float32)
-    if mask is None: return np.tile(unknown, (len(xy), 1))
+    if mask is None:
+        return np.tile(unknown, (len(xy), 1))
 
     def share(i, codes):
         return unknown if mask.damaged and mask.touches_damage(*xy[i], extent) else fractions(codes, matrix, mask.path)
+
     shares = np.array(mask.map_tiles(share, xy, extent, threads=threads))
     check_colors(mask)
     return shares
 
+
 def _measured(slide, g, xy, rule, encode, wanted, known, threads):
     "Metrics, the JPEG of what is stored, and the highest value of the tiles at `xy`; NaN and nothing of what is damaged."
-    unknown = (math.nan,)*len(METRICS), b"", 255
+    unknown = (math.nan,) * len(METRICS), b"", 255
 
     def measure(i, tile):
-        if not known[i] or slide.damaged and slide.touches_damage(*xy[i], g.span, g.level): return unknown
+        if not known[i] or slide.damaged and slide.touches_damage(*xy[i], g.span, g.level):
+            return unknown
         tile = fit(tile, rule.size)
         numbers = metrics(tile, rule.white, rule.gradient)
         return numbers, encode(tile) if encode and wanted[i] and rule.passes(*numbers) else b"", int(tile.max())
+
     numbers, jpegs, brightest = zip(*slide.map_tiles(measure, xy, g.span, g.level, threads), strict=True)
     return np.array(numbers), jpegs, max(brightest)
 
+# %% ../../nbs/02_slides/08_tiles.ipynb #cell-020-3
 def _check_kept(slide, mask, table, counts):
     "Raise `BadInput` where no tile is kept, or none that the mask marks."
     if not table.kept.any():
         fate = ", ".join(f"{n} {k}" for k, n in counts[FATES].sum().items() if n)
-        raise BadInput(slide.path, f"no tile is kept ({fate})",
-                       "Look at its thumbnail; leave the slide out, or loosen the thresholds.")
+        raise BadInput(
+            slide.path,
+            f"no tile is kept ({fate})",
+            "Look at its thumbnail; leave the slide out, or loosen the thresholds.",
+        )
     if mask is not None and (table.f0[table.kept] == 1).all():
-        raise BadInput(mask.path, f"empty: it marks nothing in any of {table.kept.sum()} tissue tiles",
-                       "Leave its slide out, or tile it without a mask.")
+        raise BadInput(
+            mask.path,
+            f"empty: it marks nothing in any of {table.kept.sum()} tissue tiles",
+            "Leave its slide out, or tile it without a mask.",
+        )
 
+# %% ../../nbs/02_slides/08_tiles.ipynb #cell-020-4
 def tile_slide(
-    slide, # an open `Slide`, or a path
-    mask=None, # its mask: a `Slide` opened as a mask, a path, or None
-    codes: str | dict[int, int] = "histonb", # what the mask's values mean, as `code_table` takes it
+    slide,  # an open `Slide`, or a path
+    mask=None,  # its mask: a `Slide` opened as a mask, a path, or None
+    codes: str | dict[int, int] = "histonb",  # what the mask's values mean, as `code_table` takes it
     rule: TileRule = TileRule(),
-    store=None, # binary file, open for writing: receives the records of the kept tiles
-    threads: int = 2, # threads that decode, measure and encode
-) -> tuple[pd.DataFrame, pd.DataFrame]: # the tile table, the account
+    store=None,  # binary file, open for writing: receives the records of the kept tiles
+    threads: int = 2,  # threads that decode, measure and encode
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # the tile table, the account
     """Cut one slide: measure, label, decide and, on demand, store its tiles.
 
     Raises `BadInput` for a mask of another size, with unknown values or without tissue, and where no tile is kept."""
     cv2.setNumThreads(1)  # one thread per tile: the tiles run in parallel
     with contextlib.ExitStack() as stack:
-        def opened(path, **options): return stack.enter_context(open_slide(path, max_damaged=rule.max_damaged,
-                                                                           **options))
-        if not hasattr(slide, "map_tiles"): slide = opened(slide)
-        if mask is not None and not hasattr(mask, "map_tiles"): mask = opened(mask, mask=True)
+
+        def opened(path, **options):
+            return stack.enter_context(open_slide(path, max_damaged=rule.max_damaged, **options))
+
+        if not hasattr(slide, "map_tiles"):
+            slide = opened(slide)
+        if mask is not None and not hasattr(mask, "map_tiles"):
+            mask = opened(mask, mask=True)
         g = grid(slide, rule)
         matrix = None if mask is None else code_matrix(codes, mask.path)
-        if mask is not None: check_lossless(mask, codes)
+        if mask is not None:
+            check_lossless(mask, codes)
         if mask is not None and mask.base.shape != slide.base.shape:
-            raise BadInput(mask.path, "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape,
-                                                                                             *slide.base.shape),
-                           "Give the mask of this slide.")
+            raise BadInput(
+                mask.path,
+                "the mask is {1}x{0} pixels, its slide {3}x{2}".format(*mask.base.shape, *slide.base.shape),
+                "Give the mask of this slide.",
+            )
         near = g.xy[~(low_resolution_glass(slide, g, rule.white) >= rule.background)]
         encode = None if store is None else encoder(slide.jpeg_source(g.level) if g.span == rule.size else None)
-        parts, position, brightest = [], 0, 0
+        parts = []
+        position = 0
+        brightest = 0
         for xy in _strips(near, g.extent):
             f = _shares(mask, matrix, xy, g.extent, threads)
             known = np.full(len(xy), True) if mask is None else ~np.isnan(f[:, 0])
-            numbers, jpegs, highest_value = _measured(slide, g, xy, rule, encode,
-                                                      highest(f, rule.min_coverage) != IGNORE, known, threads)
+            numbers, jpegs, highest_value = _measured(
+                slide, g, xy, rule, encode, highest(f, rule.min_coverage) != IGNORE, known, threads
+            )
             brightest = max(brightest, highest_value)
             nbytes = np.array([len(j) for j in jpegs])
             sizes = np.where(nbytes, nbytes + HEADER.size, 0)
-            if store is not None: store.writelines(record(j) for j in jpegs if j)
-            parts.append(pd.DataFrame({
-                "x": xy[:, 0], "y": xy[:, 1], **dict(zip(METRICS, numbers.T, strict=True)),
-                **dict(zip(FRACTIONS, f.T, strict=True)), "shard": np.where(nbytes, 0, -1),
-                "nbytes": np.where(nbytes, nbytes, -1),
-                "offset": np.where(nbytes, position + sizes.cumsum() - sizes, -1)}))
+            if store is not None:
+                store.writelines(record(j) for j in jpegs if j)
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "x": xy[:, 0],
+                        "y": xy[:, 1],
+                        **dict(zip(METRICS, numbers.T, strict=True)),
+                        **dict(zip(FRACTIONS, f.T, strict=True)),
+                        "shard": np.where(nbytes, 0, -1),
+                        "nbytes": np.where(nbytes, nbytes, -1),
+                        "offset": np.where(nbytes, position + sizes.cumsum() - sizes, -1),
+                    }
+                )
+            )
             position += int(sizes.sum())
-        if not parts: raise BadInput(slide.path, f"no tissue: all {len(g.xy)} candidate tiles are background",
-                                     "Look at its thumbnail; leave the slide out, or set `white` for this scanner.")
+        if not parts:
+            raise BadInput(
+                slide.path,
+                f"no tissue: all {len(g.xy)} candidate tiles are background",
+                "Look at its thumbnail; leave the slide out, or set `white` for this scanner.",
+            )
         check_bright(brightest, slide.path)
         name = slide.path.stem
-        table = pd.concat(parts, ignore_index=True).assign(slide=name, level=g.level, mpp=g.mpp, cohort="", case=name,
-                                                           split="")
+        table = pd.concat(parts, ignore_index=True).assign(
+            slide=name, level=g.level, mpp=g.mpp, cohort="", case=name, split=""
+        )
         table = apply_rule(table, rule)[COLUMNS]
         counts = account(table, {name: {"incomplete": g.incomplete, "background": len(g.xy) - len(near)}})
         _check_kept(slide, mask, table, counts)
     return table, counts
 
 # %% ../../nbs/02_slides/08_tiles.ipynb #cell-034
-WHY_COLORS = {"emptiness": "#7a8aa0", "edges": "#2a6fdb", "homogeneity": "#a53ddb", "ignored": "#000000",
-              "curated": "#d08a00",
-              "damaged": "#d0021b"}
+WHY_COLORS = {
+    "emptiness": "#7a8aa0",
+    "edges": "#2a6fdb",
+    "homogeneity": "#a53ddb",
+    "ignored": "#000000",
+    "curated": "#d08a00",
+    "damaged": "#d0021b",
+}
 
+# %% ../../nbs/02_slides/08_tiles.ipynb #cell-034-2
 def overview(
-    slide, # an open `Slide`, or a path
-    table: pd.DataFrame, # its tile table
-    tile: int = 224, # side of a tile, in its own pixels
-    size: int = 600, # longest side of the picture, in pixels
-    ax=None, # matplotlib axes; a new figure by default
-): # the axes
+    slide,  # an open `Slide`, or a path
+    table: pd.DataFrame,  # its tile table
+    tile: int = 224,  # side of a tile, in its own pixels
+    size: int = 600,  # longest side of the picture, in pixels
+    ax=None,  # matplotlib axes; a new figure by default
+):  # the axes
     "Show a slide's thumbnail with its kept tiles by label and its dropped ones by reason."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
+
     with contextlib.ExitStack() as stack:
-        if not hasattr(slide, "map_tiles"): slide = stack.enter_context(open_slide(slide))
+        if not hasattr(slide, "map_tiles"):
+            slide = stack.enter_context(open_slide(slide))
         level = int(table.level.iloc[0])
-        extent = tile_span(slide, level, table.mpp.iloc[0], tile)*slide.downsample(level)
+        extent = tile_span(slide, level, table.mpp.iloc[0], tile) * slide.downsample(level)
         image = slide.thumbnail(size)
-    scale_x, scale_y = slide.base.shape[1]/image.shape[1], slide.base.shape[0]/image.shape[0]
-    if ax is None: ax = plt.subplots(figsize=(6*image.shape[1]/max(image.shape) + 1.6,
-                                              6*image.shape[0]/max(image.shape)), layout="constrained")[1]
+    scale_x = slide.base.shape[1] / image.shape[1]
+    scale_y = slide.base.shape[0] / image.shape[0]
+    if ax is None:
+        ax = plt.subplots(
+            figsize=(6 * image.shape[1] / max(image.shape) + 1.6, 6 * image.shape[0] / max(image.shape)),
+            layout="constrained",
+        )[1]
     ax.imshow(image)
-    color = {label: np.array(c)/255 for label, c in LABEL_COLORS.items()} | {-1: np.array([.2, .5, .9]),
-                                                                             0: np.array([.75, .75, .75])}
+    color = {label: np.array(c) / 255 for label, c in LABEL_COLORS.items()} | {
+        -1: np.array([0.2, 0.5, 0.9]),
+        0: np.array([0.75, 0.75, 0.75]),
+    }
     for t in table.itertuples():
-        style = ({"facecolor": (*color[t.label], .45), "edgecolor": color[t.label]} if t.kept else
-                 {"facecolor": "none", "edgecolor": WHY_COLORS[t.why]})
-        ax.add_patch(Rectangle((t.x/scale_x, t.y/scale_y), extent/scale_x, extent/scale_y, lw=.6, **style))
+        style = (
+            {"facecolor": (*color[t.label], 0.45), "edgecolor": color[t.label]}
+            if t.kept
+            else {"facecolor": "none", "edgecolor": WHY_COLORS[t.why]}
+        )
+        ax.add_patch(Rectangle((t.x / scale_x, t.y / scale_y), extent / scale_x, extent / scale_y, lw=0.6, **style))
     names = LABELS | {-1: "no mask"}
-    marks = [Patch(color=color[i], label=f"{names[i]} {n}")
-             for i, n in table[table.kept].label.value_counts().sort_index().items()]
-    marks += [Patch(facecolor="none", edgecolor=WHY_COLORS[w], label=f"{w} {n}")
-              for w, n in table[~table.kept].why.value_counts().items()]
+    marks = [
+        Patch(color=color[i], label=f"{names[i]} {n}")
+        for i, n in table[table.kept].label.value_counts().sort_index().items()
+    ]
+    marks += [
+        Patch(facecolor="none", edgecolor=WHY_COLORS[w], label=f"{w} {n}")
+        for w, n in table[~table.kept].why.value_counts().items()
+    ]
     ax.legend(handles=marks, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.axis("off")
     return ax

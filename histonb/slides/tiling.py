@@ -22,19 +22,28 @@ import pandas as pd
 from ..core.claims import hold
 from ..core.digests import content_key, digest
 from ..core.errors import BadInput, foreign_errors
-from ..core.files import append_jsonl, atomic_path
+from ..core.files import append_jsonl, atomic_path, read_json, read_jsonl, read_parquet, write_json, write_parquet
 from ..core.progress import progress
-from ..core.files import read_json, read_jsonl, read_parquet, write_json, write_parquet
-from .tile_quality import metrics  # noqa: F401, the stage under one name
 from .labels import LABELS
-from .tile_store import ShardWriter, read_tiles
 from .slides import open_slide
-from .tiles import COLUMNS, FATES, TileRule, account, apply_rule, overview, relabel, tile_slide  # noqa: F401
+from .tile_quality import metrics  # noqa: F401, the stage under one name
+from .tile_store import ShardWriter, read_tiles
+from histonb.slides.tiles import (  # noqa: F401
+    COLUMNS,
+    FATES,
+    TileRule,
+    account,
+    apply_rule,
+    overview,
+    relabel,
+    tile_slide,
+)
 
 # %% ../../nbs/02_slides/10_tiling.ipynb #cell-007
 @dataclasses.dataclass
 class _Job:
     "What a worker needs to know of one slide."
+
     slide: str
     image: str
     mask: str | None
@@ -46,18 +55,25 @@ class _Job:
     threads: int
 
     @property
-    def key(self): # changes when the files do
+    def key(self):  # changes when the files do
         codes = sorted(self.codes.items()) if isinstance(self.codes, dict) else self.codes
         return digest([_content(p) if p else None for p in (self.image, self.mask)], codes, self.mpp)
 
-    def part(self, suffix): return self.parts/(digest(self.slide) + suffix)  # a name may be longer than a file's may be
+    def part(self, suffix):
+        return self.parts / (digest(self.slide) + suffix)  # a name may be longer than a file's may be
+
 
 def _content(path):
     "The key of a file's content; None where it cannot be read."
-    try: return content_key(path)
-    except (OSError, ValueError): return None
+    try:
+        return content_key(path)
+    except (OSError, ValueError):
+        return None
 
-def _tile(job: _Job): # {"incomplete": n, "background": n, "damaged": internal tiles, "key": of the files}, or the BadInput
+# %% ../../nbs/02_slides/10_tiling.ipynb #cell-007-2
+def _tile(
+    job: _Job,
+):  # {"incomplete": n, "background": n, "damaged": internal tiles, "key": of the files}, or the BadInput
     "Tile one slide into its two part files."
     allowed = job.rule.max_damaged
     try:
@@ -69,21 +85,29 @@ def _tile(job: _Job): # {"incomplete": n, "background": n, "damaged": internal t
                     table, counts = tile_slide(slide, mask, job.codes, job.rule, store, job.threads)
                 damaged = max(len(opened.damaged) for opened in (slide, mask) if opened)
             write_parquet(job.part(".parquet"), table.assign(slide=job.slide))
-    except BadInput as e: return e
+    except BadInput as e:
+        return e
     return counts[["incomplete", "background"]].sum().to_dict() | {"damaged": damaged, "key": job.key}
 
-def _quiet(): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+
+def _quiet():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+
 
 @contextlib.contextmanager
 def _pool(processes):
     "Spawned processes. They are ended, not waited for, where the slides under way are no longer wanted."
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _quiet)
-    try: yield pool
+    try:
+        yield pool
     except BaseException:
-        for process in list((pool._processes or {}).values()): process.terminate()
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
         raise
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/02_slides/10_tiling.ipynb #cell-007-3
 def _alone(job):
     "Tile one slide in a process of its own, which may die of it."
     try:
@@ -91,31 +115,40 @@ def _alone(job):
             future = pool.submit(_tile, job)
             process = next(iter(pool._processes.values()))
             return future.result()
-    except BrokenProcessPool: code = process.exitcode or 0
+    except BrokenProcessPool:
+        code = process.exitcode or 0
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return BadInput(job.image, f"the process that tiled it died ({how}), alone too",
-                    'Give it more memory, or leave it out; in a script, tile under `if __name__ == "__main__":`.')
+    return BadInput(
+        job.image,
+        f"the process that tiled it died ({how}), alone too",
+        'Give it more memory, or leave it out; in a script, tile under `if __name__ == "__main__":`.',
+    )
+
 
 def _ahead(jobs, ahead, processes):
     "Yield (job, result) in order from a pool, whose undelivered jobs and futures lie in `ahead`."
     with _pool(processes) as pool:
         while jobs or ahead:
-            while jobs and len(ahead) < 2*processes:
+            while jobs and len(ahead) < 2 * processes:
                 ahead.append((jobs[0], pool.submit(_tile, jobs[0])))
                 jobs.popleft()
             result = ahead[0][1].result()
             yield ahead.popleft()[0], result
 
+# %% ../../nbs/02_slides/10_tiling.ipynb #cell-007-4
 def _results(jobs, processes):
     """Yield (job, result) in order: from this process, or from several, a few slides ahead.
 
     A process that dies takes its pool with it. What was under way is then tiled slide by slide, to find whose fault it is."""
     if processes == 1:
-        for job in jobs: yield job, _tile(job)
+        for job in jobs:
+            yield job, _tile(job)
         return
-    jobs, ahead = deque(jobs), deque()
+    jobs = deque(jobs)
+    ahead = deque()
     while jobs:
-        with contextlib.suppress(BrokenProcessPool): yield from _ahead(jobs, ahead, processes)
+        with contextlib.suppress(BrokenProcessPool):
+            yield from _ahead(jobs, ahead, processes)
         while ahead:
             job, future = ahead.popleft()
             yield job, future.result() if future.done() and not future.exception() else _alone(job)
@@ -125,33 +158,47 @@ def _same_rule(out, rule, store):
     "Claim the folder for a rule, or refuse where it belongs to another."
     wanted = {**dataclasses.asdict(rule), "store": store}
     del wanted["max_damaged"]  # decides which slides are taken, and nothing of their tiles
-    if (out/"rule.json").exists():
-        found = read_json(out/"rule.json")
+    if (out / "rule.json").exists():
+        found = read_json(out / "rule.json")
         if not isinstance(found, dict) or "size" not in found:
-            raise BadInput(out/"rule.json", "no rule of tiling", "Choose another folder, or delete this one.")
+            raise BadInput(out / "rule.json", "no rule of tiling", "Choose another folder, or delete this one.")
         changed = [f"{k} {found.get(k)} -> {v}" for k, v in wanted.items() if found.get(k) != v]
-        if changed: raise BadInput(out, f"tiled by another rule ({', '.join(changed)})",
-                                   "Choose another folder, or delete this one. Thresholds can be changed on the table with `apply_rule`.")
-    else: write_json(out/"rule.json", wanted)
+        if changed:
+            raise BadInput(
+                out,
+                f"tiled by another rule ({', '.join(changed)})",
+                "Choose another folder, or delete this one. Thresholds can be changed on the table with `apply_rule`.",
+            )
+    else:
+        write_json(out / "rule.json", wanted)
+
 
 def _classes(slides):
     "Class -> label: histonb's own where all names are histonb's; else in the order of the alphabet, as long as no mask speaks of histonb's."
-    names, own = sorted({*slides.get("class", ())} - {""}), {name: label for label, name in LABELS.items()}
-    if own.keys() >= {*names}: return {name: own[name] for name in names}
+    names = sorted({*slides.get("class", ())} - {""})
+    own = {name: label for label, name in LABELS.items()}
+    if own.keys() >= {*names}:
+        return {name: own[name] for name in names}
     return {} if (slides["mask"] != "").any() else {name: label for label, name in enumerate(names)}
+
 
 def _labels(slides):
     "The label of each slide's tiles where no mask labels them: that of its class, or -1."
     classes = _classes(slides)
     return {r["slide"]: classes.get(r.get("class"), -1) if not r["mask"] else -1 for r in slides.to_dict("records")}
 
+# %% ../../nbs/02_slides/10_tiling.ipynb #cell-009-2
 def _assemble(out, jobs, done, slides):
     "One table from the slides' parts and, for slides of an earlier run, from the table that is there."
     tables = []
-    earlier = dict(list(read_tiles(out, COLUMNS).groupby("slide", sort=False))) if (out/"tiles.parquet").exists() else {}
+    earlier = (
+        dict(list(read_tiles(out, COLUMNS).groupby("slide", sort=False))) if (out / "tiles.parquet").exists() else {}
+    )
     for job in jobs:
-        if job.slide not in done: continue
-        table, row = earlier.get(job.slide), done[job.slide]
+        if job.slide not in done:
+            continue
+        table = earlier.get(job.slide)
+        row = done[job.slide]
         if job.part(".parquet").exists():
             table = read_parquet(job.part(".parquet"), remedy="Delete it and run again.")
             stored = table["nbytes"] > 0
@@ -161,74 +208,108 @@ def _assemble(out, jobs, done, slides):
     table = pd.concat(tables, ignore_index=True)
     told = slides.set_index("slide")
     for name in ("cohort", "case", "split"):
-        if name in told: table[name] = table["slide"].map(told[name])
+        if name in told:
+            table[name] = table["slide"].map(told[name])
     table["label"] = table["label"].where(table["f0"].notna(), table["slide"].map(_labels(slides))).astype(np.int16)
     return table[COLUMNS]
 
+# %% ../../nbs/02_slides/10_tiling.ipynb #cell-009-3
 def tile_cohort(
-    cohort, # a `Cohort`: its `slides` are tiled, its `quarantine` is carried on
-    out, # folder of the result; where it holds a part of it already, the job goes on from there
+    cohort,  # a `Cohort`: its `slides` are tiled, its `quarantine` is carried on
+    out,  # folder of the result; where it holds a part of it already, the job goes on from there
     rule: TileRule = TileRule(),
-    workers: int = 2, # threads in all; every two share a slide, in a process of their own
-    store: bool = True, # write the kept tiles to shards
-    strict: bool = False, # stop at the first slide that cannot be used, instead of quarantining it
-) -> pd.DataFrame: # the tile table
+    workers: int = 2,  # threads in all; every two share a slide, in a process of their own
+    store: bool = True,  # write the kept tiles to shards
+    strict: bool = False,  # stop at the first slide that cannot be used, instead of quarantining it
+) -> pd.DataFrame:  # the tile table
     """Tile every slide of a cohort into one table and, on demand, shards.
 
     Raises `BadInput` for slide ids that occur twice, a folder of another rule or process, a full disk, and where no slide is usable."""
     cohort = dataclasses.replace(cohort, slides=cohort.slides.assign(mask=cohort.slides["mask"].fillna("")))
-    out, slides = Path(out), cohort.slides
+    out = Path(out)
+    slides = cohort.slides
     twice = slides["slide"][slides["slide"].duplicated()].unique()
-    if len(twice): raise BadInput(cohort.name, f"slides occur twice: {', '.join(map(str, twice[:5]))}", "Give every slide an id of its own.")
-    parts, threads = out/"parts", min(2, max(1, workers))
-    given = slides["mpp"] if "mpp" in slides else [None]*len(slides)
-    jobs = [_Job(r.slide, r.image, r.mask or None, r.codes, None if pd.isna(mpp) else mpp, rule, parts, store, threads)
-            for r, mpp in zip(slides.itertuples(index=False), given, strict=True)]
+    if len(twice):
+        raise BadInput(
+            cohort.name, f"slides occur twice: {', '.join(map(str, twice[:5]))}", "Give every slide an id of its own."
+        )
+    parts = out / "parts"
+    threads = min(2, max(1, workers))
+    given = slides["mpp"] if "mpp" in slides else [None] * len(slides)
+    jobs = [
+        _Job(r.slide, r.image, r.mask or None, r.codes, None if pd.isna(mpp) else mpp, rule, parts, store, threads)
+        for r, mpp in zip(slides.itertuples(index=False), given, strict=True)
+    ]
     with hold(out):
         _same_rule(out, rule, store)
-        return _run(cohort, out, jobs, max(1, workers//2), store, strict)
+        return _run(cohort, out, jobs, max(1, workers // 2), store, strict)
 
+# %% ../../nbs/02_slides/10_tiling.ipynb #cell-009-4
 @contextlib.contextmanager
 def _parts(out, keep):
     "The folder of parts without what an earlier job left half-done, and, if this one is stopped, without what it leaves."
-    parts = out/"parts"
+    parts = out / "parts"
     parts.mkdir(exist_ok=True)
-    for path in set(parts.iterdir()) - keep: path.unlink()
-    try: yield
+    for path in set(parts.iterdir()) - keep:
+        path.unlink()
+    try:
+        yield
     finally:
-        for path in parts.glob(".*"): path.unlink()
-
+        for path in parts.glob(".*"):
+            path.unlink()
 _LINE = {"slide": (str, int), "key": str, **dict.fromkeys(("shard", "start", "end", "incomplete", "background"), int)}
+
 
 def _journal(path):
     "Read the journal."
     rows = read_jsonl(path)
     for row in rows:
-        if not all(isinstance(row.get(key), kind) for key, kind in _LINE.items()) or not isinstance(row.get("damaged", 0), int):
-            raise BadInput(path, f"a line is not of a journal of tiles ({str(row)[:80]})", "Choose another folder, or delete this one.")
+        if not all(isinstance(row.get(key), kind) for key, kind in _LINE.items()) or not isinstance(
+            row.get("damaged", 0), int
+        ):
+            raise BadInput(
+                path,
+                f"a line is not of a journal of tiles ({str(row)[:80]})",
+                "Choose another folder, or delete this one.",
+            )
     return rows
 
+# %% ../../nbs/02_slides/10_tiling.ipynb #cell-009-5
 def _run(cohort, out, jobs, processes, store, strict):
-    journal = out/"journal.jsonl"
+    journal = out / "journal.jsonl"
     rows = _journal(journal) if journal.exists() else []
     in_table = ()
-    if (path := out/"tiles.parquet").exists():
-        in_table = set(read_parquet(path, ["slide"], "Delete it and run again: the slides are cut anew.", only=True)["slide"])
+    if (path := out / "tiles.parquet").exists():
+        in_table = set(
+            read_parquet(path, ["slide"], "Delete it and run again: the slides are cut anew.", only=True)["slide"]
+        )
     last = {row["slide"]: row for row in rows}
-    done = {job.slide: last[job.slide] for job in jobs if job.slide in last and last[job.slide]["key"] == job.key
-            and last[job.slide].get("damaged", 0) <= job.rule.max_damaged
-            and (job.slide in in_table or job.part(".parquet").exists())}
+    done = {
+        job.slide: last[job.slide]
+        for job in jobs
+        if job.slide in last
+        and last[job.slide]["key"] == job.key
+        and last[job.slide].get("damaged", 0) <= job.rule.max_damaged
+        and (job.slide in in_table or job.part(".parquet").exists())
+    }
     sizes = {}
     for row in rows:
-        if store: sizes[row["shard"]] = max(row["end"], sizes.get(row["shard"], 0))
+        if store:
+            sizes[row["shard"]] = max(row["end"], sizes.get(row["shard"], 0))
     writer = ShardWriter(out, sizes)
-    todo, bad = [job for job in jobs if job.slide not in done], []
-    with (_parts(out, {job.part(".parquet") for job in jobs if job.slide in done}),
-          progress(desc="tiling", total=len(jobs), unit="slide") as bar, contextlib.closing(_results(todo, processes)) as results):
-        if done: bar.update(len(done), f"{len(done)} done before")
+    todo = [job for job in jobs if job.slide not in done]
+    bad = []
+    with (
+        _parts(out, {job.part(".parquet") for job in jobs if job.slide in done}),
+        progress(desc="tiling", total=len(jobs), unit="slide") as bar,
+        contextlib.closing(_results(todo, processes)) as results,
+    ):
+        if done:
+            bar.update(len(done), f"{len(done)} done before")
         for job, result in results:
             if isinstance(result, BadInput):
-                if strict: raise result
+                if strict:
+                    raise result
                 bad.append((job.slide, result.path, result.fault, result.remedy))
             else:
                 shard, start = writer.append(job.part(".tiles")) if store else (-1, 0)
@@ -237,13 +318,26 @@ def _run(cohort, out, jobs, processes, store, strict):
                 job.part(".tiles").unlink()
                 done[job.slide] = row
             bar.update(1, f"{len(bad)} quarantined")
-    quarantine = pd.concat([cohort.quarantine, pd.DataFrame(bad, columns=["slide", "path", "fault", "remedy"])], ignore_index=True)
-    with atomic_path(out/"quarantine.csv") as path: quarantine.to_csv(path, index=False)
-    if not done: raise BadInput(out, f"none of {len(jobs)} slides could be tiled", f"The first: {BadInput(*bad[0][1:])}" if bad else "The cohort is empty.")
+    quarantine = pd.concat(
+        [cohort.quarantine, pd.DataFrame(bad, columns=["slide", "path", "fault", "remedy"])], ignore_index=True
+    )
+    with atomic_path(out / "quarantine.csv") as path:
+        quarantine.to_csv(path, index=False)
+    if not done:
+        raise BadInput(
+            out,
+            f"none of {len(jobs)} slides could be tiled",
+            f"The first: {BadInput(*bad[0][1:])}" if bad else "The cohort is empty.",
+        )
     table = _assemble(out, jobs, done, cohort.slides)
-    unread = {slide: {"label": label, **{k: done[slide][k] for k in ("incomplete", "background")}} for slide, label in _labels(cohort.slides).items() if slide in done}
-    write_parquet(out/"account.parquet", account(table, unread))
-    if (classes := _classes(cohort.slides)).keys() - {*LABELS.values()}: write_json(out/"classes.json", list(classes))
-    write_parquet(out/"tiles.parquet", table)
-    shutil.rmtree(out/"parts")
+    unread = {
+        slide: {"label": label, **{k: done[slide][k] for k in ("incomplete", "background")}}
+        for slide, label in _labels(cohort.slides).items()
+        if slide in done
+    }
+    write_parquet(out / "account.parquet", account(table, unread))
+    if (classes := _classes(cohort.slides)).keys() - {*LABELS.values()}:
+        write_json(out / "classes.json", list(classes))
+    write_parquet(out / "tiles.parquet", table)
+    shutil.rmtree(out / "parts")
     return table

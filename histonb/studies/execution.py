@@ -17,6 +17,8 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
+
 from ..core.claims import sweep
 from ..core.errors import BadInput, nearest, refusal
 from ..core.files import read_record, repo_root, write_json
@@ -25,64 +27,87 @@ from .pages import figure_text, write_index, write_report
 from .runs import lost_outputs
 from .states import headline, read_only, run_alone, stage_states
 from .study import _source, load_study, read_notebook
-from pathlib import Path
 
 # %% ../../nbs/13_studies/07_execution.ipynb #cell-025
 class StageFailed(RuntimeError):
     "A stage came to no good end; the message says where and why."
 
+
 class Stopped(RuntimeError):
     "A stage was asked to end early and has left a checkpoint to go on from."
 
+
 class Interrupted(KeyboardInterrupt):
     "The run was asked to stop by a signal."
-    def __init__(self, message, signum): super().__init__(message); self.signum = signum
+
+    def __init__(self, message, signum):
+        super().__init__(message)
+        self.signum = signum
+
 
 def cut(
-    text: str, # that may be very long
-    most: int, # characters to keep
-) -> str: # its beginning and end, and how much is left out
+    text: str,  # that may be very long
+    most: int,  # characters to keep
+) -> str:  # its beginning and end, and how much is left out
     "Shorten a text in its middle."
-    if len(text) <= most: return text
-    return f"{text[:most//2]}\n... {len(text) - most:,} characters are left out ...\n{text[-(most//2):]}"
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\n... {len(text) - most:,} characters are left out ...\n{text[-(most // 2) :]}"
+
 
 class _Lines(io.TextIOBase):
     "Print whole lines with a prefix as soon as they are complete."
-    def __init__(self, prefix): self.prefix, self.rest = prefix, ""
+
+    def __init__(self, prefix):
+        self.prefix, self.rest = prefix, ""
 
     def write(self, text):
         *lines, self.rest = (self.rest + text.replace("\r", "\n")).split("\n")
-        for line in filter(str.strip, lines): print(self.prefix + cut(line, 2000), flush=True)
+        for line in filter(str.strip, lines):
+            print(self.prefix + cut(line, 2000), flush=True)
         return len(text)
+_EXIT = "import sys; exit = quit = sys.exit"  # IPython's own ends the kernel some cells later
 
-_EXIT = "import sys; exit = quit = sys.exit" # IPython's own ends the kernel some cells later
-
+# %% ../../nbs/13_studies/07_execution.ipynb #cell-025-2
 class _Kernel:
     "A Python kernel of this environment, on private sockets; SIGINT and SIGTERM reach it, and leaving ends it with all its processes."
-    def __init__(self, cwd, stage): self.cwd, self.stage, self.signum, self.timer = cwd, stage, None, None
+
+    def __init__(self, cwd, stage):
+        self.cwd, self.stage, self.signum, self.timer = cwd, stage, None, None
 
     def __enter__(self):
         from jupyter_client.manager import AsyncKernelManager
         from jupyter_core.utils import run_sync
-        self.run_sync, self.sockets = run_sync, tempfile.mkdtemp(prefix="hb-")
+
+        self.run_sync = run_sync
+        self.sockets = tempfile.mkdtemp(prefix="hb-")
         self.manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{self.sockets}/k")
         self.manager.kernel_spec.argv[0] = sys.executable
-        run_sync(self.manager.start_kernel)(cwd=str(self.cwd), env={**os.environ, "HISTONB_BATCH": "1", "HISTONB_STAGE": str(self.stage)},
-                                            extra_arguments=["--HistoryManager.hist_file=:memory:", f"--IPKernelApp.exec_lines={_EXIT}"])
-        self.group, self.old = self.manager.provisioner.pgid, {}
+        run_sync(self.manager.start_kernel)(
+            cwd=str(self.cwd),
+            env={**os.environ, "HISTONB_BATCH": "1", "HISTONB_STAGE": str(self.stage)},
+            extra_arguments=["--HistoryManager.hist_file=:memory:", f"--IPKernelApp.exec_lines={_EXIT}"],
+        )
+        self.group = self.manager.provisioner.pgid
+        self.old = {}
         if threading.current_thread() is threading.main_thread():
             self.old = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def send(self, signum):
-        with contextlib.suppress(ProcessLookupError): os.killpg(self.group, signum)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, signum)
 
     def how_it_died(self):
         "What ended the kernel."
         code = self.run_sync(self.manager.provisioner.poll)()
-        if code is None: return "the kernel does not answer any more"
-        if code >= 0: return f"the kernel was ended by the notebook itself, with exit code {code}: leave out `os._exit()`"
-        return f"the kernel was ended by {signal.Signals(-code).name}" + ": was there enough memory?"*(code == -signal.SIGKILL)
+        if code is None:
+            return "the kernel does not answer any more"
+        if code >= 0:
+            return f"the kernel was ended by the notebook itself, with exit code {code}: leave out `os._exit()`"
+        return f"the kernel was ended by {signal.Signals(-code).name}" + ": was there enough memory?" * (
+            code == -signal.SIGKILL
+        )
 
     def on_signal(self, signum, frame):
         self.send(signal.SIGKILL if self.signum else signal.SIGINT)
@@ -96,25 +121,42 @@ class _Kernel:
             self.run_sync(self.manager.shutdown_kernel)()
         finally:
             self.send(signal.SIGKILL)
-            if self.timer: self.timer.cancel()
-            for s, handler in self.old.items(): signal.signal(s, handler)
+            if self.timer:
+                self.timer.cancel()
+            for s, handler in self.old.items():
+                signal.signal(s, handler)
             shutil.rmtree(self.sockets, ignore_errors=True)
 
 # %% ../../nbs/13_studies/07_execution.ipynb #cell-026
 def _mark(path, state, fault, at):
     "Say in an executed notebook how it ended; one cut short by a full disk is removed."
-    try: book = read_notebook(path)
-    except (BadInput, FileNotFoundError): return path.unlink(missing_ok=True)
-    book["metadata"].setdefault("papermill", {}).update(input_path=None, output_path=None, exception=state != "finished" or None)
+    try:
+        book = read_notebook(path)
+    except (BadInput, FileNotFoundError):
+        return path.unlink(missing_ok=True)
+    book["metadata"].setdefault("papermill", {}).update(
+        input_path=None, output_path=None, exception=state != "finished" or None
+    )
     book["metadata"]["histonb"] = {"state": state}
     for output in (o for c in book["cells"] for o in c.get("outputs", ()) if o.get("output_type") == "stream"):
         output["text"] = cut("".join(output["text"]), 100_000)
     if state != "finished":
-        for i, cell in enumerate(c for c in book["cells"] if "papermill-error-cell-tag" not in c["metadata"].get("tags", [])):
-            if i >= at: cell["metadata"].setdefault("papermill", {})["status"] = "failed" if i == at else "pending"
-        book["cells"].insert(0, {"cell_type": "markdown", "id": "histonb-state", "metadata": {"tags": ["papermill-error-cell-tag"]},
-                                 "source": f"**This run {'' if state == 'failed' else 'was '}{state}.** {fault.splitlines()[-1]}"})
+        for i, cell in enumerate(
+            c for c in book["cells"] if "papermill-error-cell-tag" not in c["metadata"].get("tags", [])
+        ):
+            if i >= at:
+                cell["metadata"].setdefault("papermill", {})["status"] = "failed" if i == at else "pending"
+        book["cells"].insert(
+            0,
+            {
+                "cell_type": "markdown",
+                "id": "histonb-state",
+                "metadata": {"tags": ["papermill-error-cell-tag"]},
+                "source": f"**This run {'' if state == 'failed' else 'was '}{state}.** {fault.splitlines()[-1]}",
+            },
+        )
     write_json(path, book)
+
 
 def _told(error):
     "What the file system refused to a cell, in one sentence; empty for any other error of it."
@@ -122,125 +164,222 @@ def _told(error):
     told = refusal(OSError(int(number[1]), "", number[2])) if number else None
     return f"{told}" if told else ""
 
+# %% ../../nbs/13_studies/07_execution.ipynb #cell-026-2
 def _execute(study, stage):
     "Execute a stage's notebook; returns how it ended, what was at fault, and the traceback."
     import papermill
-    target = study.root/stage.folder/"notebook.ipynb"
+
+    target = study.root / stage.folder / "notebook.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(c["cell_type"] == "code" and bool(_source(c)) for c in read_notebook(study.root/stage.notebook)["cells"]) + 1
+    total = (
+        sum(c["cell_type"] == "code" and bool(_source(c)) for c in read_notebook(study.root / stage.notebook)["cells"])
+        + 1
+    )
     now = {"cell": 0, "index": 0, "heading": ""}
     output = _Lines(f"{stage.name} | ")
     with _Kernel(study.root, target.parent.resolve()) as kernel:
+
         def on_start(cell, cell_index):
-            if cell.cell_type == "markdown": now["heading"] = ([now["heading"]] + re.findall(r"^#+ +(.*)", cell.source, re.M))[-1]
+            if cell.cell_type == "markdown":
+                now["heading"] = ([now["heading"]] + re.findall(r"^#+ +(.*)", cell.source, re.M))[-1]
 
         def on_execute(cell, cell_index):
-            if kernel.signum or (target.parent/"stopped").exists(): raise InterruptedError("stopped between two cells")
+            if kernel.signum or (target.parent / "stopped").exists():
+                raise InterruptedError("stopped between two cells")
             now.update(cell=now["cell"] + 1, index=cell_index)
             output.write("\n")
             print(f"{stage.name}: cell {now['cell']}/{total}  {now['heading']}".rstrip(), flush=True)
 
         try:
-            papermill.execute_notebook(str(study.root/stage.notebook), str(target), parameters=stage.parameters, kernel_name="python3",
-                progress_bar=False, stdout_file=output, stderr_file=output, km=kernel.manager, on_cell_start=on_start, on_cell_execute=on_execute,
-                iopub_timeout=600)  # seconds, for cells that print a lot
+            papermill.execute_notebook(
+                str(study.root / stage.notebook),
+                str(target),
+                parameters=stage.parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=output,
+                stderr_file=output,
+                km=kernel.manager,
+                on_cell_start=on_start,
+                on_cell_execute=on_execute,
+                iopub_timeout=600,
+            )  # seconds, for cells that print a lot
             early = "it was ended before its last cell, with `exit()`: leave that out" if now["cell"] < total else ""
-            fault = None if (target.parent/"metrics.json").exists() else early or "it ended without a metrics.json: the last cell must call `run.finish(...)`"
+            fault = (
+                None
+                if (target.parent / "metrics.json").exists()
+                else early or "it ended without a metrics.json: the last cell must call `run.finish(...)`"
+            )
             trace = ""
         except papermill.PapermillExecutionError as e:
-            fault = e.evalue if e.ename in ("BadInput", "Refused") else f"{e.ename}: {(e.evalue.splitlines() or [''])[-1]}"
-            if told := _told(e): fault = told
+            fault = (
+                e.evalue if e.ename in ("BadInput", "Refused") else f"{e.ename}: {(e.evalue.splitlines() or [''])[-1]}"
+            )
+            if told := _told(e):
+                fault = told
             trace = "" if e.ename in ("BadInput", "Refused") else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback))
         except OSError as e:
             told = refusal(e, target)
             name = Path(e.filename).name if e.filename else target.name
-            fault, trace = f"{e.strerror or e}: {name}" + (f". {told.remedy}" if told else ""), ""
-        except RuntimeError as e: fault, trace = kernel.how_it_died() if "died" in str(e) else str(e), ""
+            fault = f"{e.strerror or e}: {name}" + (f". {told.remedy}" if told else "")
+            trace = ""
+        except RuntimeError as e:
+            fault = kernel.how_it_died() if "died" in str(e) else str(e)
+            trace = ""
         output.write("\n")
     where = f"cell {now['cell']} of {total}"
-    if kernel.signum: return "interrupted", f"stopped by {signal.Signals(kernel.signum).name} in {where}", "", now["index"], kernel.signum
-    if (target.parent/"stopped").exists(): return "stopped", f"a checkpoint was written in {where}", "", now["index"], None
-    return ("failed", f"{where}: {fault}", trace, now["index"], None) if fault else ("finished", "", "", now["index"], None)
+    if kernel.signum:
+        return (
+            "interrupted",
+            f"stopped by {signal.Signals(kernel.signum).name} in {where}",
+            "",
+            now["index"],
+            kernel.signum,
+        )
+    if (target.parent / "stopped").exists():
+        return "stopped", f"a checkpoint was written in {where}", "", now["index"], None
+    return (
+        ("failed", f"{where}: {fault}", trace, now["index"], None)
+        if fault
+        else ("finished", "", "", now["index"], None)
+    )
 
 # %% ../../nbs/13_studies/07_execution.ipynb #cell-028
 def _overview(study):
     "Write the study's state where its index page, and the reader, find it."
-    write_json(study.folder/"study.json", {"study": study.name, "title": study.title, "stages": stage_states(study)})
+    write_json(study.folder / "study.json", {"study": study.name, "title": study.title, "stages": stage_states(study)})
     write_index(study.folder)
+
 
 def _clear(folder):
     "Empty a stage's folder, but for what the queue keeps there: the job's number and its log, which is being written."
     for path in folder.iterdir():
-        if path.is_dir(): shutil.rmtree(path)
-        elif not re.fullmatch(r"job\.json|slurm-.*\.out", path.name): path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not re.fullmatch(r"job\.json|slurm-.*\.out", path.name):
+            path.unlink()
 
+# %% ../../nbs/13_studies/07_execution.ipynb #cell-028-2
 def _run_stage(study, stage, force):
     "Run one stage, keep its record, and leave report.html behind."
-    folder = study.root/stage.folder
-    made, old = made_from(study, stage), stage_record(study, stage)
+    folder = study.root / stage.folder
+    made = made_from(study, stage)
+    old = stage_record(study, stage)
     sweep(folder)
-    if old and (force or _differences(old["made_from"], made)): _clear(folder) # nothing of another making may mix in
-    elif (folder/"metrics.json").exists():
-        for name in lost_outputs(folder): (folder/name).unlink(missing_ok=True) # what was changed is made again
-    for name in ("metrics.json", "report.html", "stop", "stopped"): (folder/name).unlink(missing_ok=True)
-    record = {"stage": stage.name, "notebook": stage.notebook, "state": "running", "made_from": made, "library": library_digest(),
-              "started": datetime.datetime.now(datetime.timezone.utc).isoformat()}
-    write_json(folder/"stage.json", record)
+    if old and (force or _differences(old["made_from"], made)):
+        _clear(folder)  # nothing of another making may mix in
+    elif (folder / "metrics.json").exists():
+        for name in lost_outputs(folder):
+            (folder / name).unlink(missing_ok=True)  # what was changed is made again
+    for name in ("metrics.json", "report.html", "stop", "stopped"):
+        (folder / name).unlink(missing_ok=True)
+    record = {
+        "stage": stage.name,
+        "notebook": stage.notebook,
+        "state": "running",
+        "made_from": made,
+        "library": library_digest(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+    }
+    write_json(folder / "stage.json", record)
     _overview(study)
     clock = time.monotonic()
     state, fault, trace, at, signum = _execute(study, stage)
     seconds = round(time.monotonic() - clock, 1)
-    if state != "finished": (folder/"metrics.json").unlink(missing_ok=True)
-    _mark(folder/"notebook.ipynb", state, fault, at)
-    (folder/".lock").unlink(missing_ok=True) # of a training in the kernel, which has ended
-    write_json(folder/"stage.json", {**record, "state": state, "seconds": seconds, "error": fault})
+    if state != "finished":
+        (folder / "metrics.json").unlink(missing_ok=True)
+    _mark(folder / "notebook.ipynb", state, fault, at)
+    (folder / ".lock").unlink(missing_ok=True)  # of a training in the kernel, which has ended
+    write_json(folder / "stage.json", {**record, "state": state, "seconds": seconds, "error": fault})
     if state == "finished":
         write_report(folder)
-        print(f"{stage.name}: finished in {seconds:.0f} s" + "".join(f"; {k} {figure_text(v)}" for k, v in headline(read_record(folder/"metrics.json")).items()), flush=True)
+        print(
+            f"{stage.name}: finished in {seconds:.0f} s"
+            + "".join(f"; {k} {figure_text(v)}" for k, v in headline(read_record(folder / "metrics.json")).items()),
+            flush=True,
+        )
         return
     _overview(study)
     again = f"`histonb run {study.path}` goes on from here: finished stages are not run again."
-    if signum: raise Interrupted(f"stage `{stage.name}` was {fault}. {again}", signum)
-    if state == "stopped": raise Stopped(f"stage `{stage.name}` was stopped: {fault}. {again}")
-    raise StageFailed("\n".join(filter(None, [*trace.splitlines()[-25:], f"stage `{stage.name}` failed in {fault}",
-        f"See {stage.folder}/notebook.ipynb. {again}"])))
+    if signum:
+        raise Interrupted(f"stage `{stage.name}` was {fault}. {again}", signum)
+    if state == "stopped":
+        raise Stopped(f"stage `{stage.name}` was stopped: {fault}. {again}")
+    raise StageFailed(
+        "\n".join(
+            filter(
+                None,
+                [
+                    *trace.splitlines()[-25:],
+                    f"stage `{stage.name}` failed in {fault}",
+                    f"See {stage.folder}/notebook.ipynb. {again}",
+                ],
+            )
+        )
+    )
 
+# %% ../../nbs/13_studies/07_execution.ipynb #cell-028-3
 def run_study(
-    path, # the study's YAML file
-    only: str | None = None, # run just this stage; what it needs must be finished
-    force: bool = False, # run finished stages too, from nothing
-) -> list: # the states afterwards, as `stage_states` gives them
+    path,  # the study's YAML file
+    only: str | None = None,  # run just this stage; what it needs must be finished
+    force: bool = False,  # run finished stages too, from nothing
+) -> list:  # the states afterwards, as `stage_states` gives them
     "Run a study's stages in order, skipping those that are finished, up to the first failure (`StageFailed`)."
     study = load_study(path)
-    if only is not None and only not in study.stages: raise BadInput(path, f"no stage `{only}`", nearest(only, study.stages))
+    if only is not None and only not in study.stages:
+        raise BadInput(path, f"no stage `{only}`", nearest(only, study.stages))
     with contextlib.ExitStack() as locks:
         for stage in study.stages.values():
-            if only in (None, stage.name): locks.enter_context(run_alone(study.root/stage.folder))
-            elif stage.name in study.stages[only].needs: locks.enter_context(read_only(study.root/stage.folder))
+            if only in (None, stage.name):
+                locks.enter_context(run_alone(study.root / stage.folder))
+            elif stage.name in study.stages[only].needs:
+                locks.enter_context(read_only(study.root / stage.folder))
         for i, stage in enumerate(study.stages.values(), 1):
-            if only not in (None, stage.name): continue
+            if only not in (None, stage.name):
+                continue
             rows = {r["stage"]: r for r in stage_states(study)}
             undone = [n for n in stage.needs if rows[n]["state"] != "finished"]
-            if undone: raise BadInput(path, f"stage `{only}` needs `{undone[0]}`, which is {rows[undone[0]]['state']}",
-                                      f"Run `histonb run {path} --only {undone[0]}` first, or leave out --only.")
+            if undone:
+                raise BadInput(
+                    path,
+                    f"stage `{only}` needs `{undone[0]}`, which is {rows[undone[0]]['state']}",
+                    f"Run `histonb run {path} --only {undone[0]}` first, or leave out --only.",
+                )
             if rows[stage.name]["state"] == "finished" and not force:
                 print(f"[{i}/{len(study.stages)}] {stage.name}: finished before, nothing has changed", flush=True)
                 continue
-            if rows[stage.name]["queued"]: raise BadInput(stage.folder, f"stage `{stage.name}` is {rows[stage.name]['state']} on the cluster as {rows[stage.name]['why']}",
-                                                                  "Wait for it, or cancel it with scancel.")
+            if rows[stage.name]["queued"]:
+                raise BadInput(
+                    stage.folder,
+                    f"stage `{stage.name}` is {rows[stage.name]['state']} on the cluster as {rows[stage.name]['why']}",
+                    "Wait for it, or cancel it with scancel.",
+                )
             why = f" ({rows[stage.name]['why']})" if rows[stage.name]["state"] == "stale" else ""
             print(f"[{i}/{len(study.stages)}] {stage.name}: {stage.notebook}{why}", flush=True)
             _run_stage(study, stage, force)
         _overview(study)
         return stage_states(study)
 
+# %% ../../nbs/13_studies/07_execution.ipynb #cell-028-4
 def status(
-    root=None, # the repository; found from the working folder by default
-) -> list: # rows of `stage_states` for every runs/*.yaml; a study that cannot be read is one row
+    root=None,  # the repository; found from the working folder by default
+) -> list:  # rows of `stage_states` for every runs/*.yaml; a study that cannot be read is one row
     "What is finished, stale, failed, running or not run, in all studies."
     rows = []
-    for path in sorted((Path(root or repo_root())/"runs").glob("*.yaml")):
-        try: rows += stage_states(load_study(path))
+    for path in sorted((Path(root or repo_root()) / "runs").glob("*.yaml")):
+        try:
+            rows += stage_states(load_study(path))
         except BadInput as e:
-            rows.append({"study": path.stem, "stage": "", "notebook": "", "state": "unreadable", "why": str(e), "queued": False, "seconds": None, "headline": {}})
+            rows.append(
+                {
+                    "study": path.stem,
+                    "stage": "",
+                    "notebook": "",
+                    "state": "unreadable",
+                    "why": str(e),
+                    "queued": False,
+                    "seconds": None,
+                    "headline": {},
+                }
+            )
     return rows

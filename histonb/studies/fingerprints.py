@@ -8,61 +8,88 @@ __all__ = ['made_from', 'stage_record', 'library_digest']
 # %% ../../nbs/13_studies/04_fingerprints.ipynb #cell-002
 import os
 import sys
+from pathlib import Path
+
 from ..core.digests import digest
 from ..core.files import read_json
 from .runs import input_digest
 from .study import Stage, Study, _source, read_notebook
-from pathlib import Path
 
 # %% ../../nbs/13_studies/04_fingerprints.ipynb #cell-020
 def _texts(value):
     "Every text in a value, also inside lists and mappings."
-    if isinstance(value, str): return [value] if value else []
+    if isinstance(value, str):
+        return [value] if value else []
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [text for v in values for text in _texts(v)]
 
+
 def _exists(root, name):
-    try: return os.path.exists(root/name)
-    except ValueError: return False  # a text with a null byte
+    try:
+        return os.path.exists(root / name)
+    except ValueError:
+        return False  # a text with a null byte
+
 
 def made_from(
-    study: Study, # the study
-    stage: Stage, # one of its stages
-) -> dict: # notebook, parameters, inputs and needed runs
+    study: Study,  # the study
+    stage: Stage,  # one of its stages
+) -> dict:  # notebook, parameters, inputs and needed runs
     "What a stage is made from; two runs with the same answer need not both happen."
-    code = [_source(c) for c in read_notebook(study.root/stage.notebook)["cells"] if c["cell_type"] == "code"]
+    code = [_source(c) for c in read_notebook(study.root / stage.notebook)["cells"] if c["cell_type"] == "code"]
     own = [study.stages[n].folder for n in stage.needs]
-    inputs = {k: [v for v in _texts(value) if not any(f in v for f in own) and _exists(study.root, v)]
-              for k, value in stage.parameters.items() if k != "out"}
-    return {"notebook": digest(code), "parameters": stage.parameters,
-            "inputs": {k: digest([input_digest(study.root/v) for v in paths]) for k, paths in inputs.items() if paths},
-            "needs": {n: input_digest(study.root/study.stages[n].folder) if (study.root/study.stages[n].folder).is_dir() else "" for n in stage.needs}}
+    inputs = {
+        k: [v for v in _texts(value) if not any(f in v for f in own) and _exists(study.root, v)]
+        for k, value in stage.parameters.items()
+        if k != "out"
+    }
+    return {
+        "notebook": digest(code),
+        "parameters": stage.parameters,
+        "inputs": {k: digest([input_digest(study.root / v) for v in paths]) for k, paths in inputs.items() if paths},
+        "needs": {
+            n: input_digest(study.root / study.stages[n].folder)
+            if (study.root / study.stages[n].folder).is_dir()
+            else ""
+            for n in stage.needs
+        },
+    }
 
+# %% ../../nbs/13_studies/04_fingerprints.ipynb #cell-020-2
 def stage_record(
-    study: Study, # the study
-    stage: Stage, # one of its stages
-) -> dict: # the runner's stage.json; empty where the stage never ran
+    study: Study,  # the study
+    stage: Stage,  # one of its stages
+) -> dict:  # the runner's stage.json; empty where the stage never ran
     "What the runner noted about the stage's last run."
-    path = study.root/stage.folder/"stage.json"
+    path = study.root / stage.folder / "stage.json"
     record = read_json(path) if path.exists() else {}
     return record if isinstance(record, dict) and _is_whole(record) else {}
 
+
 def _is_whole(record):
     "Whether a stage.json says all that it should."
-    made, parts = record.get("made_from"), ("parameters", "inputs", "needs")
+    made = record.get("made_from")
+    parts = ("parameters", "inputs", "needs")
     texts = (record.get("state"), record.get("library"), record.get("error", ""))
-    return (isinstance(made, dict) and "notebook" in made and all(isinstance(made.get(part), dict) for part in parts)
-            and all(isinstance(text, str) for text in texts) and isinstance(record.get("seconds"), (int, float, type(None))))
+    return (
+        isinstance(made, dict)
+        and "notebook" in made
+        and all(isinstance(made.get(part), dict) for part in parts)
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(record.get("seconds"), (int, float, type(None)))
+    )
 
-def library_digest() -> str: # 16 hexadecimal digits
+
+def library_digest() -> str:  # 16 hexadecimal digits
     "Key of the library's own code."
     package = Path(sys.modules["histonb"].__file__).parent
     return digest(*(p for p in sorted(package.rglob("*.py")) if p.name != "_modidx.py"))
 
+
 def _differences(old, new):
     "What changed between two answers of `made_from`, in words."
-    found = ["notebook"]*(old["notebook"] != new["notebook"])
+    found = ["notebook"] * (old["notebook"] != new["notebook"])
     for kind in ("parameters", "inputs", "needs"):
         changed = sorted(k for k in {*old[kind], *new[kind]} if old[kind].get(k) != new[kind].get(k))
-        found += [f"{'outputs of' if kind == 'needs' else kind} {', '.join(changed)}"]*bool(changed)
+        found += [f"{'outputs of' if kind == 'needs' else kind} {', '.join(changed)}"] * bool(changed)
     return "; ".join(found)

@@ -17,42 +17,51 @@ from ..core.files import atomic_path, read_record
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-005
 def figure_text(
-    value, # number or text
-) -> str: # as it is shown
+    value,  # number or text
+) -> str:  # as it is shown
     "A headline figure: four significant digits, thousands apart."
-    if isinstance(value, float): return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if type(value) is int else str(value)
 
+
 def duration_text(
-    seconds: float | None, # None = unknown
-) -> str: # such as `2 h 5 min`
+    seconds: float | None,  # None = unknown
+) -> str:  # such as `2 h 5 min`
     "A length of time in its two largest units."
-    if seconds is None: return ""
+    if seconds is None:
+        return ""
     minutes, rest = divmod(round(seconds), 60)
-    if not minutes: return f"{rest} s"
-    hours, minutes = divmod(round(seconds/60), 60) if minutes >= 60 else (0, minutes)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60) if minutes >= 60 else (0, minutes)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-008
 _MATH = re.compile(r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|(?<![\\$\w])\$(?![\s$])([^$\n]+?)(?<!\s)\$(?!\w)", re.S)
 
+
 def take_math(
-    text: str, # Markdown
-    found: list, # formulas so far, as MathML; those of `text` are appended
-) -> str: # Markdown with a placeholder for each formula
+    text: str,  # Markdown
+    found: list,  # formulas so far, as MathML; those of `text` are appended
+) -> str:  # Markdown with a placeholder for each formula
     "Set the formulas of a Markdown text aside as MathML."
     from latex2mathml.converter import convert
+
     def one(match):
         latex = match[1] or match[2]
-        if latex is None: return match[0]
+        if latex is None:
+            return match[0]
         found.append(convert(latex.strip(), display="block" if match[1] else "inline"))
         return f"formula{len(found) - 1}placeholder"
+
     return _MATH.sub(one, text)
 
+
 def put_math(
-    page: str, # HTML with placeholders
-    found: list, # the formulas
-) -> str: # HTML with formulas
+    page: str,  # HTML with placeholders
+    found: list,  # the formulas
+) -> str:  # HTML with formulas
     "Put the formulas back in place."
     return re.sub(r"formula(\d+)placeholder", lambda m: found[int(m[1])], page)
 
@@ -101,34 +110,57 @@ button { font: inherit; font-size: .88rem; color: var(--ink); background: var(--
 @media print { button, summary { display: none; } pre { max-height: none; } }
 """
 
+# %% ../../nbs/13_studies/02_pages.ipynb #cell-011-2
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
 <body><header>{header}</header><main>{main}</main></body></html>
 """
 
+
 def _figures(headline):
     "Headline figures as large numbers with their names."
-    cells = "".join(f"<div><b>{html.escape(figure_text(v))}</b><span>{html.escape(str(k))}</span></div>" for k, v in headline.items())
+    cells = "".join(
+        f"<div><b>{html.escape(figure_text(v))}</b><span>{html.escape(str(k))}</span></div>"
+        for k, v in headline.items()
+    )
     return f'<div class="figures">{cells}</div>' if cells else ""
+
 
 def _facts(title, rows):
     "A folded table of names and values."
-    cells = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(v if isinstance(v, str) else json.dumps(v))}</td></tr>" for k, v in rows.items())
-    return f'<details class="facts"><summary>{title}</summary><div class="scroll"><table>{cells}</table></div></details>' if cells else ""
+    cells = "".join(
+        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
+        for k, v in rows.items()
+    )
+    return (
+        f'<details class="facts"><summary>{title}</summary><div class="scroll"><table>{cells}</table></div></details>'
+        if cells
+        else ""
+    )
+
 
 def _table(rows):
     "Rows of named cells as a table."
     columns = list(dict.fromkeys(c for cells in rows.values() for c in cells))
     line = lambda tag, cells: "".join(f"<{tag}>{html.escape(figure_text(c))}</{tag}>" for c in cells)
-    body = "".join(f"<tr>{line('th', [name])}{line('td', (cells.get(c, '-') for c in columns)).replace(', ', ',&nbsp;')}</tr>" for name, cells in rows.items())
+    body = "".join(
+        f"<tr>{line('th', [name])}{line('td', (cells.get(c, '-') for c in columns)).replace(', ', ',&nbsp;')}</tr>"
+        for name, cells in rows.items()
+    )
     return f'<div class="scroll"><table class="dataframe"><tr>{line("th", ["", *columns])}</tr>{body}</table></div>'
 
-_LOADED = re.compile(r"<(script|link|img|iframe|source|video|audio|embed)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?", re.I)
+# %% ../../nbs/13_studies/02_pages.ipynb #cell-011-3
+_LOADED = re.compile(
+    r"<(script|link|img|iframe|source|video|audio|embed)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?",
+    re.I,
+)
+
 
 def _write_page(path, title, style, header, main):
     page = _LOADED.sub("", _PAGE.format(title=html.escape(title), style=style, header=header, main=main))
-    with atomic_path(path) as p: p.write_text(page, encoding="utf-8")
+    with atomic_path(path) as p:
+        p.write_text(page, encoding="utf-8")
     return path
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-013
@@ -137,100 +169,162 @@ _TEMPLATE = """
 {%- block in_prompt -%}{%- endblock -%}{%- block empty_in_prompt -%}{%- endblock -%}{%- block output_area_prompt -%}{%- endblock -%}
 {%- block input -%}<details class="code"><summary>code</summary>{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>{%- endblock -%}
 """
-
 _TOGGLE = """<button onclick="var d=document.querySelectorAll('details.code'),o=!d[0].open;d.forEach(function(e){e.open=o});this.textContent=o?'Hide code':'Show code'">Show code</button>"""
+
 
 def _tidy(book, formulas):
     "Take out what is not for reading: injected parameters, hidden cells, directives; returns the title."
     title = ""
     cells = []
     for cell in book.cells:
-        if {"injected-parameters", "remove-cell"} & set(cell.metadata.get("tags", [])): continue
+        if {"injected-parameters", "remove-cell"} & set(cell.metadata.get("tags", [])):
+            continue
         if cell.cell_type == "code":
-            if re.search(r"^#\|\s*hide\b", cell.source, re.M): continue
+            if re.search(r"^#\|\s*hide\b", cell.source, re.M):
+                continue
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         if cell.cell_type == "markdown":
             heading = re.search(r"^# +(.+)\n?", cell.source, re.M)
-            if heading and not title: title, cell.source = heading[1].strip(), cell.source.replace(heading[0], "", 1)
+            if heading and not title:
+                title = heading[1].strip()
+                cell.source = cell.source.replace(heading[0], "", 1)
             cell.source = take_math(cell.source, formulas)
-        if cell.source or cell.get("outputs"): cells.append(cell)
+        if cell.source or cell.get("outputs"):
+            cells.append(cell)
     book.cells = cells
     return title
 
+# %% ../../nbs/13_studies/02_pages.ipynb #cell-013-2
 def _body(book):
     "The cells as HTML, without prompts, the code folded."
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
     from traitlets.config import Config
+
     shown = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
-    exporter = HTMLExporter(config=Config({"NbConvertBase": {"display_data_priority": shown}}), template_file="report.html.j2",
-                            extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})], exclude_anchor_links=True)
-    exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)  # a log is one block
+    exporter = HTMLExporter(
+        config=Config({"NbConvertBase": {"display_data_priority": shown}}),
+        template_file="report.html.j2",
+        extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})],
+        exclude_anchor_links=True,
+    )
+    exporter.register_preprocessor(
+        "nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True
+    )  # a log is one block
     exporter.log.setLevel("ERROR")
     return exporter.from_notebook_node(book)[0]
 
+
 def _code_colors():
     from pygments.formatters import HtmlFormatter
-    def rules(style): return "\n".join(r for r in HtmlFormatter(style=style).get_style_defs(".highlight").splitlines() if r.startswith(".highlight ."))
+
+    def rules(style):
+        return "\n".join(
+            r
+            for r in HtmlFormatter(style=style).get_style_defs(".highlight").splitlines()
+            if r.startswith(".highlight .")
+        )
+
     return f"{rules('friendly')}\n@media (prefers-color-scheme: dark) {{ {rules('github-dark')} }}"
 
+# %% ../../nbs/13_studies/02_pages.ipynb #cell-013-3
 def write_report(
-    folder, # folder of a run with its executed notebook.ipynb
-) -> Path: # the page, `report.html`
+    folder,  # folder of a run with its executed notebook.ipynb
+) -> Path:  # the page, `report.html`
     "Write a run's notebook as a self-contained page. Raises `BadInput` where it, or a record beside it, is damaged."
     folder = Path(folder)
-    if not (folder/"notebook.ipynb").exists(): raise BadInput(folder, "no notebook.ipynb in it", "Run its stage first.")
-    with foreign_errors(folder, "Run its stage again.", "no page can be made of what is in it"): page = _report(folder)
-    return _write_page(folder/"report.html", *page)
+    if not (folder / "notebook.ipynb").exists():
+        raise BadInput(folder, "no notebook.ipynb in it", "Run its stage first.")
+    with foreign_errors(folder, "Run its stage again.", "no page can be made of what is in it"):
+        page = _report(folder)
+    return _write_page(folder / "report.html", *page)
 
+# %% ../../nbs/13_studies/02_pages.ipynb #cell-013-4
 def _report(folder):
     "Title, style, header and body of a run's page."
     import nbformat
-    records = {n: read_record(folder/f"{n}.json") if (folder/f"{n}.json").exists() else {} for n in ("metrics", "provenance", "stage")}
+
+    records = {
+        n: read_record(folder / f"{n}.json") if (folder / f"{n}.json").exists() else {}
+        for n in ("metrics", "provenance", "stage")
+    }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # missing cell ids
-        book = nbformat.read(folder/"notebook.ipynb", as_version=4)
+        warnings.simplefilter("ignore")  # missing cell ids
+        book = nbformat.read(folder / "notebook.ipynb", as_version=4)
     formulas = []
     title = _tidy(book, formulas) or folder.name
-    made, state = records["provenance"], records["stage"].get("state", "finished" if records["metrics"] else "failed")
-    git, machine = made.get("git", {}), made.get("machine", {})
+    made = records["provenance"]
+    state = records["stage"].get("state", "finished" if records["metrics"] else "failed")
+    git = made.get("git", {})
+    machine = made.get("machine", {})
     commit = f"commit {git['commit'][:10]}{' with local changes' if git['dirty'] else ''}" if git.get("commit") else ""
     line = [made.get("started", "")[:10], duration_text(made.get("wall_seconds")), machine.get("device", ""), commit]
-    up = f'<a href="../index.html">{html.escape(folder.parent.name)}</a> / ' if (folder.parent/"study.json").exists() else ""
-    bad = "" if state == "finished" else f'<p class="state {state}">{state}: {html.escape(records["stage"].get("error", ""))}</p>'
-    header = (f"<nav>{up}{html.escape(folder.name)}</nav><h1>{html.escape(title)}</h1>{bad}"
+    up = (
+        f'<a href="../index.html">{html.escape(folder.parent.name)}</a> / '
+        if (folder.parent / "study.json").exists()
+        else ""
+    )
+    bad = (
+        ""
+        if state == "finished"
+        else f'<p class="state {state}">{state}: {html.escape(records["stage"].get("error", ""))}</p>'
+    )
+    header = (
+        f"<nav>{up}{html.escape(folder.name)}</nav><h1>{html.escape(title)}</h1>{bad}"
         f'<p class="soft">{html.escape(" · ".join(filter(None, line)))}</p>{_figures(records["metrics"].get("headline", {}))}'
         + _facts("Parameters", made.get("parameters", {}))
-        + _facts("Provenance", {**{f"input {k}": f"{v['path']} ({v['digest']})" for k, v in made.get("inputs", {}).items()},
-            **{k: v for k, v in machine.items()}, "CPU time": duration_text(made.get("cpu_seconds")),
-            **{f"package {k}": v for k, v in made.get("packages", {}).items() if v}} if made else {}) + _TOGGLE)
+        + _facts(
+            "Provenance",
+            {
+                **{f"input {k}": f"{v['path']} ({v['digest']})" for k, v in made.get("inputs", {}).items()},
+                **{k: v for k, v in machine.items()},
+                "CPU time": duration_text(made.get("cpu_seconds")),
+                **{f"package {k}": v for k, v in made.get("packages", {}).items() if v},
+            }
+            if made
+            else {},
+        )
+        + _TOGGLE
+    )
     return title, STYLE + _code_colors(), header, put_math(_body(book), formulas)
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-019
 def write_index(
-    study_folder, # folder of a study, with the study.json its runner keeps
-) -> Path: # the page, `index.html`
+    study_folder,  # folder of a study, with the study.json its runner keeps
+) -> Path:  # the page, `index.html`
     "Write a study's overview: the tables of its stages, then all stages in order, their state, time and headline figures, each linked to its report."
     study_folder = Path(study_folder)
-    if not (study_folder/"study.json").exists(): raise BadInput(study_folder, "no study.json in it", "Run the study first.")
-    with foreign_errors(study_folder, "Run the study again.", "no page can be made of what is in it"): page = _index(study_folder)
-    return _write_page(study_folder/"index.html", *page)
+    if not (study_folder / "study.json").exists():
+        raise BadInput(study_folder, "no study.json in it", "Run the study first.")
+    with foreign_errors(study_folder, "Run the study again.", "no page can be made of what is in it"):
+        page = _index(study_folder)
+    return _write_page(study_folder / "index.html", *page)
+
 
 def _index(study_folder):
     "Title, style, header and body of a study's page."
-    study = read_record(study_folder/"study.json", "study", "title", "stages")
-    tables, parts = [], []
+    study = read_record(study_folder / "study.json", "study", "title", "stages")
+    tables = []
+    parts = []
     for row in study["stages"]:
-        name, metrics = html.escape(row["stage"]), study_folder/row["stage"]/"metrics.json"
-        page = next((p for p in ("report.html", "notebook.ipynb") if (study_folder/row["stage"]/p).exists()), None)
+        name = html.escape(row["stage"])
+        metrics = study_folder / row["stage"] / "metrics.json"
+        page = next((p for p in ("report.html", "notebook.ipynb") if (study_folder / row["stage"] / p).exists()), None)
         link = f'<a href="{name}/{page}">{name}</a>' if page else name
         if row["state"] in ("finished", "stale") and metrics.exists():
-            tables += [f"<h2>{html.escape(title)}</h2>{_table(rows)}<p class=\"soft\">from {link}</p>" for title, rows in read_record(metrics).get("tables", {}).items()]
+            tables += [
+                f'<h2>{html.escape(title)}</h2>{_table(rows)}<p class="soft">from {link}</p>'
+                for title, rows in read_record(metrics).get("tables", {}).items()
+            ]
         note = " · ".join(filter(None, [row["state"], duration_text(row["seconds"]), row["why"]]))
-        parts.append(f'<section class="stage"><h2>{link}</h2><p class="state {row["state"]}">{html.escape(note)}</p>'
-                     f'{_figures(row["headline"])}<p class="soft">{html.escape(row["notebook"])}</p></section>')
+        parts.append(
+            f'<section class="stage"><h2>{link}</h2><p class="state {row["state"]}">{html.escape(note)}</p>'
+            f'{_figures(row["headline"])}<p class="soft">{html.escape(row["notebook"])}</p></section>'
+        )
     finished = sum(r["state"] == "finished" for r in study["stages"])
     total = duration_text(sum(r["seconds"] or 0 for r in study["stages"]))
-    header = (f"<nav>{html.escape(study['study'])}</nav><h1>{html.escape(study['title'])}</h1>"
-              f'<p class="soft">{finished} of {len(study["stages"])} stages finished{" · " + total if finished else ""}</p>')
+    header = (
+        f"<nav>{html.escape(study['study'])}</nav><h1>{html.escape(study['title'])}</h1>"
+        f'<p class="soft">{finished} of {len(study["stages"])} stages finished{" · " + total if finished else ""}</p>'
+    )
     return study["title"], STYLE, header, "".join(tables + parts)

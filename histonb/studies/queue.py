@@ -8,45 +8,60 @@ __all__ = ['read_queue', 'last_job', 'in_queue']
 # %% ../../nbs/13_studies/05_queue.ipynb #cell-002
 import os
 import subprocess
+
 from ..core.files import read_record
 from .fingerprints import stage_record
 from .study import Stage, Study
 
 # %% ../../nbs/13_studies/05_queue.ipynb #queue-014
 def read_queue(
-    text: str, # what squeue printed: number, state, restarts, name, reason
-) -> dict: # number -> (name, state, what it is called in words)
+    text: str,  # what squeue printed: number, state, restarts, name, reason
+) -> dict:  # number -> (name, state, what it is called in words)
     "The jobs that wait or run."
     found = {}
-    for job, state, restarts, name, reason in (line.split(None, 4) for line in text.splitlines() if len(line.split()) > 4):
+    for job, state, restarts, name, reason in (
+        line.split(None, 4) for line in text.splitlines() if len(line.split()) > 4
+    ):
         waits = state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")
-        if state != "COMPLETING": # it has ended, or will be pending again in a moment
+        if state != "COMPLETING":  # it has ended, or will be pending again in a moment
             again = f", restart {restarts}" if restarts != "0" else ""
-            found[job] = (name, ("requeued" if again else "pending") if waits else "running", f"job {job}{again}{f': waits for {reason.strip()}' if waits else ''}")
+            found[job] = (
+                name,
+                ("requeued" if again else "pending") if waits else "running",
+                f"job {job}{again}{f': waits for {reason.strip()}' if waits else ''}",
+            )
     return found
 
+
 def last_job(
-    study: Study, # the study
-    stage: Stage, # one of its stages
-) -> str | None: # None where it never had one
+    study: Study,  # the study
+    stage: Stage,  # one of its stages
+) -> str | None:  # None where it never had one
     "Read the number of the stage's last job."
-    path = study.root/stage.folder/"job.json"
+    path = study.root / stage.folder / "job.json"
     return str(read_record(path, "job")["job"]) if path.exists() else None
 
+# %% ../../nbs/13_studies/05_queue.ipynb #queue-014-2
 def in_queue(
-    study: Study, # the study
-) -> dict: # stage -> (state, in words); stages of this very job are left out
+    study: Study,  # the study
+) -> dict:  # stage -> (state, in words); stages of this very job are left out
     "Which stages wait or run on the cluster."
     columns = "JobID:20,State:20,RestartCnt:10,Name:200,Reason:100"
     try:
-        asked = subprocess.run(["squeue", "--me", "--noheader", f"--Format={columns}"], capture_output=True, text=True, timeout=30)
+        asked = subprocess.run(
+            ["squeue", "--me", "--noheader", f"--Format={columns}"], capture_output=True, text=True, timeout=30
+        )
         jobs = None if asked.returncode else read_queue(asked.stdout)
-    except (OSError, subprocess.TimeoutExpired): jobs = None # in a container, or on another machine
+    except (OSError, subprocess.TimeoutExpired):
+        jobs = None  # in a container, or on another machine
     found = {}
     for stage in study.stages.values():
         job = last_job(study, stage)
-        if job is None or job == os.environ.get("SLURM_JOB_ID"): continue
+        if job is None or job == os.environ.get("SLURM_JOB_ID"):
+            continue
         if jobs is None:
-            if stage_record(study, stage).get("state", "running") == "running": found[stage.name] = ("submitted", f"job {job}; the queue cannot be asked here")
-        elif jobs.get(job, ("",))[0] == f"{study.name}.{stage.name}": found[stage.name] = jobs[job][1:]
+            if stage_record(study, stage).get("state", "running") == "running":
+                found[stage.name] = ("submitted", f"job {job}; the queue cannot be asked here")
+        elif jobs.get(job, ("",))[0] == f"{study.name}.{stage.name}":
+            found[stage.name] = jobs[job][1:]
     return found

@@ -19,33 +19,42 @@ def _outputs(cell) -> str:
     texts = []
     for output in cell["outputs"]:
         data = output.get("data", {})
-        if "text/markdown" in data: texts.append("".join(data["text/markdown"]))
+        if "text/markdown" in data:
+            texts.append("".join(data["text/markdown"]))
         elif output["output_type"] == "stream" or "text/plain" in data:
             texts.append("```\n" + "".join(output.get("text") or data["text/plain"]).rstrip() + "\n```")
     return "\n\n".join(texts)
 
+
 def _cell(cell) -> str:
     "One cell as Markdown."
     source = "".join(cell["source"])
-    if cell["cell_type"] != "code": return source
-    if re.search(r"^#\|\s*hide", source, re.M): return ""
+    if cell["cell_type"] != "code":
+        return source
+    if re.search(r"^#\|\s*hide", source, re.M):
+        return ""
     quiet = re.search(r"^#\|\s*echo:\s*false", source, re.M)
     code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-    return "\n\n".join(part for part in ("" if quiet or not code else f"```python\n{code}\n```", _outputs(cell)) if part)
+    return "\n\n".join(
+        part for part in ("" if quiet or not code else f"```python\n{code}\n```", _outputs(cell)) if part
+    )
 
 # %% ../../nbs/13_studies/09_readme.ipynb #cell-008
 def _relink(text: str) -> str:
     "Rewrite the targets of Markdown links and pictures from `nbs/` to the root."
+
     def target(found):
         link = found[2]
-        if re.match(r"\w+:|#", link): return found[0]
+        if re.match(r"\w+:|#", link):
+            return found[0]
         return f"{found[1]}({link[3:] if link.startswith('../') else 'nbs/' + link})"
+
     return re.sub(r"(\[[^\]]*\])\(([^)\s]+)\)", target, text)
 
 # %% ../../nbs/13_studies/09_readme.ipynb #cell-011
 def render(
-    notebook, # path of the index notebook, with saved outputs
-) -> str: # Markdown for the repository's root
+    notebook,  # path of the index notebook, with saved outputs
+) -> str:  # Markdown for the repository's root
     "Write a notebook out as Markdown."
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     note = "<!-- Made from nbs/index.ipynb by `make readme`. Edit the notebook. -->"
@@ -55,8 +64,10 @@ def render(
 def write_readme():
     "Write README.md of this repository."
     root = repo_root()
-    with atomic_path(root/"README.md") as p: p.write_text(render(root/"nbs/index.ipynb"), encoding="utf-8")
+    with atomic_path(root / "README.md") as p:
+        p.write_text(render(root / "nbs/index.ipynb"), encoding="utf-8")
 
 # %% ../../nbs/13_studies/09_readme.ipynb #cell-013
 #| eval: false
-if __name__ == "__main__" and "ipykernel" not in sys.modules: write_readme()
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    write_readme()

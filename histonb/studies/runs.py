@@ -29,206 +29,288 @@ from ..core.parameters import build
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-005
 def input_digest(
-    path, # file or folder; a folder with a metrics.json is a finished stage
-) -> str: # 16 hexadecimal digits
+    path,  # file or folder; a folder with a metrics.json is a finished stage
+) -> str:  # 16 hexadecimal digits
     "Key of an input's content; an absent path is a `BadInput`."
     path = Path(path)
-    if path.is_file(): return content_key(path)
-    if not path.is_dir(): raise BadInput(path, "no such file or folder", "Correct the path, or run the stage that makes it.")
-    if (path/"metrics.json").is_file(): return outputs_digest(read_json(path/"metrics.json"), output_keys(path))
+    if path.is_file():
+        return content_key(path)
+    if not path.is_dir():
+        raise BadInput(path, "no such file or folder", "Correct the path, or run the stage that makes it.")
+    if (path / "metrics.json").is_file():
+        return outputs_digest(read_json(path / "metrics.json"), output_keys(path))
     return digest(folder_keys(path))
-
-_TOLD = (".jsonl", ".ipynb", ".html", ".png", ".out", ".log") # what tells of a run, and is no result of it
+_TOLD = (".jsonl", ".ipynb", ".html", ".png", ".out", ".log")  # what tells of a run, and is no result of it
 _RECORDS = ("metrics.json", "provenance.json", "stage.json", "job.json", "stop", "stopped")
 
+
 def output_keys(
-    folder, # of a run
-) -> dict: # path from the folder -> key of its content
+    folder,  # of a run
+) -> dict:  # path from the folder -> key of its content
     "What a run leaves for others to read, besides its metrics."
     return folder_keys(folder, _is_result)
 
+
 def _is_result(name):
     path = Path(name)
-    if path.parts[0] == "ranks": return False # how the processes of a stage agree, until after its end
+    if path.parts[0] == "ranks":
+        return False  # how the processes of a stage agree, until after its end
     return not path.name.startswith(".") and path.suffix not in _TOLD and path.name not in _RECORDS
 
+
 def outputs_digest(
-    metrics: dict, # results of a run
-    keys: dict, # its `output_keys`
-) -> str: # 16 hexadecimal digits
+    metrics: dict,  # results of a run
+    keys: dict,  # its `output_keys`
+) -> str:  # 16 hexadecimal digits
     "Key of what a run leaves for others to read: its results and the bytes of its files."
     return digest(metrics, keys)
 
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-005-2
 def lost_outputs(
-    folder, # of a finished run
-) -> list: # names, in order
+    folder,  # of a finished run
+) -> list:  # names, in order
     "Which outputs of a run are gone or no longer what it wrote."
-    path = Path(folder)/"provenance.json"
+    path = Path(folder) / "provenance.json"
     known = read_record(path).get("files", {})
-    if not isinstance(known, dict): raise BadInput(path, "does not tell the files of its run", "Run the stage again.")
+    if not isinstance(known, dict):
+        raise BadInput(path, "does not tell the files of its run", "Run the stage again.")
     now = output_keys(folder)
     return [name for name, key in known.items() if now.get(name) != key]
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-008
-def git_state() -> dict: # `commit` (None outside a repository) and `dirty`
+def git_state() -> dict:  # `commit` (None outside a repository) and `dirty`
     "Commit of the checkout the run uses, and whether tracked or new files differ from it."
-    def git(*args): return subprocess.run(("git", "-C", str(repo_root()), *args), capture_output=True, text=True, check=True).stdout
-    try: return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
-    except (BadInput, OSError, subprocess.CalledProcessError): return {"commit": None, "dirty": None}
 
-def package_versions() -> dict: # package -> version
+    def git(*args):
+        return subprocess.run(("git", "-C", str(repo_root()), *args), capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (BadInput, OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def package_versions() -> dict:  # package -> version
     "Versions of histonb and of the packages it requires, as installed."
     asked = [re.match(r"[\w.-]+", r)[0] for r in importlib.metadata.requires("histonb") or [] if "extra ==" not in r]
     installed = {}
     for name in ["histonb", *asked]:
-        try: installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: installed[name] = None
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = None
     return installed
 
-def machine() -> dict: # python, platform, processor, cores, threads, device
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-008-2
+def machine() -> dict:  # python, platform, processor, cores, threads, device
     "What the run computes on; torch is asked only where the run has loaded it."
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError: lines = []
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
     cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "cpu": cpu, "cores": cores}
+    found = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": cores,
+    }
     torch = sys.modules.get("torch")
-    if torch is None: return found | {"device": "cpu"}
+    if torch is None:
+        return found | {"device": "cpu"}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return found | {"threads": torch.get_num_threads(), "device": device}
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-011
-def _now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+def _now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
-def _cpu_seconds(): return sum(os.times()[:4]) # user and system, this process and its ended children
 
+def _cpu_seconds():
+    return sum(os.times()[:4])  # user and system, this process and its ended children
+
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-011-2
 class Run:
     "An open run: a folder for outputs, a log, and at the end the provenance and the metrics."
+
     def __init__(
         self,
-        out: Path, # folder of the run
-        parameters: dict, # parameters by name, kept in the provenance
-        inputs: dict, # input records by name, kept in the provenance
+        out: Path,  # folder of the run
+        parameters: dict,  # parameters by name, kept in the provenance
+        inputs: dict,  # input records by name, kept in the provenance
     ):
         self.out, self.parameters, self.inputs = out, parameters, inputs
-        self.started, self._clock, self._cpu = _now(), time.monotonic(), _cpu_seconds()
+        self.started = _now()
+        self._clock = time.monotonic()
+        self._cpu = _cpu_seconds()
 
     def path(
         self,
-        name: str, # file name, or `folder/name`, inside the run
-    ) -> Path: # where to write it; its folder exists
+        name: str,  # file name, or `folder/name`, inside the run
+    ) -> Path:  # where to write it; its folder exists
         "Where an output of this run belongs."
-        path = self.out/name
+        path = self.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def log(
         self,
-        **row, # what to record, such as `step=10, loss=3.2`
+        **row,  # what to record, such as `step=10, loss=3.2`
     ):
         "Add a line to the run's log.jsonl, with the seconds since the start."
-        append_jsonl(self.out/"log.jsonl", {"seconds": round(time.monotonic() - self._clock, 3), **row})
+        append_jsonl(self.out / "log.jsonl", {"seconds": round(time.monotonic() - self._clock, 3), **row})
 
     def finish(
         self,
-        **metrics, # the results; `headline={name: number or text}` and `tables={title: {row: {column: number or text}}}` are what overviews show
-    ) -> dict: # the metrics as written
+        **metrics,  # the results; `headline={name: number or text}` and `tables={title: {row: {column: number or text}}}` are what overviews show
+    ) -> dict:  # the metrics as written
         "Write provenance.json, then metrics.json: from here on the run counts as finished."
         metrics = as_json(metrics)
         files = output_keys(self.out)
-        write_json(self.out/"provenance.json", {
-            "parameters": self.parameters, "inputs": self.inputs,
-            "seeds": {k: v for k, v in self.parameters.items() if "seed" in k},
-            "outputs": outputs_digest(metrics, files), "files": files,
-            "git": git_state(), "machine": machine(), "packages": package_versions(),
-            "started": self.started, "ended": _now(),
-            "wall_seconds": round(time.monotonic() - self._clock, 2), "cpu_seconds": round(_cpu_seconds() - self._cpu, 2)})
-        write_json(self.out/"metrics.json", metrics)
+        write_json(
+            self.out / "provenance.json",
+            {
+                "parameters": self.parameters,
+                "inputs": self.inputs,
+                "seeds": {k: v for k, v in self.parameters.items() if "seed" in k},
+                "outputs": outputs_digest(metrics, files),
+                "files": files,
+                "git": git_state(),
+                "machine": machine(),
+                "packages": package_versions(),
+                "started": self.started,
+                "ended": _now(),
+                "wall_seconds": round(time.monotonic() - self._clock, 2),
+                "cpu_seconds": round(_cpu_seconds() - self._cpu, 2),
+            },
+        )
+        write_json(self.out / "metrics.json", metrics)
         _let_go(self.out)
         return metrics
 
-_HELD = {} # folders of this process' open runs -> what lets go of them
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-011-3
+_HELD = {}  # folders of this process' open runs -> what lets go of them
+
 
 def _let_go(out):
-    with contextlib.suppress(KeyError): _HELD.pop(out.resolve()).close()
+    with contextlib.suppress(KeyError):
+        _HELD.pop(out.resolve()).close()
+
 
 def start(
-    out, # folder of the run; empty = a new temporary folder
-    parameters: dict, # the notebook's parameters by name
-    inputs: dict | None = None, # name -> file or folder that the run reads
-) -> Run: # the open run
+    out,  # folder of the run; empty = a new temporary folder
+    parameters: dict,  # the notebook's parameters by name
+    inputs: dict | None = None,  # name -> file or folder that the run reads
+) -> Run:  # the open run
     """Open a run in `out`, which is this process' own until it has finished. Where another process runs there, that is `BadInput`.
 
     An older run's metrics.json is removed: what is being redone does not count as done."""
     inputs = {name: Path(path) for name, path in (inputs or {}).items()}
     out = Path(out) if str(out) else Path(tempfile.mkdtemp(prefix="histonb-"))
     root = Path.cwd()
-    records = {name: {"path": path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name,
-                      "digest": input_digest(path)} for name, path in inputs.items()}
+    records = {
+        name: {
+            "path": path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name,
+            "digest": input_digest(path),
+        }
+        for name, path in inputs.items()
+    }
     _let_go(out)  # a cell that is executed again
     if os.environ.get("HISTONB_STAGE") != str(out.resolve()):  # a study holds its stages itself
         held = contextlib.ExitStack()
-        held.enter_context(hold(out, out/".run.lock"))
+        held.enter_context(hold(out, out / ".run.lock"))
         _HELD[out.resolve()] = held
         sweep(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out/"metrics.json").unlink(missing_ok=True)
+    (out / "metrics.json").unlink(missing_ok=True)
     return Run(out, dict(parameters), records)
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-parameters
-_TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list,
-          "list[str]": list[str], "list[int]": list[int], "list[float]": list[float]}
+_TYPES = {
+    "str": str,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "list": list,
+    "list[str]": list[str],
+    "list[int]": list[int],
+    "list[float]": list[float],
+}
+
 
 def _assignment(line):
     "Name, value and type of one line of a parameters cell; None as the type where the value has it."
-    if isinstance(line, ast.AnnAssign): return line.target.id, ast.literal_eval(line.value), _TYPES[ast.unparse(line.annotation)]
+    if isinstance(line, ast.AnnAssign):
+        return line.target.id, ast.literal_eval(line.value), _TYPES[ast.unparse(line.annotation)]
     return line.targets[0].id, ast.literal_eval(line.value), None
 
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-parameters-2
 def read_parameters(
-    source: str, # of a parameters cell
-    path, # of its notebook, for errors
-) -> list: # (name, default value, type) of each
+    source: str,  # of a parameters cell
+    path,  # of its notebook, for errors
+) -> list:  # (name, default value, type) of each
     "Read the parameters of a report: lines such as `epochs = 10` or `lr: float = None`."
-    try: lines = ast.parse(source).body
+    try:
+        lines = ast.parse(source).body
     except (SyntaxError, ValueError) as e:
-        raise BadInput(path, f"line {getattr(e, 'lineno', None) or 1} of the parameters cell is not Python ({getattr(e, 'msg', e)})",
-                       "Only `name = plain value` may stand there, no magics.") from None
+        raise BadInput(
+            path,
+            f"line {getattr(e, 'lineno', None) or 1} of the parameters cell is not Python ({getattr(e, 'msg', e)})",
+            "Only `name = plain value` may stand there, no magics.",
+        ) from None
     found = []
     for line in lines:
-        try: name, value, hint = _assignment(line)
+        try:
+            name, value, hint = _assignment(line)
         except (AttributeError, ValueError, KeyError):
             kinds = ", ".join(_TYPES)
-            raise BadInput(path, f"`{ast.unparse(line)}` in the parameters cell",
-                           f"Only `name = plain value`, or `name: type = plain value` with one of {kinds}, may stand there.") from None
+            raise BadInput(
+                path,
+                f"`{ast.unparse(line)}` in the parameters cell",
+                f"Only `name = plain value`, or `name: type = plain value` with one of {kinds}, may stand there.",
+            ) from None
         if hint is None and value is None:
             raise BadInput(path, f"`{name} = None` in the parameters cell", f"Write its type: `{name}: float = None`.")
-        if hint is None: hint = type(value)
+        if hint is None:
+            hint = type(value)
         found.append((name, value, hint | None if value is None else hint))
     return found
 
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-parameters-3
 def check_parameters(
-    values: dict, # by name
-    types: dict, # name -> type
-    source, # where the values come from, for the error
+    values: dict,  # by name
+    types: dict,  # name -> type
+    source,  # where the values come from, for the error
 ):
     "Refuse unknown names, values of another type and numbers out of their range."
-    build(dataclasses.make_dataclass("Parameters", [(name, hint, None) for name, hint in types.items()]), values, source)
+    build(
+        dataclasses.make_dataclass("Parameters", [(name, hint, None) for name, hint in types.items()]), values, source
+    )
+
 
 def _check_given(names):
     "Check what papermill injected against the report's own parameters cell; both stand in the history of the kernel."
     cells = [source for source in names.get("In", ()) if source.strip()]
     injected = [source for source in cells if source.startswith("# Parameters\n")]
-    if not injected: return
+    if not injected:
+        return
     types = {name: hint for name, _, hint in read_parameters(cells[0], "this report")}
-    given = [target.id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign) for target in line.targets]
+    given = [
+        target.id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign) for target in line.targets
+    ]
     check_parameters({name: names[name] for name in given}, types, "parameters")
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-013
 def scalars(
-    names: dict, # `globals()`, before anything else is assigned or imported
-) -> dict: # the parameters: numbers, text, and lists of them, by name
+    names: dict,  # `globals()`, before anything else is assigned or imported
+) -> dict:  # the parameters: numbers, text, and lists of them, by name
     """The parameters of a report, from the names it has defined so far.
 
     What papermill was given under a name that the report does not have, of another type or out of its range is `BadInput`."""
     _check_given(names)
-    return {k: v for k, v in names.items() if not k.startswith("_") and k != "In" and isinstance(v, (str, bool, int, float, list))}
+    return {
+        k: v
+        for k, v in names.items()
+        if not k.startswith("_") and k != "In" and isinstance(v, (str, bool, int, float, list))
+    }

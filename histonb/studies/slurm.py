@@ -35,101 +35,150 @@ from .study import Stage, Study, load_study, read_yaml
 @dataclasses.dataclass
 class Profile:
     "What a site wants to be told. Every key may be left out."
-    account: str = "" # who is charged
-    partition: str = "" # a stage's resources may name another
-    qos: str = "" # the same
-    gpu_option: str = "--gres=gpu:{gpus}" # how GPUs of a node are asked for
-    cpus_per_gpu: int = 0 # cores that go with each GPU where a stage says nothing of `cpus`
-    options: list[str] = dataclasses.field(default_factory=list) # further options of sbatch
-    mail: str = "" # who is written to when a job ends, fails or is requeued
-    modules: list[str] = dataclasses.field(default_factory=list) # loaded before the stage starts
-    container: str = "" # what starts the interpreter
-    python: str = "" # the interpreter; empty: the one that submits, or the container's python
-    environment: dict = dataclasses.field(default_factory=dict) # variables of the job
+
+    account: str = ""  # who is charged
+    partition: str = ""  # a stage's resources may name another
+    qos: str = ""  # the same
+    gpu_option: str = "--gres=gpu:{gpus}"  # how GPUs of a node are asked for
+    cpus_per_gpu: int = 0  # cores that go with each GPU where a stage says nothing of `cpus`
+    options: list[str] = dataclasses.field(default_factory=list)  # further options of sbatch
+    mail: str = ""  # who is written to when a job ends, fails or is requeued
+    modules: list[str] = dataclasses.field(default_factory=list)  # loaded before the stage starts
+    container: str = ""  # what starts the interpreter
+    python: str = ""  # the interpreter; empty: the one that submits, or the container's python
+    environment: dict = dataclasses.field(default_factory=dict)  # variables of the job
+
 
 def load_profile(
-    path, # YAML file; empty: a site that wants to be told nothing
-) -> Profile: # checked
+    path,  # YAML file; empty: a site that wants to be told nothing
+) -> Profile:  # checked
     "Read a site's profile; an unknown key is a `BadInput`."
     values = (read_yaml(path) or {}) if path else {}
-    if not isinstance(values, dict): raise BadInput(path, "not a list of `key: value`", "See slurm/example.yaml.")
+    if not isinstance(values, dict):
+        raise BadInput(path, "not a list of `key: value`", "See slurm/example.yaml.")
     return build(Profile, values, path)
 
 # %% ../../nbs/13_studies/08_slurm.ipynb #cell-009
 def sbatch_command(
-    study: Study, # the study
-    stage: Stage, # one of its stages
-    site: Profile, # the site's profile
-    after: list = (), # numbers of the jobs it waits for
-    force: bool = False, # run it from nothing though it may be finished
-) -> list: # the command, to be run in the repository's root
+    study: Study,  # the study
+    stage: Stage,  # one of its stages
+    site: Profile,  # the site's profile
+    after: list = (),  # numbers of the jobs it waits for
+    force: bool = False,  # run it from nothing though it may be finished
+) -> list:  # the command, to be run in the repository's root
     "How a stage is submitted."
-    asked, path = stage.resources, study.path.resolve()
-    options = {"job-name": f"{study.name}.{stage.name}", "output": f"{stage.folder}/slurm-%j.out",
-               "account": site.account, "partition": asked.partition or site.partition, "qos": asked.qos or site.qos,
-               "nodes": asked.nodes, "ntasks-per-node": 1, "cpus-per-task": asked.cpus or asked.gpus*site.cpus_per_gpu,
-               "mem": asked.memory, "time": asked.time, "mail-user": site.mail, "mail-type": site.mail and "END,FAIL,REQUEUE",
-               "dependency": after and f"afterok:{':'.join(after)}", "kill-on-invalid-dep": after and "yes"}
-    return ["sbatch", "--parsable", *(f"--{k}={v}" for k, v in options.items() if v),
-            *([site.gpu_option.format(gpus=asked.gpus)] if asked.gpus else []), *site.options,
-            "slurm/stage.sbatch", *(["-f"] if force else []), *(x for m in site.modules for x in ("-m", m)),
-            *(x for k, v in site.environment.items() for x in ("-e", f"{k}={v}")),
-            str(path.relative_to(study.root) if path.is_relative_to(study.root) else path), stage.name,
-            *shlex.split(site.container), site.python or ("python" if site.container else sys.executable)]
+    asked = stage.resources
+    path = study.path.resolve()
+    options = {
+        "job-name": f"{study.name}.{stage.name}",
+        "output": f"{stage.folder}/slurm-%j.out",
+        "account": site.account,
+        "partition": asked.partition or site.partition,
+        "qos": asked.qos or site.qos,
+        "nodes": asked.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": asked.cpus or asked.gpus * site.cpus_per_gpu,
+        "mem": asked.memory,
+        "time": asked.time,
+        "mail-user": site.mail,
+        "mail-type": site.mail and "END,FAIL,REQUEUE",
+        "dependency": after and f"afterok:{':'.join(after)}",
+        "kill-on-invalid-dep": after and "yes",
+    }
+    return [
+        "sbatch",
+        "--parsable",
+        *(f"--{k}={v}" for k, v in options.items() if v),
+        *([site.gpu_option.format(gpus=asked.gpus)] if asked.gpus else []),
+        *site.options,
+        "slurm/stage.sbatch",
+        *(["-f"] if force else []),
+        *(x for m in site.modules for x in ("-m", m)),
+        *(x for k, v in site.environment.items() for x in ("-e", f"{k}={v}")),
+        str(path.relative_to(study.root) if path.is_relative_to(study.root) else path),
+        stage.name,
+        *shlex.split(site.container),
+        site.python or ("python" if site.container else sys.executable),
+    ]
 
 # %% ../../nbs/13_studies/08_slurm.ipynb #cell-018
 def submit(
-    path, # the study's YAML file
-    only: str | None = None, # submit just this stage; what it needs must be finished or in the queue
-    force: bool = False, # run finished stages too, from nothing
-    profile=None, # the site's profile; by default the study's
-    dry_run: bool = False, # only show the commands
-) -> dict: # stage -> job number, of all that wait or run now
+    path,  # the study's YAML file
+    only: str | None = None,  # submit just this stage; what it needs must be finished or in the queue
+    force: bool = False,  # run finished stages too, from nothing
+    profile=None,  # the site's profile; by default the study's
+    dry_run: bool = False,  # only show the commands
+) -> dict:  # stage -> job number, of all that wait or run now
     "Submit a study's unfinished stages to SLURM, each waiting for those it needs."
     study = load_study(path)
-    if only is not None and only not in study.stages: raise BadInput(path, f"no stage `{only}`", nearest(only, study.stages))
-    site = load_profile(profile or (study.profile and study.root/study.profile))
-    if dry_run: return _submit(study, only, force, site, lambda stage, command, jobs: f"{{{stage.name}}}")
-    with hold(study.folder, study.folder/".submit.lock", wait=True):  # two at once would submit each stage twice
+    if only is not None and only not in study.stages:
+        raise BadInput(path, f"no stage `{only}`", nearest(only, study.stages))
+    site = load_profile(profile or (study.profile and study.root / study.profile))
+    if dry_run:
+        return _submit(study, only, force, site, lambda stage, command, jobs: f"{{{stage.name}}}")
+    with hold(study.folder, study.folder / ".submit.lock", wait=True):  # two at once would submit each stage twice
         return _submit(study, only, force, site, functools.partial(_sbatch, study))
 
+# %% ../../nbs/13_studies/08_slurm.ipynb #cell-018-2
 def _submit(study, only, force, site, hand_over):
     "Print the command of each stage that is to run, and hand it over for the number of its job."
     rows = {row["stage"]: row for row in stage_states(study)}
     jobs = {s.name: last_job(study, s) for s in study.stages.values() if rows[s.name]["queued"]}
     for stage in study.stages.values():
         state = rows[stage.name]["state"]
-        if only not in (None, stage.name): continue
-        if stage.name in jobs: print(f"{stage.name}: {state}, {rows[stage.name]['why']}"); continue
-        if state == "running": raise BadInput(stage.folder, "this stage is being run on this machine", "Wait for it, or stop it with Ctrl-C.")
-        if state == "finished" and not force and not any(n in jobs for n in stage.needs): print(f"{stage.name}: finished before, nothing has changed"); continue
+        if only not in (None, stage.name):
+            continue
+        if stage.name in jobs:
+            print(f"{stage.name}: {state}, {rows[stage.name]['why']}")
+            continue
+        if state == "running":
+            raise BadInput(
+                stage.folder, "this stage is being run on this machine", "Wait for it, or stop it with Ctrl-C."
+            )
+        if state == "finished" and not force and not any(n in jobs for n in stage.needs):
+            print(f"{stage.name}: finished before, nothing has changed")
+            continue
         undone = [n for n in stage.needs if n not in jobs and rows[n]["state"] != "finished"]
-        if undone: raise BadInput(study.path, f"stage `{only}` needs `{undone[0]}`, which is {rows[undone[0]]['state']}", "Leave out --only, or submit that one first.")
+        if undone:
+            raise BadInput(
+                study.path,
+                f"stage `{only}` needs `{undone[0]}`, which is {rows[undone[0]]['state']}",
+                "Leave out --only, or submit that one first.",
+            )
         command = sbatch_command(study, stage, site, [jobs[n] for n in stage.needs if n in jobs], force)
         print(shlex.join(command), flush=True)
         jobs[stage.name] = hand_over(stage, command, jobs)
     return jobs
 
+# %% ../../nbs/13_studies/08_slurm.ipynb #cell-018-3
 def _sbatch(study, stage, command, jobs):
     "Hand a job to SLURM and note its number."
-    (study.root/stage.folder).mkdir(parents=True, exist_ok=True) # SLURM does not make the folder of the log
-    try: done = subprocess.run(command, cwd=study.root, capture_output=True, text=True)
+    (study.root / stage.folder).mkdir(parents=True, exist_ok=True)  # SLURM does not make the folder of the log
+    try:
+        done = subprocess.run(command, cwd=study.root, capture_output=True, text=True)
     except FileNotFoundError:
-        raise BadInput("sbatch", "no SLURM on this machine", "Run this on a cluster's login node, or leave out `--on slurm`; `--dry-run` shows the commands.") from None
+        raise BadInput(
+            "sbatch",
+            "no SLURM on this machine",
+            "Run this on a cluster's login node, or leave out `--on slurm`; `--dry-run` shows the commands.",
+        ) from None
     if done.returncode:
         waiting = f" In the queue: {', '.join(f'{s} as job {j}' for s, j in jobs.items())}." if jobs else ""
         raise StageFailed(f"SLURM refused stage `{stage.name}`: {done.stderr.strip()}{waiting}")
     job = done.stdout.strip().split(";")[0]
-    write_json(study.root/stage.folder/"job.json", {"job": job})
+    write_json(study.root / stage.folder / "job.json", {"job": job})
     print(f"{stage.name}: job {job}, log in {stage.folder}/slurm-{job}.out", flush=True)
     return job
 
 # %% ../../nbs/13_studies/08_slurm.ipynb #cell-023
 _LIBC = ctypes.CDLL(None)
 
+
 def _end_with_parent(how=signal.SIGTERM):
     "Ask the system to send this signal when the parent ends (Linux only)."
-    if hasattr(_LIBC, "prctl"): _LIBC.prctl(1, how)
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(1, how)
+
 
 def _run_rank(module, arguments):
     "Run a module as one rank, which ends when its torchrun does."
@@ -137,138 +186,257 @@ def _run_rank(module, arguments):
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
-def _attempt(): return f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
+def _attempt():
+    return f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+
+# %% ../../nbs/13_studies/08_slurm.ipynb #cell-023-2
 def _torchrun(order, folder, node):
     "Start this node's ranks; all but rank 0 write to files alone."
     nodes = int(os.environ.get("HISTONB_NODES", 1))
-    meet = ["--standalone"] if nodes == 1 else ["--nnodes", nodes, "--node-rank", node, "--master-addr", os.environ["HISTONB_MASTER"],
-                                                "--master-port", 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000]
-    logs = folder/f"node-{node}"
-    command = [sys.executable, "-m", "torch.distributed.run", *meet, "--nproc-per-node", order["processes"], "--log-dir", logs,
-               "--redirects", 3, *(["--tee", "0:3"] if node == 0 else []), "-m", "histonb.studies.slurm", "--rank", order["module"], *order["arguments"]]
+    meet = (
+        ["--standalone"]
+        if nodes == 1
+        else [
+            "--nnodes",
+            nodes,
+            "--node-rank",
+            node,
+            "--master-addr",
+            os.environ["HISTONB_MASTER"],
+            "--master-port",
+            20000 + int(os.environ["SLURM_JOB_ID"]) % 10000,
+        ]
+    )
+    logs = folder / f"node-{node}"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *meet,
+        "--nproc-per-node",
+        order["processes"],
+        "--log-dir",
+        logs,
+        "--redirects",
+        3,
+        *(["--tee", "0:3"] if node == 0 else []),
+        "-m",
+        "histonb.studies.slurm",
+        "--rank",
+        order["module"],
+        *order["arguments"],
+    ]
     logs.mkdir(parents=True, exist_ok=True)
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count())
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        env={"OMP_NUM_THREADS": str(max(cores//order["processes"], 1)), "PYTHONUNBUFFERED": "1", **os.environ}, preexec_fn=lambda: _end_with_parent(signal.SIGKILL))
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env={"OMP_NUM_THREADS": str(max(cores // order["processes"], 1)), "PYTHONUNBUFFERED": "1", **os.environ},
+        preexec_fn=lambda: _end_with_parent(signal.SIGKILL),
+    )
 
+# %% ../../nbs/13_studies/08_slurm.ipynb #cell-023-3
 def _end(process):
     "End torchrun; it gives its ranks 30 seconds for their last words."
     process.terminate()
-    try: process.wait(40)
-    except subprocess.TimeoutExpired: process.kill()
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
 
 def _stream(process, given_up):
     "Print what the ranks print until they end; end them when `given_up()`. Returns the exit code and the last lines."
-    lines, over = collections.deque(maxlen=200), threading.Event()
+    lines = collections.deque(maxlen=200)
+    over = threading.Event()
+
     def watch():
-        while not over.wait(.5):
-            if given_up(): return _end(process)
+        while not over.wait(0.5):
+            if given_up():
+                return _end(process)
+
     threading.Thread(target=watch, daemon=True).start()
     try:
         for line in process.stdout:
             lines.append(line)
-            if line.startswith("[default0]:"): print(line.removeprefix("[default0]:"), end="", flush=True) # rank 0; the rest is torchrun's own
+            if line.startswith("[default0]:"):
+                print(line.removeprefix("[default0]:"), end="", flush=True)  # rank 0; the rest is torchrun's own
         return process.wait(), "".join(lines)
     except BaseException:
         _end(process)
         raise
-    finally: over.set()
+    finally:
+        over.set()
 
+# %% ../../nbs/13_studies/08_slurm.ipynb #cell-023-4
 def _report(code, text, logs, began):
     "Which rank of a node failed first, when, and its traceback. torchrun itself counts in whole seconds, in which all may fail."
     reports = []
-    for rank, local, code in {tuple(map(int, r)) for r in re.findall(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", text)}:
-        errors = [p for p in sorted(logs.rglob(f"{local}/stderr.log"), key=os.path.getmtime) if p.stat().st_mtime >= began]
-        trace = re.sub(r"^\[rank\d+\]: ?", "", errors[-1].read_text(errors="replace").strip(), flags=re.M) if errors else ""
-        trace = re.sub(r'^  File "(<frozen runpy>|.*/jobs/slurm\.py)".*\n(    .*\n)*', "", trace, flags=re.M) # what started it
-        killed = code < 0 and -code != signal.SIGTERM # torchrun itself ends the others with SIGTERM
-        fault = f"killed by {signal.Signals(-code).name}: was there enough memory?" if killed else (trace.splitlines() or [f"exit code {code}"])[-1]
-        reports.append({"killed": killed, "time": os.path.getmtime(errors[-1]) if "Traceback" in trace else time.time(), "rank": rank, "fault": fault,
-                        "trace": trace[trace.rfind("Traceback"):][-3000:]})
-    return min(reports, key=_first, default={"killed": False, "time": time.time(), "rank": None, "fault": f"torchrun ended with exit code {code}", "trace": text[-3000:]})
+    for rank, local, code in {
+        tuple(map(int, r)) for r in re.findall(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", text)
+    }:
+        errors = [
+            p for p in sorted(logs.rglob(f"{local}/stderr.log"), key=os.path.getmtime) if p.stat().st_mtime >= began
+        ]
+        trace = (
+            re.sub(r"^\[rank\d+\]: ?", "", errors[-1].read_text(errors="replace").strip(), flags=re.M) if errors else ""
+        )
+        trace = re.sub(
+            r'^  File "(<frozen runpy>|.*/jobs/slurm\.py)".*\n(    .*\n)*', "", trace, flags=re.M
+        )  # what started it
+        killed = code < 0 and -code != signal.SIGTERM  # torchrun itself ends the others with SIGTERM
+        fault = (
+            f"killed by {signal.Signals(-code).name}: was there enough memory?"
+            if killed
+            else (trace.splitlines() or [f"exit code {code}"])[-1]
+        )
+        reports.append(
+            {
+                "killed": killed,
+                "time": os.path.getmtime(errors[-1]) if "Traceback" in trace else time.time(),
+                "rank": rank,
+                "fault": fault,
+                "trace": trace[trace.rfind("Traceback") :][-3000:],
+            }
+        )
+    return min(
+        reports,
+        key=_first,
+        default={
+            "killed": False,
+            "time": time.time(),
+            "rank": None,
+            "fault": f"torchrun ended with exit code {code}",
+            "trace": text[-3000:],
+        },
+    )
 
-def _first(report): return not report["killed"], report["rank"] is None, report["time"]
+# %% ../../nbs/13_studies/08_slurm.ipynb #cell-023-5
+def _first(report):
+    return not report["killed"], report["rank"] is None, report["time"]
 
 # %% ../../nbs/13_studies/08_slurm.ipynb #cell-024
 class RanksFailed(RuntimeError):
     "A rank came to no good end; the message is its traceback."
 
+
 def launch(
-    arguments: list, # of the `histonb` command, such as ["pretrain", "config.json"]
-    processes: int = 1, # ranks on each node; 0: one for each GPU that SLURM gave
-    module: str = "histonb.cli", # what each rank runs
+    arguments: list,  # of the `histonb` command, such as ["pretrain", "config.json"]
+    processes: int = 1,  # ranks on each node; 0: one for each GPU that SLURM gave
+    module: str = "histonb.cli",  # what each rank runs
 ):
     "Run a command as ranks under torchrun, on all nodes of a stage's allocation, and show what rank 0 prints."
-    stage = os.environ.get("HISTONB_STAGE") # where the notebook runs by hand there is none
-    folder = Path(stage or tempfile.mkdtemp(prefix="histonb-"))/"ranks"
+    stage = os.environ.get("HISTONB_STAGE")  # where the notebook runs by hand there is none
+    folder = Path(stage or tempfile.mkdtemp(prefix="histonb-")) / "ranks"
     past = _order(folder)
-    order = {"attempt": _attempt(), "number": past["number"] + 1 if past else 1, "state": "run", "module": module,
-             "arguments": list(map(str, arguments)), "processes": processes or int(os.environ.get("SLURM_GPUS_ON_NODE") or 1)}
-    others, began = int(os.environ.get("HISTONB_NODES", 1)) - 1, time.time()
-    if others: write_json(folder/"launch.json", order)
+    order = {
+        "attempt": _attempt(),
+        "number": past["number"] + 1 if past else 1,
+        "state": "run",
+        "module": module,
+        "arguments": list(map(str, arguments)),
+        "processes": processes or int(os.environ.get("SLURM_GPUS_ON_NODE") or 1),
+    }
+    others = int(os.environ.get("HISTONB_NODES", 1)) - 1
+    began = time.time()
+    if others:
+        write_json(folder / "launch.json", order)
     code, text = _stream(_torchrun(order, folder, 0), lambda: bool(_failures(folder, order)))
-    if not code: return
-    reports = [_report(code, text, folder/"node-0", began)]
-    for _ in range(30): # the others fail with it, or have failed before
-        if len(_failures(folder, order)) >= others: break
-        time.sleep(.5)
-    if others: write_json(folder/"launch.json", {**order, "state": "over"})
+    if not code:
+        return
+    reports = [_report(code, text, folder / "node-0", began)]
+    for _ in range(30):  # the others fail with it, or have failed before
+        if len(_failures(folder, order)) >= others:
+            break
+        time.sleep(0.5)
+    if others:
+        write_json(folder / "launch.json", {**order, "state": "over"})
     first = min(reports + _failures(folder, order), key=_first)
-    who = "" if first["rank"] is None else f"rank {first['rank']} of {order['processes']*(others + 1)}: "
+    who = "" if first["rank"] is None else f"rank {first['rank']} of {order['processes'] * (others + 1)}: "
     raise RanksFailed(f"{first['trace']}\n{who}{first['fault']}")
 
+# %% ../../nbs/13_studies/08_slurm.ipynb #cell-024-2
 def _order(folder):
     "What the first node's notebook asks for now, in this attempt of the job."
-    path = folder/"launch.json"
+    path = folder / "launch.json"
     order = read_record(path) if path.exists() else {}
     return order if order.get("attempt") == _attempt() else None
+
 
 def _failures(folder, order):
     "Reports of the other nodes whose ranks failed under this order."
     found = [read_json(p) for p in folder.glob("node-*.json")]
     return [r for r in found if (r["attempt"], r["number"]) == (order["attempt"], order["number"])]
 
+
 def follow(
-    folder, # of the stage
-    node: int, # place of this node in the allocation, from 1
+    folder,  # of the stage
+    node: int,  # place of this node in the allocation, from 1
 ):
     "On each further node: start the ranks that the first node's notebook asks for, until it has ended."
-    folder, seen = Path(folder)/"ranks", 0
+    folder = Path(folder) / "ranks"
+    seen = 0
     while True:
         order = _order(folder)
-        if order and order["state"] == "end": return
+        if order and order["state"] == "end":
+            return
         if order and order["state"] == "run" and order["number"] > seen:
-            seen, began = order["number"], time.time()
+            seen = order["number"]
+            began = time.time()
             code, text = _stream(_torchrun(order, folder, node), lambda order=order: _order(folder) != order)
-            if code: write_json(folder/f"node-{node}.json", {**_report(code, text, folder/f"node-{node}", began), "attempt": order["attempt"], "number": seen})
-        time.sleep(.5)
+            if code:
+                write_json(
+                    folder / f"node-{node}.json",
+                    {
+                        **_report(code, text, folder / f"node-{node}", began),
+                        "attempt": order["attempt"],
+                        "number": seen,
+                    },
+                )
+        time.sleep(0.5)
 
 # %% ../../nbs/13_studies/08_slurm.ipynb #cell-030
 def node(
-    path, # the study's YAML file
-    name: str, # the stage
-    force: bool = False, # run it from nothing though it may be finished
-) -> int: # exit code of the job
+    path,  # the study's YAML file
+    name: str,  # the stage
+    force: bool = False,  # run it from nothing though it may be finished
+) -> int:  # exit code of the job
     "Do one node's part of a stage."
-    study, place = load_study(path), int(os.environ.get("SLURM_NODEID", 0))
-    if name not in study.stages: raise BadInput(path, f"no stage `{name}`", nearest(name, study.stages))
-    folder = study.root/study.stages[name].folder
-    if place: return follow(folder, place) or 0
+    study = load_study(path)
+    place = int(os.environ.get("SLURM_NODEID", 0))
+    if name not in study.stages:
+        raise BadInput(path, f"no stage `{name}`", nearest(name, study.stages))
+    folder = study.root / study.stages[name].folder
+    if place:
+        return follow(folder, place) or 0
     job = os.environ.get("SLURM_JOB_ID")
-    if job and name not in in_queue(study): write_json(folder/"job.json", {"job": job}) # submitted by hand, or one of an array
-    try: run_study(path, name, force)
-    except Stopped as e: print(e, flush=True)
+    if job and name not in in_queue(study):
+        write_json(folder / "job.json", {"job": job})  # submitted by hand, or one of an array
+    try:
+        run_study(path, name, force)
+    except Stopped as e:
+        print(e, flush=True)
     finally:
-        if int(os.environ.get("HISTONB_NODES", 1)) > 1: write_json(folder/"ranks/launch.json", {"attempt": _attempt(), "number": 0, "state": "end"})
+        if int(os.environ.get("HISTONB_NODES", 1)) > 1:
+            write_json(folder / "ranks/launch.json", {"attempt": _attempt(), "number": 0, "state": "end"})
     return 0
+
 
 def main():
     "Entry point of a job: `python -m histonb.studies.slurm STUDY.yaml STAGE [--force]`, and of its ranks: `--rank MODULE ARGUMENTS`."
-    if sys.argv[1] == "--rank": return _run_rank(sys.argv[2], sys.argv[3:])
-    try: return node(sys.argv[1], sys.argv[2], "--force" in sys.argv)
-    except (BadInput, StageFailed) as e: print(e, file=sys.stderr)
-    except KeyboardInterrupt as e: print(e, file=sys.stderr)
+    if sys.argv[1] == "--rank":
+        return _run_rank(sys.argv[2], sys.argv[3:])
+    try:
+        return node(sys.argv[1], sys.argv[2], "--force" in sys.argv)
+    except (BadInput, StageFailed) as e:
+        print(e, file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(e, file=sys.stderr)
     return 1
-
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # as a program, not in a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # as a program, not in a notebook

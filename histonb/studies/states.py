@@ -8,6 +8,8 @@ __all__ = ['stage_states', 'headline', 'run_alone', 'read_only', 'is_running']
 # %% ../../nbs/13_studies/06_states.ipynb #cell-002
 import contextlib
 import secrets
+from pathlib import Path
+
 from ..core.claims import hold, is_held
 from ..core.errors import BadInput
 from ..core.files import read_record
@@ -15,68 +17,96 @@ from .fingerprints import _differences, library_digest, made_from, stage_record
 from .queue import in_queue
 from .runs import lost_outputs
 from .study import Study
-from pathlib import Path
 
 # %% ../../nbs/13_studies/06_states.ipynb #cell-states
 def stage_states(
-    study: Study, # the study
-) -> list: # one row a stage: study, stage, notebook, state, why, queued (on a cluster), seconds, headline
+    study: Study,  # the study
+) -> list:  # one row a stage: study, stage, notebook, state, why, queued (on a cluster), seconds, headline
     "The state of every stage: finished, stale, failed, interrupted, stopped, running, pending, requeued or not run, and why."
-    rows, done, jobs = [], set(), {}
-    if any((study.root/s.folder/"job.json").exists() for s in study.stages.values()): jobs = in_queue(study)
+    rows = []
+    done = set()
+    jobs = {}
+    if any((study.root / s.folder / "job.json").exists() for s in study.stages.values()):
+        jobs = in_queue(study)
     for stage in study.stages.values():
-        record, metrics = stage_record(study, stage), study.root/stage.folder/"metrics.json"
-        state, why = record.get("state", "not run"), record.get("error", "")
-        if state == "running" and not is_running(study.root/stage.folder): state, why = "interrupted", "the run was killed"
+        record = stage_record(study, stage)
+        metrics = study.root / stage.folder / "metrics.json"
+        state = record.get("state", "not run")
+        why = record.get("error", "")
+        if state == "running" and not is_running(study.root / stage.folder):
+            state, why = "interrupted", "the run was killed"
         if state == "finished":
             undone = [n for n in stage.needs if n not in done]
             changed = _differences(record["made_from"], made_from(study, stage))
-            if not metrics.exists(): state, why = "not run", "its metrics.json is gone"
-            elif lost := lost_outputs(study.root/stage.folder): state, why = "stale", f"no longer what it wrote: {', '.join(lost[:3])}"
-            elif undone or changed: state, why = "stale", f"{', '.join(undone)} to be run again" if undone else f"changed: {changed}"
+            if not metrics.exists():
+                state, why = "not run", "its metrics.json is gone"
+            elif lost := lost_outputs(study.root / stage.folder):
+                state = "stale"
+                why = f"no longer what it wrote: {', '.join(lost[:3])}"
+            elif undone or changed:
+                state = "stale"
+                why = f"{', '.join(undone)} to be run again" if undone else f"changed: {changed}"
             else:
                 done.add(stage.name)
                 why = "" if record["library"] == library_digest() else "the library has changed since"
         queued = stage.name in jobs and state != "finished"
-        if queued: state, why = jobs[stage.name]
-        rows.append({"study": study.name, "stage": stage.name, "notebook": stage.notebook, "state": state, "why": why, "queued": queued,
-                     "seconds": record.get("seconds"), "headline": headline(read_record(metrics)) if state in ("finished", "stale") else {}})
+        if queued:
+            state, why = jobs[stage.name]
+        rows.append(
+            {
+                "study": study.name,
+                "stage": stage.name,
+                "notebook": stage.notebook,
+                "state": state,
+                "why": why,
+                "queued": queued,
+                "seconds": record.get("seconds"),
+                "headline": headline(read_record(metrics)) if state in ("finished", "stale") else {},
+            }
+        )
     return rows
 
+# %% ../../nbs/13_studies/06_states.ipynb #cell-states-2
 def headline(
-    metrics: dict, # content of a metrics.json
-) -> dict: # name -> number or text
+    metrics: dict,  # content of a metrics.json
+) -> dict:  # name -> number or text
     "The figures an overview shows: the metrics' own `headline`, or else their first three numbers."
     plain = {k: v for k, v in metrics.items() if type(v) in (int, float)}
     told = metrics.get("headline")
     return told if told and isinstance(told, dict) else dict(list(plain.items())[:3])
 
 # %% ../../nbs/13_studies/06_states.ipynb #cell-022
-def _claim(folder): return Path(folder).with_name(f".{Path(folder).name}.lock")
+def _claim(folder):
+    return Path(folder).with_name(f".{Path(folder).name}.lock")
+
 
 @contextlib.contextmanager
 def run_alone(
-    folder, # of a stage
+    folder,  # of a stage
 ):
     "Hold a stage to run it. Where another process runs or reads it, that is `BadInput`."
     folder = Path(folder)
     with hold(folder, _claim(folder), fault="this stage is being run by {}"):
         for reader in folder.parent.glob(f".{folder.name}.reader-*"):
-            with hold(folder, reader, fault="this stage is being read by {}"): pass  # whoever is gone is taken away
+            with hold(folder, reader, fault="this stage is being read by {}"):
+                pass  # whoever is gone is taken away
         yield
+
 
 @contextlib.contextmanager
 def read_only(
-    folder, # of a stage
+    folder,  # of a stage
 ):
     "Keep a stage as it is while another one reads it. Where a process runs it, that is `BadInput`."
     folder = Path(folder)
     with hold(folder, folder.with_name(f".{folder.name}.reader-{secrets.token_hex(4)}")):
-        if is_running(folder): raise BadInput(folder, "this stage is being run by another process", "Wait for it, or stop it with Ctrl-C.")
+        if is_running(folder):
+            raise BadInput(folder, "this stage is being run by another process", "Wait for it, or stop it with Ctrl-C.")
         yield
 
+
 def is_running(
-    folder, # folder of a stage
-) -> bool: # whether a runner holds it now
+    folder,  # folder of a stage
+) -> bool:  # whether a runner holds it now
     "Whether some process is running the stage."
     return is_held(_claim(folder))

@@ -9,45 +9,61 @@ __all__ = ['MOST_VALUES', 'read_yaml', 'read_notebook', 'notebook_parameters', '
 # %% ../../nbs/13_studies/03_study.ipynb #cell-002
 import dataclasses
 import re
+from pathlib import Path
+
 import yaml
+
 from ..core.errors import BadInput, nearest
 from ..core.files import read_json, repo_root
 from ..core.parameters import build
 from .runs import check_parameters, read_parameters
-from pathlib import Path
 
 # %% ../../nbs/13_studies/03_study.ipynb #cell-005
 class _Loader(yaml.SafeLoader):
     "YAML's safe loader, strict with double keys and at ease with `5e-4` and `<<: *other`."
+
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
         twice = next((k for k in keys if keys.count(k) > 1), None)
-        if twice is not None: raise yaml.constructor.ConstructorError(None, None, f"`{twice}` is given twice", node.start_mark)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"`{twice}` is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node)
+)
+MOST_VALUES = 100_000  # that a YAML file may hold, aliases written out
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node))
-
-MOST_VALUES = 100_000 # that a YAML file may hold, aliases written out
 
 def _count(value, left):
     "Count down the values of nested lists and mappings; below 0 there are too many."
     for part in value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
         left = _count(part, left - 1)
-        if left < 0: break
+        if left < 0:
+            break
     return left
 
+# %% ../../nbs/13_studies/03_study.ipynb #cell-005-2
 def read_yaml(
-    path, # YAML file
-): # what it holds
+    path,  # YAML file
+):  # what it holds
     "Read a YAML file; what is wrong in it is a `BadInput` with the line."
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-        if _count(values, MOST_VALUES) < 0: raise ValueError(f"more than {MOST_VALUES:,} values, its aliases written out")
+        if _count(values, MOST_VALUES) < 0:
+            raise ValueError(f"more than {MOST_VALUES:,} values, its aliases written out")
         return values
-    except FileNotFoundError: raise BadInput(path, "no such file", "Give the path of a study, such as runs/demo.yaml.") from None
-    except RecursionError: raise BadInput(path, "not readable as YAML: nested without end", "Correct it.") from None
-    except (yaml.YAMLError, ValueError, OSError) as e:  # ValueError: bytes that are no text, a date that does not exist ...
+    except FileNotFoundError:
+        raise BadInput(path, "no such file", "Give the path of a study, such as runs/demo.yaml.") from None
+    except RecursionError:
+        raise BadInput(path, "not readable as YAML: nested without end", "Correct it.") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OSError,
+    ) as e:  # ValueError: bytes that are no text, a date that does not exist ...
         mark = getattr(e, "problem_mark", None)
         problem = getattr(e, "problem", None) or str(e).splitlines()[0]
         where = f" in line {mark.line + 1}" if mark else ""
@@ -55,38 +71,51 @@ def read_yaml(
 
 # %% ../../nbs/13_studies/03_study.ipynb #cell-008
 def read_notebook(
-    path, # notebook file
-) -> dict: # its JSON
+    path,  # notebook file
+) -> dict:  # its JSON
     "Read a notebook; an unreadable one is a `BadInput`."
     book = read_json(path)
     cells = book.get("cells") if isinstance(book, dict) else None
-    if not isinstance(cells, list) or not all(map(_is_cell, cells)): raise BadInput(path, "not a notebook", "Save it again from JupyterLab.")
+    if not isinstance(cells, list) or not all(map(_is_cell, cells)):
+        raise BadInput(path, "not a notebook", "Save it again from JupyterLab.")
     return book
+
 
 def _is_cell(cell):
     "Whether this is a cell of a notebook, its tags a list and its source text."
-    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict) or not isinstance(cell.get("cell_type"), str): return False
+    if (
+        not isinstance(cell, dict)
+        or not isinstance(cell.get("metadata"), dict)
+        or not isinstance(cell.get("cell_type"), str)
+    ):
+        return False
     source = cell.get("source")
     lines = source if isinstance(source, list) else [source]
     return isinstance(cell["metadata"].get("tags", []), list) and all(isinstance(line, str) for line in lines)
 
-def _source(cell): return "".join(cell["source"])
+
+def _source(cell):
+    return "".join(cell["source"])
+
 
 def _parameters(path):
     "Name, default value and type of each parameter, in the notebook's order."
     cells = [c for c in read_notebook(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    if len(cells) != 1: raise BadInput(path, f"{len(cells)} cells are tagged `parameters`, not one", "Tag the cell of its parameters.")
+    if len(cells) != 1:
+        raise BadInput(path, f"{len(cells)} cells are tagged `parameters`, not one", "Tag the cell of its parameters.")
     return read_parameters(_source(cells[0]), path)
 
+# %% ../../nbs/13_studies/03_study.ipynb #cell-008-2
 def notebook_parameters(
-    path, # report notebook
-) -> dict: # parameter name -> default value, in the notebook's order
+    path,  # report notebook
+) -> dict:  # parameter name -> default value, in the notebook's order
     "The assignments in the cell tagged `parameters`."
     return {name: value for name, value, _ in _parameters(path)}
 
+
 def parameter_types(
-    path, # report notebook
-) -> dict: # parameter name -> type: what is written, or else that of its default
+    path,  # report notebook
+) -> dict:  # parameter name -> type: what is written, or else that of its default
     "What the values of a notebook's parameters must be."
     return {name: hint for name, _, hint in _parameters(path)}
 
@@ -94,94 +123,136 @@ def parameter_types(
 @dataclasses.dataclass
 class Resources:
     "What a stage asks of a SLURM cluster. A run on this machine takes no notice of it."
+
     nodes: int = 1
-    gpus: int = 0 # of each node
-    cpus: int = 0 # cores of each node; 0: what the site's profile gives with each GPU, or else the site's default
-    memory: str = "" # of each node, such as 64G; empty: the site's default
-    time: str = "" # longest duration, such as 24:00:00 or 2-00:00:00, of which the last five minutes are for a checkpoint; empty: the site's default
-    partition: str = "" # instead of the profile's
-    qos: str = "" # instead of the profile's
+    gpus: int = 0  # of each node
+    cpus: int = 0  # cores of each node; 0: what the site's profile gives with each GPU, or else the site's default
+    memory: str = ""  # of each node, such as 64G; empty: the site's default
+    time: str = ""  # longest duration, such as 24:00:00 or 2-00:00:00, of which the last five minutes are for a checkpoint; empty: the site's default
+    partition: str = ""  # instead of the profile's
+    qos: str = ""  # instead of the profile's
+
 
 @dataclasses.dataclass
 class Stage:
     "One notebook of a study with its parameters."
+
     name: str
-    notebook: str # path from the repository's root
-    folder: str # folder of its outputs, from the root
-    parameters: dict # what the notebook is given, references resolved
-    needs: list # names of the stages whose folders it reads
-    resources: Resources # what it asks of a cluster
+    notebook: str  # path from the repository's root
+    folder: str  # folder of its outputs, from the root
+    parameters: dict  # what the notebook is given, references resolved
+    needs: list  # names of the stages whose folders it reads
+    resources: Resources  # what it asks of a cluster
+
 
 @dataclasses.dataclass
 class Study:
     "A chain of stages, read from a YAML file and checked."
+
     name: str
     title: str
-    path: Path # the YAML file
-    root: Path # the repository
-    stages: dict # name -> Stage, in the order they run
-    profile: str = "" # the cluster it is made for, a file from the root; `--profile` goes before it
+    path: Path  # the YAML file
+    root: Path  # the repository
+    stages: dict  # name -> Stage, in the order they run
+    profile: str = ""  # the cluster it is made for, a file from the root; `--profile` goes before it
 
     @property
-    def folder(self): return self.root/"runs"/self.name
+    def folder(self):
+        return self.root / "runs" / self.name
 
+# %% ../../nbs/13_studies/03_study.ipynb #cell-015-2
 def _keys(values, allowed, where, what):
     "Refuse what is not a mapping with just the keys `allowed`."
-    if not isinstance(values, dict): raise BadInput(where, f"{what} is not a list of `key: value`", f"It has the keys: {', '.join(allowed)}.")
+    if not isinstance(values, dict):
+        raise BadInput(where, f"{what} is not a list of `key: value`", f"It has the keys: {', '.join(allowed)}.")
     for key in values:
-        if key not in allowed: raise BadInput(where, f"unknown key `{key}` in {what}", nearest(key, allowed))
+        if key not in allowed:
+            raise BadInput(where, f"unknown key `{key}` in {what}", nearest(key, allowed))
     return values
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
+
 def _resolve(value, folder_of):
     "Replace `{stage}` in text, also inside lists, by that stage's folder."
-    if isinstance(value, list): return [_resolve(v, folder_of) for v in value]
+    if isinstance(value, list):
+        return [_resolve(v, folder_of) for v in value]
     return _REFERENCE.sub(lambda m: folder_of(m[1]), value) if isinstance(value, str) else value
+
 
 def _resources(shared, own, where):
     "A stage's own resources and those it shares, checked, so that the queue does not refuse half of a study."
     known = [f.name for f in dataclasses.fields(Resources)]
-    asked = build(Resources, {k: v for part in (shared, own) for k, v in _keys(part or {}, known, where, "`resources`").items()}, where)
-    for name, pattern, example in [("memory", r"(\d+[KMGT]?)?$", "64G"), ("time", r"((\d+-)?\d+(:\d\d){0,2})?$", "24:00:00")]:
-        if not re.match(pattern, getattr(asked, name)): raise BadInput(where, f"`{name}` is {getattr(asked, name)!r}", f"Write it like {example}.")
+    asked = build(
+        Resources,
+        {k: v for part in (shared, own) for k, v in _keys(part or {}, known, where, "`resources`").items()},
+        where,
+    )
+    for name, pattern, example in [
+        ("memory", r"(\d+[KMGT]?)?$", "64G"),
+        ("time", r"((\d+-)?\d+(:\d\d){0,2})?$", "24:00:00"),
+    ]:
+        if not re.match(pattern, getattr(asked, name)):
+            raise BadInput(where, f"`{name}` is {getattr(asked, name)!r}", f"Write it like {example}.")
     return asked
 
+# %% ../../nbs/13_studies/03_study.ipynb #cell-015-3
 def load_study(
-    path, # the study's YAML file
-) -> Study: # checked, with references resolved
+    path,  # the study's YAML file
+) -> Study:  # checked, with references resolved
     "Read a study and check it whole: keys, names, notebooks, parameters and their types, references."
     path = Path(path)
     plan = _keys(read_yaml(path), ["study", "title", "stages", "resources", "profile"], path, "the study")
     name = plan.get("study")
     if name != path.stem:
-        raise BadInput(path, f"`study` is {name!r}", f"Name it {path.stem} like its file: its outputs go to runs/{path.stem}.")
-    if not _NAME.fullmatch(name): raise BadInput(path, f"`{name}` is not a name for a folder", "Use letters, digits, - and _.")
-    if not isinstance(plan.get("stages"), dict) or not plan["stages"]: raise BadInput(path, "no `stages`", "Give at least one stage.")
+        raise BadInput(
+            path, f"`study` is {name!r}", f"Name it {path.stem} like its file: its outputs go to runs/{path.stem}."
+        )
+    if not _NAME.fullmatch(name):
+        raise BadInput(path, f"`{name}` is not a name for a folder", "Use letters, digits, - and _.")
+    if not isinstance(plan.get("stages"), dict) or not plan["stages"]:
+        raise BadInput(path, "no `stages`", "Give at least one stage.")
     root = repo_root(path.parent)
     study = Study(name, str(plan.get("title") or name), path, root, {}, str(plan.get("profile") or ""))
-    reports = sorted(p.stem for p in (root/"nbs/reports").glob("*.ipynb"))
+    reports = sorted(p.stem for p in (root / "nbs/reports").glob("*.ipynb"))
     for stage, spec in plan["stages"].items():
         where = f"{path}, stage `{stage}`"
-        if not isinstance(stage, str): raise BadInput(where, f"YAML reads its name as {stage!r}, not as text", "Put the name in quotes.")
-        if not _NAME.fullmatch(stage): raise BadInput(where, "not a name for a folder", "Use letters, digits, - and _.")
+        if not isinstance(stage, str):
+            raise BadInput(where, f"YAML reads its name as {stage!r}, not as text", "Put the name in quotes.")
+        if not _NAME.fullmatch(stage):
+            raise BadInput(where, "not a name for a folder", "Use letters, digits, - and _.")
         notebook = _keys(spec, ["notebook", "parameters", "resources"], where, "the stage").get("notebook")
-        if notebook not in reports: raise BadInput(where, f"no notebook `{notebook}` in nbs/reports", nearest(notebook, reports))
-        defaults = notebook_parameters(root/f"nbs/reports/{notebook}.ipynb")
-        if "out" not in defaults: raise BadInput(f"nbs/reports/{notebook}.ipynb", 'no parameter `out = ""`', "Stages write into the folder it names.")
-        if "out" in (spec.get("parameters") or {}): raise BadInput(where, f"`out` is always {'runs/' + name + '/' + stage} in a study", "Leave it out.")
+        if notebook not in reports:
+            raise BadInput(where, f"no notebook `{notebook}` in nbs/reports", nearest(notebook, reports))
+        defaults = notebook_parameters(root / f"nbs/reports/{notebook}.ipynb")
+        if "out" not in defaults:
+            raise BadInput(
+                f"nbs/reports/{notebook}.ipynb", 'no parameter `out = ""`', "Stages write into the folder it names."
+            )
+        if "out" in (spec.get("parameters") or {}):
+            raise BadInput(where, f"`out` is always {'runs/' + name + '/' + stage} in a study", "Leave it out.")
         values = _keys(spec.get("parameters") or {}, [k for k in defaults if k != "out"], where, "`parameters`")
         needs = []
+
         def folder_of(other, where=where, stage=stage, needs=needs):
             if other not in study.stages:
                 later = other in plan["stages"]
-                raise BadInput(where, f"it needs `{{{other}}}`, " + ("which comes no earlier" if later else "which is no stage"),
-                    f"Move `{other}` above `{stage}`." if later else nearest(other, [s for s in study.stages] or ["(no earlier stage)"]))
-            if other not in needs: needs.append(other)
+                raise BadInput(
+                    where,
+                    f"it needs `{{{other}}}`, " + ("which comes no earlier" if later else "which is no stage"),
+                    f"Move `{other}` above `{stage}`."
+                    if later
+                    else nearest(other, [s for s in study.stages] or ["(no earlier stage)"]),
+                )
+            if other not in needs:
+                needs.append(other)
             return study.stages[other].folder
+
         values = {k: _resolve(v, folder_of) for k, v in values.items()}
-        check_parameters(values, parameter_types(root/f"nbs/reports/{notebook}.ipynb"), where)
-        folder, asked = f"runs/{name}/{stage}", _resources(plan.get("resources"), spec.get("resources"), where)
-        study.stages[stage] = Stage(stage, f"nbs/reports/{notebook}.ipynb", folder, {**values, "out": folder}, needs, asked)
+        check_parameters(values, parameter_types(root / f"nbs/reports/{notebook}.ipynb"), where)
+        folder = f"runs/{name}/{stage}"
+        asked = _resources(plan.get("resources"), spec.get("resources"), where)
+        study.stages[stage] = Stage(
+            stage, f"nbs/reports/{notebook}.ipynb", folder, {**values, "out": folder}, needs, asked
+        )
     return study

@@ -28,115 +28,129 @@ from .writing import write_mask, write_slide
 @dataclass
 class Phantom:
     "A drawn slide or field and its truth."
-    image: np.ndarray # (h, w, 3) uint8
-    mask: np.ndarray # (h, w) uint8, Radboud codes: 0 background, 1 stroma, 2 benign epithelium, 3-5 Gleason patterns
-    glands: np.ndarray # (h, w) int32, instances; 0 = none (None where not asked for)
-    lumens: np.ndarray # (h, w) int32, instances
-    nuclei: np.ndarray # (h, w) int32, instances
-    types: np.ndarray # (n_nuclei + 1,) uint8, type of each nucleus: 1 epithelial, 2 lymphocyte, 3 stromal
-    gleason: str # such as "3+4"; "negative" where there is no cancer
-    isup: int # ISUP grade group, 0-5
+
+    image: np.ndarray  # (h, w, 3) uint8
+    mask: np.ndarray  # (h, w) uint8, Radboud codes: 0 background, 1 stroma, 2 benign epithelium, 3-5 Gleason patterns
+    glands: np.ndarray  # (h, w) int32, instances; 0 = none (None where not asked for)
+    lumens: np.ndarray  # (h, w) int32, instances
+    nuclei: np.ndarray  # (h, w) int32, instances
+    types: np.ndarray  # (n_nuclei + 1,) uint8, type of each nucleus: 1 epithelial, 2 lymphocyte, 3 stromal
+    gleason: str  # such as "3+4"; "negative" where there is no cancer
+    isup: int  # ISUP grade group, 0-5
 
 # %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-007
 def grade(
-    mask: np.ndarray, # Radboud codes
-) -> tuple[str, int]: # Gleason score and ISUP grade group
+    mask: np.ndarray,  # Radboud codes
+) -> tuple[str, int]:  # Gleason score and ISUP grade group
     "Grade by the two most frequent patterns; the second counts from 5% of the cancer."
     area = np.array([np.count_nonzero(mask == p) for p in (3, 4, 5)])
-    if not area.any(): return "negative", 0
+    if not area.any():
+        return "negative", 0
     order = np.argsort(-area, kind="stable")
     first, second = (int(i) + 3 for i in order[:2])
-    if area[order[1]] < .05*area.sum(): second = first
-    if first + second == 7: return f"{first}+{second}", 2 if first == 3 else 3
+    if area[order[1]] < 0.05 * area.sum():
+        second = first
+    if first + second == 7:
+        return f"{first}+{second}", 2 if first == 3 else 3
     return f"{first}+{second}", {6: 1, 8: 4, 9: 5, 10: 5}[first + second]
 
 # %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-010
 def _glass(rng, shape, stain, pen=False):
     "The empty slide as a scanner shows it: off-white, darker towards the borders of its stripes, grain, dust, perhaps a pen mark."
     h, w = shape
-    small = (h//8 + 3, w//8 + 3)
-    x = (np.arange(small[1])*8 + rng.uniform(0, 2048))%2048/1024 - 1
-    light = 1 - .012*x**2 + .004*noise(rng, small, 60)
-    light = np.float32(light[..., None]*stain.glass)
-    if pen: light *= _pen(rng, small)
+    small = (h // 8 + 3, w // 8 + 3)
+    x = (np.arange(small[1]) * 8 + rng.uniform(0, 2048)) % 2048 / 1024 - 1
+    light = 1 - 0.012 * x**2 + 0.004 * noise(rng, small, 60)
+    light = np.float32(light[..., None] * stain.glass)
+    if pen:
+        light *= _pen(rng, small)
     grain = rng.normal(0, 1.3, (512, w, 1)).astype(np.float32)
     image = np.empty((h, w, 3), np.uint8)
     for top in range(0, h, 512):
-        band = image[top:top + 512]
-        band[:] = np.clip(enlarge(light, 8, top, band.shape) + grain[:len(band)], 0, 255)
+        band = image[top : top + 512]
+        band[:] = np.clip(enlarge(light, 8, top, band.shape) + grain[: len(band)], 0, 255)
     for _ in range(rng.integers(5, 25)):
-        center, r = (int(rng.integers(0, w)), int(rng.integers(0, h))), int(rng.integers(1, 6))
-        cv2.circle(image, center, r, (stain.glass*rng.uniform(.3, .85)).tolist(), -1, cv2.LINE_AA)
+        center = (int(rng.integers(0, w)), int(rng.integers(0, h)))
+        r = int(rng.integers(1, 6))
+        cv2.circle(image, center, r, (stain.glass * rng.uniform(0.3, 0.85)).tolist(), -1, cv2.LINE_AA)
     return image
+
 
 def _pen(rng, shape):
     "What a felt pen's stroke across the slide lets through, at 1/8 of the size."
     h, w = shape
-    ink = np.array([(30, 90, 60), (25, 40, 120), (20, 20, 25)][rng.integers(3)], np.float32)/255
+    ink = np.array([(30, 90, 60), (25, 40, 120), (20, 20, 25)][rng.integers(3)], np.float32) / 255
     t = np.linspace(0, 1, 40)
-    x, y = w*(rng.uniform(.2, .8) + .25*np.sin(2*t + rng.uniform(0, 6))), h*(rng.uniform(0, .4) + .6*t)
+    x = w * (rng.uniform(0.2, 0.8) + 0.25 * np.sin(2 * t + rng.uniform(0, 6)))
+    y = h * (rng.uniform(0, 0.4) + 0.6 * t)
     line = np.zeros(shape, np.uint8)
     cv2.polylines(line, [np.int32(np.stack([x, y], 1))], False, 255, int(rng.integers(8, 14)), cv2.LINE_AA)
-    line = cv2.GaussianBlur(np.float32(line/255), (0, 0), 1)*np.clip(.85 + .1*noise(rng, shape, (60, 6)), 0, 1)
-    return 1 - line[..., None]*(1 - ink)
+    line = cv2.GaussianBlur(np.float32(line / 255), (0, 0), 1) * np.clip(0.85 + 0.1 * noise(rng, shape, (60, 6)), 0, 1)
+    return 1 - line[..., None] * (1 - ink)
 
 # %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-013
 def _core(rng, shape, width, kinds):
     "One core biopsy along y in a box: the pattern that grows at each pixel."
     h, w = shape
-    small = (h//4 + 1, w//4 + 1)
-    y, x = np.arange(small[0], dtype=np.float32)[:, None]*4, np.arange(small[1], dtype=np.float32)*4
-    sway = .35*(w - width)*noise(rng, (small[0], 1), (220, 1))
-    half = width/2*(1 + .12*noise(rng, (small[0], 1), (90, 1)))
-    end = .7*half  # rounded ends
+    small = (h // 4 + 1, w // 4 + 1)
+    y = np.arange(small[0], dtype=np.float32)[:, None] * 4
+    x = np.arange(small[1], dtype=np.float32) * 4
+    sway = 0.35 * (w - width) * noise(rng, (small[0], 1), (220, 1))
+    half = width / 2 * (1 + 0.12 * noise(rng, (small[0], 1), (90, 1)))
+    end = 0.7 * half  # rounded ends
     y_end = np.clip(np.minimum(y, h - y) - 10, 0, None)
-    half = half - end + np.sqrt(np.clip(end**2 - np.clip(end - y_end, 0, None)**2, 0, None))
-    reach = half - np.abs(x - w/2 - np.clip(sway, -.45*(w - width), .45*(w - width))) - 12*(y_end == 0)
-    reach += min(20, .05*width)*noise(rng, small, 30) + min(6, .02*width)*noise(rng, small, 5)
-    if rng.uniform() < .4:  # the core is broken
-        reach -= 3*np.clip(80 - np.abs(y - h*rng.uniform(.3, .7) + 40*noise(rng, small, 60)), 0, None)
+    half = half - end + np.sqrt(np.clip(end**2 - np.clip(end - y_end, 0, None) ** 2, 0, None))
+    reach = half - np.abs(x - w / 2 - np.clip(sway, -0.45 * (w - width), 0.45 * (w - width))) - 12 * (y_end == 0)
+    reach += min(20, 0.05 * width) * noise(rng, small, 30) + min(6, 0.02 * width) * noise(rng, small, 5)
+    if rng.uniform() < 0.4:  # the core is broken
+        reach -= 3 * np.clip(80 - np.abs(y - h * rng.uniform(0.3, 0.7) + 40 * noise(rng, small, 60)), 0, None)
     edges = np.linspace(0, h, len(kinds) + 1)[1:-1] + rng.uniform(-200, 200, len(kinds) - 1)
-    part = np.searchsorted(np.sort(edges), y + 120*noise(rng, small, 90))
-    reach = cv2.resize(reach, (w, h)) + 2.5*noise(rng, shape, 3)
+    part = np.searchsorted(np.sort(edges), y + 120 * noise(rng, small, 90))
+    reach = cv2.resize(reach, (w, h)) + 2.5 * noise(rng, shape, 3)
     kinds = cv2.resize(np.array(kinds, np.uint8)[part], (w, h), interpolation=cv2.INTER_NEAREST)
-    return kinds*(reach > 0)
+    return kinds * (reach > 0)
 
+# %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-013-2
 def _cores(rng, shape, patterns, cover):
     "Core biopsies side by side along the longer side: (top, left) and the patterns of each."
     h, w = shape
-    if w > h: return [((x, y), np.ascontiguousarray(r.T)) for (y, x), r in _cores(rng, (w, h), patterns, cover)]
-    width = min(rng.uniform(700, 1000), .6*w)
-    n = max(1, round(rng.uniform(*cover)*w/(.85*width)))
-    box = int(min(w/n, 1.5*width))
-    width = min(width, .8*box)
-    heights = [int(h*rng.uniform(.8, .95)) for _ in range(n)]
+    if w > h:
+        return [((x, y), np.ascontiguousarray(r.T)) for (y, x), r in _cores(rng, (w, h), patterns, cover)]
+    width = min(rng.uniform(700, 1000), 0.6 * w)
+    n = max(1, round(rng.uniform(*cover) * w / (0.85 * width)))
+    box = int(min(w / n, 1.5 * width))
+    width = min(width, 0.8 * box)
+    heights = [int(h * rng.uniform(0.8, 0.95)) for _ in range(n)]
     kinds = [2, *patterns]  # each of them grows somewhere
-    parts = [max(2, -(-len(kinds)//n), round(height/900)) for height in heights]
-    kinds += rng.choice([1, 2, *patterns*3] if patterns else [1, 2, 2], max(sum(parts) - len(kinds), 0)).tolist()
+    parts = [max(2, -(-len(kinds) // n), round(height / 900)) for height in heights]
+    kinds += rng.choice([1, 2, *patterns * 3] if patterns else [1, 2, 2], max(sum(parts) - len(kinds), 0)).tolist()
     rng.shuffle(kinds)
     cores = []
     for i in range(n):
-        top, left = int((h - heights[i])*rng.uniform(.2, .8)), int(i*w/n + rng.uniform(0, w/n - box))
-        mine, kinds = kinds[:parts[i]], kinds[parts[i]:]
+        top = int((h - heights[i]) * rng.uniform(0.2, 0.8))
+        left = int(i * w / n + rng.uniform(0, w / n - box))
+        mine = kinds[: parts[i]]
+        kinds = kinds[parts[i] :]
         cores.append(((top, left), _core(rng, (heights[i], box), width, mine)))
     return cores
 
 # %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-015
 def draw_slide(
-    seed, # number or tuple of numbers
-    shape: tuple[int, int] = (6000, 4000), # (h, w) in pixels of 0.48 um
-    patterns: tuple[int, ...] = (3, 4), # Gleason patterns that grow beside benign tissue; () = benign slide
-    cover: tuple[float, float] = (.25, .38), # range of the share of the slide that is tissue
-    blank: bool = False, # no tissue at all
-    pen: bool = False, # a pen mark
-    instances: bool = True, # also the maps of glands, lumens and nuclei (three times 4 bytes a pixel)
+    seed,  # number or tuple of numbers
+    shape: tuple[int, int] = (6000, 4000),  # (h, w) in pixels of 0.48 um
+    patterns: tuple[int, ...] = (3, 4),  # Gleason patterns that grow beside benign tissue; () = benign slide
+    cover: tuple[float, float] = (0.25, 0.38),  # range of the share of the slide that is tissue
+    blank: bool = False,  # no tissue at all
+    pen: bool = False,  # a pen mark
+    instances: bool = True,  # also the maps of glands, lumens and nuclei (three times 4 bytes a pixel)
 ) -> Phantom:
     "A slide of core biopsies with its truth."
     _check_drawing(shape, patterns)
     rng = np.random.default_rng(seed)
     stain = draw_stain(rng)
     image = _glass(rng, shape, stain, pen)
-    mask, maps = np.zeros(shape, np.uint8), [np.zeros(shape, np.int32) if instances else None for _ in range(3)]
+    mask = np.zeros(shape, np.uint8)
+    maps = [np.zeros(shape, np.int32) if instances else None for _ in range(3)]
     types = [np.zeros(1, np.uint8)]
     for (y, x), regions in [] if blank else _cores(rng, shape, patterns, cover):
         tissue = grow(rng, regions)
@@ -144,40 +158,58 @@ def draw_slide(
         paint(rng, tissue, stain, image[box])
         mask[box] = tissue.mask
         for whole, part in zip(maps, (tissue.glands, tissue.lumens, tissue.nuclei), strict=True):
-            if instances: np.add(part, whole.max(), out=whole[box], where=part > 0)
+            if instances:
+                np.add(part, whole.max(), out=whole[box], where=part > 0)
         types.append(tissue.cells[1:, 2].astype(np.uint8))
     return Phantom(image, mask, *maps, np.concatenate(types), *grade(mask))
 
+# %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-015-2
 def draw_field(
-    seed, # number or tuple of numbers
-    pattern: int = 3, # a key of `PATTERNS`
-    size: int = 512, # side in pixels of 0.48 um
+    seed,  # number or tuple of numbers
+    pattern: int = 3,  # a key of `PATTERNS`
+    size: int = 512,  # side in pixels of 0.48 um
 ) -> Phantom:
     "A square field full of one pattern, with its truth."
     _check_drawing((size, size), (pattern,))
     rng = np.random.default_rng(seed)
     stain = draw_stain(rng)
-    margin, side = 96, size + 192  # glands are cut by the border of the field
+    # glands are cut by the border of the field
+    margin = 96
+    side = size + 192
     image = np.full((side, side, 3), stain.glass, np.uint8)
     tissue = grow(rng, np.full((side, side), pattern, np.uint8))
     paint(rng, tissue, stain, image)
-    crop = (slice(margin, margin + size),)*2
-    (glands, _), (lumens, _), (nuclei, old) = (_renumber(m[crop]) for m in (tissue.glands, tissue.lumens, tissue.nuclei))
-    return Phantom(image[crop].copy(), tissue.mask[crop].copy(), glands, lumens, nuclei, tissue.cells[old, 2].astype(np.uint8),
-                   *grade(tissue.mask[crop]))
+    crop = (slice(margin, margin + size),) * 2
+    (glands, _), (lumens, _), (nuclei, old) = (
+        _renumber(m[crop]) for m in (tissue.glands, tissue.lumens, tissue.nuclei)
+    )
+    return Phantom(
+        image[crop].copy(),
+        tissue.mask[crop].copy(),
+        glands,
+        lumens,
+        nuclei,
+        tissue.cells[old, 2].astype(np.uint8),
+        *grade(tissue.mask[crop]),
+    )
+
 
 def _renumber(instances):
     "Number instances 1, 2, ... without gaps; also the old number of each new one."
     old, new = np.unique(np.append(0, instances), return_inverse=True)
     return new[1:].reshape(instances.shape).astype(np.int32), old
 
+# %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-015-3
 def _check_drawing(shape, patterns):
-    if len(shape) != 2 or min(shape) < 128: raise BadInput("shape", f"{tuple(shape)} pixels", "Give (h, w), at least 128 x 128.")
+    if len(shape) != 2 or min(shape) < 128:
+        raise BadInput("shape", f"{tuple(shape)} pixels", "Give (h, w), at least 128 x 128.")
     wrong = [p for p in patterns if p not in PATTERNS]
-    if wrong: raise BadInput("patterns", f"unknown pattern {wrong[0]!r}", f"Choose from {PATTERNS}.")
+    if wrong:
+        raise BadInput("patterns", f"unknown pattern {wrong[0]!r}", f"Choose from {PATTERNS}.")
 
 # %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-019
 CONTENTS = ((3, 4), (4, 5), (), (3, 5), (3,), (4,), (5,))  # Gleason patterns of a cohort's slides, in turn
+
 
 def _write_one(job):
     "Draw and write one slide with its mask; return its row of train.csv."
@@ -187,57 +219,88 @@ def _write_one(job):
     if provider == "karolinska":
         mask = np.array([0, 1, 1, 2, 2, 2], np.uint8)[mask]
         gleason = "0+0" if gleason == "negative" else gleason
-    write_slide(root/"train_images"/f"{name}.tiff", phantom.image, **options)
-    write_mask(root/"train_label_masks"/f"{name}_mask.tiff", mask)
+    write_slide(root / "train_images" / f"{name}.tiff", phantom.image, **options)
+    write_mask(root / "train_label_masks" / f"{name}_mask.tiff", mask)
     return name, provider, phantom.isup, gleason
+
 
 def _start_worker():
     "Leave Ctrl-C to the parent, and end on its request in a way that removes half-written files."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
+# %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-019-2
 def write_cohort(
-    root, # folder to write to
+    root,  # folder to write to
     n_slides: int = 20,
     seed: int = 0,
-    shape: tuple[int, int] = (6000, 4000), # (h, w) of every slide in pixels of 0.48 um
-    workers: int = 2, # processes; 0 or 1 = in this process. The files do not depend on it
-    karolinska: float = 0., # share of slides with Karolinska's mask codes (1 benign, 2 cancer)
-    n_blank: int = 0, # slides without tissue, at the end of the cohort
-    n_pen: int = 0, # slides with a pen mark, before the blank ones
-    **options, # of `write_slide`, such as tile=256 or photometric="rgb"
-) -> Path: # root
+    shape: tuple[int, int] = (6000, 4000),  # (h, w) of every slide in pixels of 0.48 um
+    workers: int = 2,  # processes; 0 or 1 = in this process. The files do not depend on it
+    karolinska: float = 0.0,  # share of slides with Karolinska's mask codes (1 benign, 2 cancer)
+    n_blank: int = 0,  # slides without tissue, at the end of the cohort
+    n_pen: int = 0,  # slides with a pen mark, before the blank ones
+    **options,  # of `write_slide`, such as tile=256 or photometric="rgb"
+) -> Path:  # root
     "Write a cohort in PANDA's layout: `train.csv`, `train_images/`, `train_label_masks/`."
-    root, n = Path(root), int(n_slides)
-    if seed < 0: raise BadInput("seed", f"{seed} is negative", "Give 0 or more.")
-    if n < 1: raise BadInput("n_slides", f"{n_slides} slides", "Ask for at least one.")
+    root = Path(root)
+    n = int(n_slides)
+    if seed < 0:
+        raise BadInput("seed", f"{seed} is negative", "Give 0 or more.")
+    if n < 1:
+        raise BadInput("n_slides", f"{n_slides} slides", "Ask for at least one.")
     if n_blank < 0 or n_pen < 0 or n_blank + n_pen > n:
-        raise BadInput("n_blank, n_pen", f"{n_blank} blank and {n_pen} pen-marked slides among {n}", "Ask for fewer, or for more slides.")
-    if not 0 <= karolinska <= 1: raise BadInput("karolinska", f"a share of {karolinska}", "Give a number between 0 and 1.")
-    if len(shape) != 2 or min(shape) < 512: raise BadInput("shape", f"{tuple(shape)} pixels", "A slide needs at least 512 x 512.")
-    jobs = [(root, f"phantom{seed}_{i:03d}", (seed, i), tuple(shape), CONTENTS[i%len(CONTENTS)],
-             "karolinska" if int((i + 1)*karolinska) > int(i*karolinska) else "radboud",
-             i >= n - n_blank, n - n_blank - n_pen <= i < n - n_blank, options) for i in range(n)]
-    with hold(root): return _write(root, jobs, workers)
+        raise BadInput(
+            "n_blank, n_pen",
+            f"{n_blank} blank and {n_pen} pen-marked slides among {n}",
+            "Ask for fewer, or for more slides.",
+        )
+    if not 0 <= karolinska <= 1:
+        raise BadInput("karolinska", f"a share of {karolinska}", "Give a number between 0 and 1.")
+    if len(shape) != 2 or min(shape) < 512:
+        raise BadInput("shape", f"{tuple(shape)} pixels", "A slide needs at least 512 x 512.")
+    jobs = [
+        (
+            root,
+            f"phantom{seed}_{i:03d}",
+            (seed, i),
+            tuple(shape),
+            CONTENTS[i % len(CONTENTS)],
+            "karolinska" if int((i + 1) * karolinska) > int(i * karolinska) else "radboud",
+            i >= n - n_blank,
+            n - n_blank - n_pen <= i < n - n_blank,
+            options,
+        )
+        for i in range(n)
+    ]
+    with hold(root):
+        return _write(root, jobs, workers)
 
+# %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-019-3
 def _write(root, jobs, workers):
     "Draw the slides, then write the tables."
     n = len(jobs)
-    for name in ("train.csv", "suspicious.csv"): (root/name).unlink(missing_ok=True)
+    for name in ("train.csv", "suspicious.csv"):
+        (root / name).unlink(missing_ok=True)
     cv2.setNumThreads(1)  # slides run in parallel, and a fork would break OpenCV's own threads
     if workers > 1:
         with multiprocessing.Pool(min(workers, n), _start_worker) as pool:
-            try: rows = list(progress(pool.imap(_write_one, jobs), "phantom", n, "slide"))
+            try:
+                rows = list(progress(pool.imap(_write_one, jobs), "phantom", n, "slide"))
             except BaseException:
                 pool.terminate()
                 raise
-            else: pool.close()  # workers end by themselves: one that waits for work may miss the signal of `terminate`
-            finally: pool.join()
-    else: rows = [_write_one(job) for job in progress(jobs, "phantom", n, "slide")]
+            else:
+                pool.close()  # workers end by themselves: one that waits for work may miss the signal of `terminate`
+            finally:
+                pool.join()
+    else:
+        rows = [_write_one(job) for job in progress(jobs, "phantom", n, "slide")]
     defects = [(job[1], "blank" if job[6] else "pen mark") for job in jobs if job[6] or job[7]]
-    if defects: _write_csv(root/"suspicious.csv", ("image_id", "reason"), defects)
-    _write_csv(root/"train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"), rows)
+    if defects:
+        _write_csv(root / "suspicious.csv", ("image_id", "reason"), defects)
+    _write_csv(root / "train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"), rows)
     return root
+
 
 def _write_csv(path, names, rows):
     with atomic_path(path) as p, open(p, "w", newline="") as f:

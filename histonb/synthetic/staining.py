@@ -17,43 +17,55 @@ from .tissue import Tissue, noise
 @dataclass
 class Stain:
     "Colours of one slide."
-    hematoxylin: np.ndarray # (3,) optical density in R, G, B of a unit of the dye
-    eosin: np.ndarray # (3,)
-    glass: np.ndarray # (3,) colour of the empty glass, 0-255
+
+    hematoxylin: np.ndarray  # (3,) optical density in R, G, B of a unit of the dye
+    eosin: np.ndarray  # (3,)
+    glass: np.ndarray  # (3,) colour of the empty glass, 0-255
+
 
 def draw_stain(
     rng: np.random.Generator,
 ) -> Stain:
     "A laboratory's stain: hue and strength of both dyes and the scanner's white, all jittered."
+
     def dye(vector, strength):
-        v = np.clip(np.array(vector) + rng.normal(0, .045, 3), .03, None)
-        return v/np.linalg.norm(v)*strength
-    return Stain(dye((.58, .72, .38), rng.uniform(.95, 1.5)), dye((.17, .86, .47), rng.uniform(.65, 1.3)),
-                 np.clip(rng.normal((243, 243, 242), 2.5), 234, 250))
+        v = np.clip(np.array(vector) + rng.normal(0, 0.045, 3), 0.03, None)
+        return v / np.linalg.norm(v) * strength
+
+    return Stain(
+        dye((0.58, 0.72, 0.38), rng.uniform(0.95, 1.5)),
+        dye((0.17, 0.86, 0.47), rng.uniform(0.65, 1.3)),
+        np.clip(rng.normal((243, 243, 242), 2.5), 234, 250),
+    )
 
 # %% ../../nbs/01_synthetic/02_staining.ipynb #cell-007
 def shine(
-    hematoxylin: np.ndarray, # concentration (h, w)
-    eosin: np.ndarray, # concentration (h, w)
+    hematoxylin: np.ndarray,  # concentration (h, w)
+    eosin: np.ndarray,  # concentration (h, w)
     stain: Stain,
-    glass: np.ndarray, # light without tissue: (h, w, 3) or (3,)
-) -> np.ndarray: # RGB, uint8 (h, w, 3)
+    glass: np.ndarray,  # light without tissue: (h, w, 3) or (3,)
+) -> np.ndarray:  # RGB, uint8 (h, w, 3)
     "Light through stained tissue, by Beer and Lambert."
     out = np.empty((*hematoxylin.shape, 3), np.uint8)
     for c in range(3):
-        out[..., c] = np.exp(hematoxylin*np.float32(-stain.hematoxylin[c]) - eosin*np.float32(stain.eosin[c]))*np.float32(glass[..., c])
+        out[..., c] = np.exp(
+            hematoxylin * np.float32(-stain.hematoxylin[c]) - eosin * np.float32(stain.eosin[c])
+        ) * np.float32(glass[..., c])
     return out
 
 # %% ../../nbs/01_synthetic/02_staining.ipynb #cell-010
 BAND = 512  # rows that are stained at once, to keep the working set small
 
+
 @dataclass
 class Texture:
     "The fine structure of one piece of tissue; one map for all of it, at full or at reduced size."
-    grain: np.ndarray # granules and chromatin: a band of rows at full size, used for every band
-    cloud: np.ndarray # slow variation, at 1/8
-    thick: np.ndarray # thickness of the section, at 1/8
-    lumen: np.ndarray # eosin in each lumen (secretion), by instance
+
+    grain: np.ndarray  # granules and chromatin: a band of rows at full size, used for every band
+    cloud: np.ndarray  # slow variation, at 1/8
+    thick: np.ndarray  # thickness of the section, at 1/8
+    lumen: np.ndarray  # eosin in each lumen (secretion), by instance
+
 
 def draw_texture(
     rng: np.random.Generator,
@@ -61,66 +73,78 @@ def draw_texture(
 ) -> Texture:
     "Draw the texture of a piece of tissue."
     h, w = tissue.mask.shape
-    small = (h//8 + 3, w//8 + 3)
+    small = (h // 8 + 3, w // 8 + 3)
     n = int(tissue.lumens.max()) + 1
-    filled = (rng.uniform(size=n) < .3)*rng.uniform(.1, .45, n)
-    return Texture(noise(rng, (BAND + 8, w), 2.2), noise(rng, small, 7), 1 + .15*noise(rng, small, 45), filled.astype(np.float32))
+    filled = (rng.uniform(size=n) < 0.3) * rng.uniform(0.1, 0.45, n)
+    return Texture(
+        noise(rng, (BAND + 8, w), 2.2),
+        noise(rng, small, 7),
+        1 + 0.15 * noise(rng, small, 45),
+        filled.astype(np.float32),
+    )
 
+# %% ../../nbs/01_synthetic/02_staining.ipynb #cell-010-2
 def enlarge(
-    small: np.ndarray, # map at 1/`factor` of the size
+    small: np.ndarray,  # map at 1/`factor` of the size
     factor: int,
-    top: int, # first row at full size
-    shape: tuple[int, int], # of the part that is wanted, at full size
+    top: int,  # first row at full size
+    shape: tuple[int, int],  # of the part that is wanted, at full size
 ) -> np.ndarray:
     "Rows of a map that is kept at reduced size."
-    first = top//factor
-    rows = small[first:first + shape[0]//factor + 2]
-    big = cv2.resize(rows, (small.shape[1]*factor, len(rows)*factor), interpolation=cv2.INTER_LINEAR)
-    return big[top - first*factor:, :shape[1]][:shape[0]]
+    first = top // factor
+    rows = small[first : first + shape[0] // factor + 2]
+    big = cv2.resize(rows, (small.shape[1] * factor, len(rows) * factor), interpolation=cv2.INTER_LINEAR)
+    return big[top - first * factor :, : shape[1]][: shape[0]]
 
+# %% ../../nbs/01_synthetic/02_staining.ipynb #cell-010-3
 def dyes(
     tissue: Tissue,
     texture: Texture,
-    top: int, # first row
-    bottom: int, # row after the last
-) -> tuple[np.ndarray, np.ndarray]: # concentrations of hematoxylin and eosin, float32 (bottom - top, w)
+    top: int,  # first row
+    bottom: int,  # row after the last
+) -> tuple[np.ndarray, np.ndarray]:  # concentrations of hematoxylin and eosin, float32 (bottom - top, w)
     "How much of each dye the rows take up."
-    first, last = max(top - 4, 0), min(bottom + 4, len(tissue.mask))
+    first = max(top - 4, 0)
+    last = min(bottom + 4, len(tissue.mask))
     rows = slice(first, last)
-    mask, nuclei, lumens = tissue.mask[rows], tissue.nuclei[rows], tissue.lumens[rows]
+    mask = tissue.mask[rows]
+    nuclei = tissue.nuclei[rows]
+    lumens = tissue.lumens[rows]
     fibre = enlarge(tissue.fibre, 2, first, mask.shape)
     cloud, thick = (enlarge(t, 8, first, mask.shape) for t in (texture.cloud, texture.thick))
-    grain = texture.grain[:len(mask)]
-    gland, lumen = mask > 1, lumens > 0
-    h = np.where(gland, .19 + .03*grain + .03*cloud, .10 + .03*fibre)
-    e = np.where(gland, .27 + .05*grain + .04*cloud, .42 + .11*fibre + .05*cloud)
+    grain = texture.grain[: len(mask)]
+    gland = mask > 1
+    lumen = lumens > 0
+    h = np.where(gland, 0.19 + 0.03 * grain + 0.03 * cloud, 0.10 + 0.03 * fibre)
+    e = np.where(gland, 0.27 + 0.05 * grain + 0.04 * cloud, 0.42 + 0.11 * fibre + 0.05 * cloud)
     around = cv2.dilate(gland.astype(np.uint8), np.ones((5, 5), np.uint8)) > gland
-    e[around] += .12  # the basement membrane
+    e[around] += 0.12  # the basement membrane
     near = cv2.dilate((tissue.glands[rows] > 0).astype(np.uint8), np.ones((9, 9), np.uint8)) > 0
-    cleft = ~gland & ((near & (cloud > .9)) | (fibre + .7*cloud < -2.1))
-    h[cleft], e[cleft] = .01, .03
-    h = np.where(lumen, .01, h)
-    e = np.where(lumen, texture.lumen[lumens]*(1 + .2*cloud) + .02, e)
+    cleft = ~gland & ((near & (cloud > 0.9)) | (fibre + 0.7 * cloud < -2.1))
+    h[cleft], e[cleft] = 0.01, 0.03
+    h = np.where(lumen, 0.01, h)
+    e = np.where(lumen, texture.lumen[lumens] * (1 + 0.2 * cloud) + 0.02, e)
     rim = cv2.morphologyEx(nuclei.astype(np.float32), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     nucleus = nuclei > 0
-    h = np.where(nucleus, tissue.cells[:, 3][nuclei]*(.8 + .2*grain) + .18*rim, h)
-    e = np.where(nucleus, .22, e)
+    h = np.where(nucleus, tissue.cells[:, 3][nuclei] * (0.8 + 0.2 * grain) + 0.18 * rim, h)
+    e = np.where(nucleus, 0.22, e)
     here = tissue.cells[(tissue.cells[:, 4] > 0) & (tissue.cells[:, 1] > first + 3) & (tissue.cells[:, 1] < last - 3)]
     h = np.ascontiguousarray(h, np.float32)
-    for x, y in here[:, :2].astype(int): cv2.circle(h, (int(x), int(y - first)), 2, 1.2, -1)
-    thick = thick*(mask > 0)
+    for x, y in here[:, :2].astype(int):
+        cv2.circle(h, (int(x), int(y - first)), 2, 1.2, -1)
+    thick = thick * (mask > 0)
     keep = slice(top - first, bottom - first)
-    return tuple(cv2.GaussianBlur(np.float32(c*thick), (0, 0), .8)[keep] for c in (h, e))
+    return tuple(cv2.GaussianBlur(np.float32(c * thick), (0, 0), 0.8)[keep] for c in (h, e))
 
 # %% ../../nbs/01_synthetic/02_staining.ipynb #cell-011
 def paint(
     rng: np.random.Generator,
     tissue: Tissue,
     stain: Stain,
-    image: np.ndarray, # the glass, uint8 (h, w, 3), painted over in place
+    image: np.ndarray,  # the glass, uint8 (h, w, 3), painted over in place
 ):
     "Paint stained tissue onto its part of a slide."
     texture = draw_texture(rng, tissue)
     for top in range(0, len(image), BAND):
-        band = image[top:top + BAND]
+        band = image[top : top + BAND]
         band[:] = shine(*dyes(tissue, texture, top, top + len(band)), stain, band)

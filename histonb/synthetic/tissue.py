@@ -13,38 +13,41 @@ import cv2
 import numpy as np
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-006
-MPP = .48  # um per pixel
+MPP = 0.48  # um per pixel
 PATTERNS = {1: "stroma", 2: "benign", 3: "gleason3", 4: "gleason4", 5: "gleason5"}
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-008
 def noise(
     rng: np.random.Generator,
-    shape: tuple[int, int], # (h, w) in pixels
-    scale, # size of a blob in pixels: one number, or (along y, along x)
-) -> np.ndarray: # float32, mean about 0, standard deviation about 0.85
+    shape: tuple[int, int],  # (h, w) in pixels
+    scale,  # size of a blob in pixels: one number, or (along y, along x)
+) -> np.ndarray:  # float32, mean about 0, standard deviation about 0.85
     "A smooth random field: white noise on a coarse grid, enlarged by cubic interpolation."
     (h, w), (sy, sx) = shape, (scale, scale) if np.isscalar(scale) else scale
-    grid = rng.standard_normal((int(h/sy) + 4, int(w/sx) + 4), dtype=np.float32)
+    grid = rng.standard_normal((int(h / sy) + 4, int(w / sx) + 4), dtype=np.float32)
     return cv2.resize(grid, (w, h), interpolation=cv2.INTER_CUBIC)
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-011
 def lattice(
     rng: np.random.Generator,
-    shape: tuple[int, int], # (h, w) in pixels
-    spacing: float, # distance of neighbours in pixels
-    jitter: float = .22, # displacement as a share of `spacing`
-) -> np.ndarray: # (n, 2) as x, y, inside `shape`
+    shape: tuple[int, int],  # (h, w) in pixels
+    spacing: float,  # distance of neighbours in pixels
+    jitter: float = 0.22,  # displacement as a share of `spacing`
+) -> np.ndarray:  # (n, 2) as x, y, inside `shape`
     "A hexagonal lattice with jittered points: near even spacing without a visible grid."
     h, w = shape
-    y, x = np.mgrid[:int(h/(spacing*.866)) + 2, :int(w/spacing) + 2].astype(np.float32)
-    points = np.stack([(x + y%2/2)*spacing, y*spacing*.866], -1).reshape(-1, 2) - rng.uniform(0, 1, 2)*spacing
-    points += rng.uniform(-jitter, jitter, points.shape)*spacing
+    y, x = np.mgrid[: int(h / (spacing * 0.866)) + 2, : int(w / spacing) + 2].astype(np.float32)
+    points = (
+        np.stack([(x + y % 2 / 2) * spacing, y * spacing * 0.866], -1).reshape(-1, 2) - rng.uniform(0, 1, 2) * spacing
+    )
+    points += rng.uniform(-jitter, jitter, points.shape) * spacing
     return points[((points >= 0) & (points < (w, h))).all(1)]
 
+
 def at(
-    field: np.ndarray, # map (h, w)
-    points: np.ndarray, # (n, 2) as x, y
-) -> np.ndarray: # (n,)
+    field: np.ndarray,  # map (h, w)
+    points: np.ndarray,  # (n, 2) as x, y
+) -> np.ndarray:  # (n,)
     "The map's value at each point; points outside are moved to the border."
     x, y = points[:, :2].astype(np.int32).T
     return field[y.clip(0, field.shape[0] - 1), x.clip(0, field.shape[1] - 1)]
@@ -52,68 +55,87 @@ def at(
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-014
 def fibres(
     rng: np.random.Generator,
-    shape: tuple[int, int], # (h, w)
-) -> tuple[np.ndarray, np.ndarray]: # texture at half size, about N(0, 1); direction of the fibres in radians, at 1/16
+    shape: tuple[int, int],  # (h, w)
+) -> tuple[np.ndarray, np.ndarray]:  # texture at half size, about N(0, 1); direction of the fibres in radians, at 1/16
     "Wavy bundles: noise stretched along one direction, read through a smoothly displaced grid."
-    h, w = (shape[0] + 1)//2, (shape[1] + 1)//2
-    texture = sum(a*noise(rng, (512, 512), s) for a, s in ((.8, (1.3, 14)), (.8, (3, 40)), (.6, (10, 90))))
+    h = (shape[0] + 1) // 2
+    w = (shape[1] + 1) // 2
+    texture = sum(a * noise(rng, (512, 512), s) for a, s in ((0.8, (1.3, 14)), (0.8, (3, 40)), (0.6, (10, 90))))
     angle = rng.uniform(0, np.pi)
-    bend = 40*noise(rng, (h, w), 230) + 4*noise(rng, (h, w), 45)
-    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    y, x = np.arange(h, dtype=np.float32)[:, None], np.arange(w, dtype=np.float32)
-    u, v = x*c + y*s, y*c - x*s + bend
-    slope_y, slope_x = (cv2.Sobel(v[::8, ::8], -1, *d, scale=1/64) for d in ((0, 1), (1, 0)))
+    bend = 40 * noise(rng, (h, w), 230) + 4 * noise(rng, (h, w), 45)
+    c = np.float32(np.cos(angle))
+    s = np.float32(np.sin(angle))
+    y = np.arange(h, dtype=np.float32)[:, None]
+    x = np.arange(w, dtype=np.float32)
+    u = x * c + y * s
+    v = y * c - x * s + bend
+    slope_y, slope_x = (cv2.Sobel(v[::8, ::8], -1, *d, scale=1 / 64) for d in ((0, 1), (1, 0)))
     return cv2.remap(texture, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP), np.arctan2(-slope_x, slope_y)
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-017
 @dataclass
 class Growth:
     "How one pattern grows; lengths in pixels of 0.48 um."
-    radius: tuple[float, float] # of a gland or of a solid mass
-    folds: float # unevenness of the outline, relative to the radius
-    harmonics: int # highest angular frequency of the outline
-    wall: float # thickness of the epithelium around the lumen; 0 = a solid mass
+
+    radius: tuple[float, float]  # of a gland or of a solid mass
+    folds: float  # unevenness of the outline, relative to the radius
+    harmonics: int  # highest angular frequency of the outline
+    wall: float  # thickness of the epithelium around the lumen; 0 = a solid mass
+
 
 GROWTH = {
-    2: Growth((65, 140), .13, 9, 30),
-    3: Growth((34, 72), .07, 4, 24),
-    4: Growth((60, 150), .11, 7, 0),
-    5: Growth((40, 120), .20, 8, 0),
+    2: Growth((65, 140), 0.13, 9, 30),
+    3: Growth((34, 72), 0.07, 4, 24),
+    4: Growth((60, 150), 0.11, 7, 0),
+    5: Growth((40, 120), 0.20, 8, 0),
 }
+
 
 def outlines(
     rng: np.random.Generator,
-    centers: np.ndarray, # (n, 2) as x, y
-    radius: np.ndarray, # (n,), the largest reach of each outline
+    centers: np.ndarray,  # (n, 2) as x, y
+    radius: np.ndarray,  # (n,), the largest reach of each outline
     growth: Growth,
     corners: int = 72,
-) -> np.ndarray: # (n, corners, 2)
+) -> np.ndarray:  # (n, corners, 2)
     "Closed outlines around centres: a circle with random harmonics, scaled to stay within its radius."
-    n, theta = len(centers), np.linspace(0, 2*np.pi, corners, endpoint=False)
+    n = len(centers)
+    theta = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     k = np.arange(2, growth.harmonics + 1)[:, None]
-    wave = growth.folds*rng.normal(size=(n, len(k), 1))*np.sqrt(2/k)
-    r = np.clip(1 + (wave*np.cos(k*theta + rng.uniform(0, 2*np.pi, (n, len(k), 1)))).sum(1), .4, None)
-    r *= (radius/r.max(1))[:, None]
-    return centers[:, None] + r[..., None]*np.stack([np.cos(theta), np.sin(theta)], -1)
+    wave = growth.folds * rng.normal(size=(n, len(k), 1)) * np.sqrt(2 / k)
+    r = np.clip(1 + (wave * np.cos(k * theta + rng.uniform(0, 2 * np.pi, (n, len(k), 1)))).sum(1), 0.4, None)
+    r *= (radius / r.max(1))[:, None]
+    return centers[:, None] + r[..., None] * np.stack([np.cos(theta), np.sin(theta)], -1)
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-020
 def place(
     rng: np.random.Generator,
-    regions: np.ndarray, # pattern that grows at each pixel
-    gap: float, # least distance between two outlines, in pixels
-) -> np.ndarray: # (n, 4): x, y, radius, pattern
+    regions: np.ndarray,  # pattern that grows at each pixel
+    gap: float,  # least distance between two outlines, in pixels
+) -> np.ndarray:  # (n, 4): x, y, radius, pattern
     "Throw discs into the regions, large ones first, and keep those that touch no other."
-    coarse, draws = regions[::8, ::8], [np.zeros((0, 4))]
+    coarse = regions[::8, ::8]
+    draws = [np.zeros((0, 4))]
     for pattern, growth in GROWTH.items():
         y, x = np.nonzero(coarse == pattern)
-        n = int(len(x)*64/(np.pi*np.mean(growth.radius)**2)*25)
-        if n == 0: continue
+        n = int(len(x) * 64 / (np.pi * np.mean(growth.radius) ** 2) * 25)
+        if n == 0:
+            continue
         i = rng.integers(len(x), size=n)
-        draws.append(np.column_stack([x[i]*8 + rng.uniform(0, 8, n), y[i]*8 + rng.uniform(0, 8, n),
-                                      rng.uniform(*growth.radius, n), np.full(n, pattern)]))
+        draws.append(
+            np.column_stack(
+                [
+                    x[i] * 8 + rng.uniform(0, 8, n),
+                    y[i] * 8 + rng.uniform(0, 8, n),
+                    rng.uniform(*growth.radius, n),
+                    np.full(n, pattern),
+                ]
+            )
+        )
     draws = np.concatenate(draws)
-    draws = draws[np.argsort(-draws[:, 2]*rng.uniform(.7, 1.3, len(draws)), kind="stable")]
-    kept, n = np.empty_like(draws), 0
+    draws = draws[np.argsort(-draws[:, 2] * rng.uniform(0.7, 1.3, len(draws)), kind="stable")]
+    kept = np.empty_like(draws)
+    n = 0
     for draw in draws:
         if (np.hypot(*(kept[:n, :2] - draw[:2]).T) > kept[:n, 2] + draw[2] + gap).all():
             kept[n] = draw
@@ -122,56 +144,64 @@ def place(
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-023
 def fill(
-    canvas: np.ndarray, # map to draw on
-    polygons: np.ndarray, # (n, corners, 2) as x, y
-    values, # (n,)
+    canvas: np.ndarray,  # map to draw on
+    polygons: np.ndarray,  # (n, corners, 2) as x, y
+    values,  # (n,)
 ):
     "Fill polygons, positions exact to 1/16 pixel."
-    for polygon, value in zip(np.round(np.asarray(polygons)*16).astype(np.int32), values, strict=True):
+    for polygon, value in zip(np.round(np.asarray(polygons) * 16).astype(np.int32), values, strict=True):
         cv2.fillPoly(canvas, [polygon], int(value), shift=4)
+
 
 def ellipses(
     rng: np.random.Generator,
-    shapes: np.ndarray, # (n, 5): x, y, two half axes, angle
+    shapes: np.ndarray,  # (n, 5): x, y, two half axes, angle
     corners: int = 14,
-    uneven: float = .07, # irregularity of the outline
-) -> np.ndarray: # (n, corners, 2)
+    uneven: float = 0.07,  # irregularity of the outline
+) -> np.ndarray:  # (n, corners, 2)
     "Slightly irregular ellipses as polygons."
-    theta = np.linspace(0, 2*np.pi, corners, endpoint=False)
+    theta = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     x, y, a, b, angle = shapes.T[..., None]
-    r = 1 + uneven*rng.normal(size=(len(shapes), corners))
-    u, v = a*r*np.cos(theta), b*r*np.sin(theta)
-    return np.stack([x + u*np.cos(angle) - v*np.sin(angle), y + u*np.sin(angle) + v*np.cos(angle)], -1)
+    r = 1 + uneven * rng.normal(size=(len(shapes), corners))
+    u = a * r * np.cos(theta)
+    v = b * r * np.sin(theta)
+    return np.stack([x + u * np.cos(angle) - v * np.sin(angle), y + u * np.sin(angle) + v * np.cos(angle)], -1)
 
+# %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-023-2
 def along(
     rng: np.random.Generator,
-    outline: np.ndarray, # (corners, 2)
-    spacing: float, # distance along the outline
-    depth: float, # distance inwards
-) -> np.ndarray: # (n, 3): x, y and the direction of the outline in radians
+    outline: np.ndarray,  # (corners, 2)
+    spacing: float,  # distance along the outline
+    depth: float,  # distance inwards
+) -> np.ndarray:  # (n, 3): x, y and the direction of the outline in radians
     "Points at even distances along an outline, moved inwards."
     closed = np.vstack([outline, outline[:1]])
     step = np.diff(closed, axis=0)
     length = np.concatenate([[0], np.cumsum(np.hypot(*step.T))])
-    n = max(int(length[-1]/spacing), 3)
-    s = (np.arange(n) + rng.uniform(-.15, .15, n) + rng.uniform())%n*length[-1]/n
+    n = max(int(length[-1] / spacing), 3)
+    s = (np.arange(n) + rng.uniform(-0.15, 0.15, n) + rng.uniform()) % n * length[-1] / n
     i = np.clip(np.searchsorted(length, s, side="right") - 1, 0, len(step) - 1)
     angle = np.arctan2(step[i, 1], step[i, 0])
-    return np.column_stack([np.interp(s, length, closed[:, 0]) - np.sin(angle)*depth,
-                            np.interp(s, length, closed[:, 1]) + np.cos(angle)*depth, angle])
+    return np.column_stack(
+        [
+            np.interp(s, length, closed[:, 0]) - np.sin(angle) * depth,
+            np.interp(s, length, closed[:, 1]) + np.cos(angle) * depth,
+            angle,
+        ]
+    )
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-026
 def cords(
     rng: np.random.Generator,
-    regions: np.ndarray, # pattern that grows at each pixel
-    epithelium: np.ndarray, # what is taken already
-    angle: np.ndarray, # direction of the fibres, at 1/16
-) -> np.ndarray: # (n, 2): centres of the cells as x, y
+    regions: np.ndarray,  # pattern that grows at each pixel
+    epithelium: np.ndarray,  # what is taken already
+    angle: np.ndarray,  # direction of the fibres, at 1/16
+) -> np.ndarray:  # (n, 2): centres of the cells as x, y
     "Pattern 5 outside its masses: single cells, and files of cells between the fibres."
     taken = cv2.dilate(epithelium, np.ones((25, 25), np.uint8))
-    seeds = lattice(rng, regions.shape, 60., .4)
-    turn = at(angle, seeds/16)
-    steps = np.arange(5)[:, None, None]*17*np.stack([np.cos(turn), np.sin(turn)], -1)
+    seeds = lattice(rng, regions.shape, 60.0, 0.4)
+    turn = at(angle, seeds / 16)
+    steps = np.arange(5)[:, None, None] * 17 * np.stack([np.cos(turn), np.sin(turn)], -1)
     cells = (seeds + steps)[np.arange(5)[:, None] < rng.integers(0, 6, len(seeds))]
     cells = cells + rng.normal(0, 1.5, cells.shape)
     return cells[(at(regions, cells) == 5) & (at(taken, cells) == 0)]
@@ -179,88 +209,113 @@ def cords(
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-028
 def _lumens(rng, epithelium, inside, glands, walls):
     "Lumina: what lies deeper than the gland's wall, and round holes in the masses of pattern 4."
-    wall = np.array([1e9] + [w*rng.uniform(.85, 1.15) if w else 1e9 for w in walls], np.float32)
+    wall = np.array([1e9] + [w * rng.uniform(0.85, 1.15) if w else 1e9 for w in walls], np.float32)
     lumens = np.zeros(glands.shape, np.uint8)
     for top in range(0, len(glands), 512):  # in bands, which fit the processor's cache
         rows = slice(top, top + 512)
         h, w = lumens[rows].shape
-        ripple = cv2.resize(noise(rng, (h//2 + 1, w//2 + 1), 7), (w, h))
-        lumens[rows] = inside[rows] > wall[glands[rows]]*(1 + .12*ripple)
-    points = lattice(rng, glands.shape, 46., .3)
+        ripple = cv2.resize(noise(rng, (h // 2 + 1, w // 2 + 1), 7), (w, h))
+        lumens[rows] = inside[rows] > wall[glands[rows]] * (1 + 0.12 * ripple)
+    points = lattice(rng, glands.shape, 46.0, 0.3)
     r = rng.uniform(6, 15, len(points))
     fits = (at(epithelium, points) == 4) & (at(inside, points) > r + 12)
-    points, r = points[fits], r[fits]
-    shapes = np.column_stack([points, r, r*rng.uniform(.6, 1, len(r)), rng.uniform(0, np.pi, len(r))])
+    points = points[fits]
+    r = r[fits]
+    shapes = np.column_stack([points, r, r * rng.uniform(0.6, 1, len(r)), rng.uniform(0, np.pi, len(r))])
     fill(lumens, ellipses(rng, shapes), np.ones(len(r)))
     return lumens
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-030
 EPITHELIAL, LYMPHOCYTE, STROMAL = 1, 2, 3  # types of nuclei
 
+
 @dataclass
 class Tissue:
     "Where everything is, and what the stain needs to show it. Maps are (h, w)."
-    mask: np.ndarray # Radboud codes 0-5, uint8; a lumen has the code of its gland
-    glands: np.ndarray # gland instances, int32, 0 = none
-    lumens: np.ndarray # lumen instances, int32
-    nuclei: np.ndarray # nucleus instances, int32
-    cells: np.ndarray # (n_nuclei + 1, 5): x, y, type, darkness, nucleolus (1 = has one); row 0 is empty
-    fibre: np.ndarray # texture of the stroma at half size, float32
 
+    mask: np.ndarray  # Radboud codes 0-5, uint8; a lumen has the code of its gland
+    glands: np.ndarray  # gland instances, int32, 0 = none
+    lumens: np.ndarray  # lumen instances, int32
+    nuclei: np.ndarray  # nucleus instances, int32
+    cells: np.ndarray  # (n_nuclei + 1, 5): x, y, type, darkness, nucleolus (1 = has one); row 0 is empty
+    fibre: np.ndarray  # texture of the stroma at half size, float32
+
+# %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-030-2
 def _nuclei(rng, regions, epithelium, inside, lumens, glands, singles, angle):
     "All nuclei as rows x, y, half axes, angle, type, darkness, nucleolus."
-    size, rows = regions.shape, []
+    size = regions.shape
+    rows = []
+
     def add(points, axes, turn, type_, dark, nucleolus=0):
         n, (a, b) = len(points), axes
-        rows.append(np.column_stack([points[:, :2], a*rng.uniform(.85, 1.15, n), b*rng.uniform(.85, 1.15, n),
-                                     turn + rng.normal(0, .25, n), np.full(n, type_), dark*rng.uniform(.75, 1.2, n),
-                                     np.full(n, nucleolus)]))
-    def random_turn(points): return rng.uniform(0, np.pi, len(points))
+        rows.append(
+            np.column_stack(
+                [
+                    points[:, :2],
+                    a * rng.uniform(0.85, 1.15, n),
+                    b * rng.uniform(0.85, 1.15, n),
+                    turn + rng.normal(0, 0.25, n),
+                    np.full(n, type_),
+                    dark * rng.uniform(0.75, 1.2, n),
+                    np.full(n, nucleolus),
+                ]
+            )
+        )
+
+    def random_turn(points):
+        return rng.uniform(0, np.pi, len(points))
+
     for outline, pattern in glands:
         if pattern == 2:  # two layers: flat basal cells under tall columnar ones
             basal = along(rng, outline, 34, 5)
             add(basal, (7.5, 3.2), basal[:, 2], EPITHELIAL, 1.1)
             tall = along(rng, outline, 17, 14)
-            add(tall + rng.normal(0, 1.2, tall.shape)*(1, 1, 0), (8.2, 5.9), tall[:, 2] + np.pi/2, EPITHELIAL, .85)
+            add(tall + rng.normal(0, 1.2, tall.shape) * (1, 1, 0), (8.2, 5.9), tall[:, 2] + np.pi / 2, EPITHELIAL, 0.85)
         elif pattern == 3:  # one layer of round nuclei
             row = along(rng, outline, 19, 11)
-            add(row + rng.normal(0, 1.3, row.shape)*(1, 1, 0), (8., 7.2), row[:, 2], EPITHELIAL, .85, 1)
+            add(row + rng.normal(0, 1.3, row.shape) * (1, 1, 0), (8.0, 7.2), row[:, 2], EPITHELIAL, 0.85, 1)
     near_lumen = cv2.dilate(lumens, np.ones((11, 11), np.uint8))
     for pattern in (4, 5):  # solid masses are filled with nuclei
-        points = lattice(rng, size, 20.)
+        points = lattice(rng, size, 20.0)
         points = points[(at(epithelium, points) == pattern) & (at(inside, points) > 6) & (at(near_lumen, points) == 0)]
-        grow = rng.uniform(.9, 1.1, len(points)) if pattern == 4 else rng.uniform(.75, 1.2, len(points))
-        add(points, (8*grow, 7.2*grow), random_turn(points), EPITHELIAL, .85, 1)
-    add(singles, (7.8, 6.6), random_turn(singles), EPITHELIAL, .85, 1)
+        grow = rng.uniform(0.9, 1.1, len(points)) if pattern == 4 else rng.uniform(0.75, 1.2, len(points))
+        add(points, (8 * grow, 7.2 * grow), random_turn(points), EPITHELIAL, 0.85, 1)
+    add(singles, (7.8, 6.6), random_turn(singles), EPITHELIAL, 0.85, 1)
     near_gland = cv2.dilate(epithelium, np.ones((19, 19), np.uint8))
-    points = lattice(rng, size, 38., .4)
+    points = lattice(rng, size, 38.0, 0.4)
     points = points[(at(near_gland, points) == 0) & (at(regions, points) > 0)]
-    add(points, (9.5, 3.), at(angle, points/16), STROMAL, .95)
-    crowd = noise(rng, (size[0]//8 + 1, size[1]//8 + 1), 22)  # lymphocytes come in crowds
-    points = lattice(rng, size, 15.5, .25)
+    add(points, (9.5, 3.0), at(angle, points / 16), STROMAL, 0.95)
+    crowd = noise(rng, (size[0] // 8 + 1, size[1] // 8 + 1), 22)  # lymphocytes come in crowds
+    points = lattice(rng, size, 15.5, 0.25)
     points = points[(at(near_gland, points) == 0) & (at(regions, points) > 0)]
-    points = points[at(crowd, points/8) > rng.uniform(1.1, 2.6)]
-    add(points, (5.6, 5.2), 0., LYMPHOCYTE, 1.25)
+    points = points[at(crowd, points / 8) > rng.uniform(1.1, 2.6)]
+    add(points, (5.6, 5.2), 0.0, LYMPHOCYTE, 1.25)
     return np.concatenate(rows)
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-032
 def grow(
     rng: np.random.Generator,
-    regions: np.ndarray, # pattern that grows at each pixel, uint8: 0 = no tissue, else a key of `PATTERNS`
+    regions: np.ndarray,  # pattern that grows at each pixel, uint8: 0 = no tissue, else a key of `PATTERNS`
 ) -> Tissue:
     "Grow tissue in the given regions."
-    size, outside = regions.shape, regions == 0
+    size = regions.shape
+    outside = regions == 0
     discs = place(rng, regions, rng.uniform(5, 18))
     discs = discs[np.argsort(discs[:, 3], kind="stable")]  # pattern 5 last: its masses are no glands
     kind = discs[:, 3].astype(int)
     polygons = np.concatenate([outlines(rng, discs[kind == p, :2], discs[kind == p, 2], g) for p, g in GROWTH.items()])
-    glands, epithelium = np.zeros(size, np.int32), np.zeros(size, np.uint8)
+    glands = np.zeros(size, np.int32)
+    epithelium = np.zeros(size, np.uint8)
     fill(glands, polygons[kind < 5], range(1, int((kind < 5).sum()) + 1))
     fill(epithelium, polygons, kind)
     fibre, angle = fibres(rng, size)
     singles = cords(rng, regions, epithelium, angle)
     n = len(singles)
-    fill(epithelium, ellipses(rng, np.column_stack([singles, rng.uniform(11, 14, n), rng.uniform(9, 12, n), rng.uniform(0, 3, n)])), np.full(n, 5))
+    fill(
+        epithelium,
+        ellipses(rng, np.column_stack([singles, rng.uniform(11, 14, n), rng.uniform(9, 12, n), rng.uniform(0, 3, n)])),
+        np.full(n, 5),
+    )
     glands[outside], epithelium[outside] = 0, 0
     inside = cv2.distanceTransform(epithelium, cv2.DIST_L2, 3)
     lumens = _lumens(rng, epithelium, inside, glands, [GROWTH[k].wall for k in kind[kind < 5]])
@@ -269,8 +324,8 @@ def grow(
     fill(nuclei, ellipses(rng, rows[:, :5]), range(1, len(rows) + 1))
     nuclei[(lumens > 0) | outside] = 0
     area = np.bincount(nuclei.ravel(), minlength=len(rows) + 1)[1:]
-    kept = area > .55*np.pi*rows[:, 2]*rows[:, 3]  # what is cut or covered by half is no nucleus
-    np.take(np.append(0, np.cumsum(kept)*kept).astype(np.int32), nuclei, out=nuclei, mode="clip")
+    kept = area > 0.55 * np.pi * rows[:, 2] * rows[:, 3]  # what is cut or covered by half is no nucleus
+    np.take(np.append(0, np.cumsum(kept) * kept).astype(np.int32), nuclei, out=nuclei, mode="clip")
     cells = np.vstack([np.zeros(5), rows[kept][:, [0, 1, 5, 6, 7]]]).astype(np.float32)
     np.maximum(epithelium, regions > 0, out=epithelium)
     return Tissue(epithelium, glands, cv2.connectedComponents(lumens)[1], nuclei, cells, fibre)

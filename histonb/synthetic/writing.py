@@ -19,27 +19,30 @@ from ..core.files import atomic_path
 # %% ../../nbs/01_synthetic/03_writing.ipynb #cell-005
 LEVELS = (1, 4, 16)  # downsampling factors of PANDA's pyramids
 
+
 def pyramid(
-    image: np.ndarray, # (h, w, 3) or, for a mask, (h, w), uint8
-    levels=LEVELS, # downsampling factors
-) -> list[np.ndarray]: # one array per level
+    image: np.ndarray,  # (h, w, 3) or, for a mask, (h, w), uint8
+    levels=LEVELS,  # downsampling factors
+) -> list[np.ndarray]:  # one array per level
     "Smaller copies of an image: block means for colour, the nearest pixel for mask codes."
     method = cv2.INTER_AREA if image.ndim == 3 else cv2.INTER_NEAREST
     h, w = image.shape[:2]
     out = [image]
     for before, factor in zip(levels[:-1], levels[1:], strict=True):
-        source = out[-1] if factor%before == 0 else image
-        out.append(cv2.resize(source, (max(w//factor, 1), max(h//factor, 1)), interpolation=method))
+        source = out[-1] if factor % before == 0 else image
+        out.append(cv2.resize(source, (max(w // factor, 1), max(h // factor, 1)), interpolation=method))
     return out
 
 # %% ../../nbs/01_synthetic/03_writing.ipynb #cell-008
 def split_tables(
-    stream: bytes, # a complete JPEG stream
-) -> tuple[bytes, bytes]: # the tables as a stream of their own, and the stream without them
+    stream: bytes,  # a complete JPEG stream
+) -> tuple[bytes, bytes]:  # the tables as a stream of their own, and the stream without them
     "Move a JPEG stream's quantisation and Huffman tables out, as the TIFF tag 347 (`JPEGTables`) wants them."
-    tables, rest, i = [stream[:2]], [stream[:2]], 2
+    tables = [stream[:2]]
+    rest = [stream[:2]]
+    i = 2
     while stream[i + 1] != 0xDA:
-        end = i + 2 + struct.unpack(">H", stream[i + 2:i + 4])[0]
+        end = i + 2 + struct.unpack(">H", stream[i + 2 : i + 4])[0]
         (tables if stream[i + 1] in (0xDB, 0xC4) else rest).append(stream[i:end])
         i = end
     return b"".join(tables) + b"\xff\xd9", b"".join(rest) + stream[i:]
@@ -50,72 +53,120 @@ def _tiles(level, size):
     h, w = level.shape[:2]
     for y in range(0, h, size):
         for x in range(0, w, size):
-            tile = level[y:y + size, x:x + size]
-            below, right = size - tile.shape[0], size - tile.shape[1]
+            tile = level[y : y + size, x : x + size]
+            below = size - tile.shape[0]
+            right = size - tile.shape[1]
             yield cv2.copyMakeBorder(tile, 0, below, 0, right, cv2.BORDER_REPLICATE) if below or right else tile
+
 
 def _write(path, levels, mpp, encode, tile, bigtiff, **tags):
     "Write the levels as the pages of one tiled TIFF, atomically; `encode` turns a tile into bytes."
-    resolution = {"resolution": (1e4/mpp, 1e4/mpp), "resolutionunit": "CENTIMETER"} if mpp else {}
+    resolution = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {}
     try:
         with atomic_path(path) as partial, tifffile.TiffWriter(partial, bigtiff=bigtiff) as tif:
             for i, level in enumerate(levels):
-                scale = level.shape[1]/levels[0].shape[1]
-                if mpp: resolution["resolution"] = (1e4*scale/mpp, 1e4*scale/mpp)
-                tif.write((encode(t) for t in _tiles(level, tile)), shape=(*level.shape[:2], 3), dtype=np.uint8, tile=(tile, tile),
-                          subfiletype=int(i > 0), software=False, metadata=None, **resolution, **tags)
+                scale = level.shape[1] / levels[0].shape[1]
+                if mpp:
+                    resolution["resolution"] = (1e4 * scale / mpp, 1e4 * scale / mpp)
+                tif.write(
+                    (encode(t) for t in _tiles(level, tile)),
+                    shape=(*level.shape[:2], 3),
+                    dtype=np.uint8,
+                    tile=(tile, tile),
+                    subfiletype=int(i > 0),
+                    software=False,
+                    metadata=None,
+                    **resolution,
+                    **tags,
+                )
     except OSError as e:
-        raise BadInput(path, f"cannot be written ({e.strerror or e})", "Check the folder's permissions and the free space.") from e
+        raise BadInput(
+            path, f"cannot be written ({e.strerror or e})", "Check the folder's permissions and the free space."
+        ) from e
 
+# %% ../../nbs/01_synthetic/03_writing.ipynb #cell-011-2
 def _check(path, array, shape, mpp, tile):
     if array.dtype != np.uint8 or array.ndim != len(shape) or array.shape[2:] != shape[2:] or 0 in array.shape:
-        raise BadInput(path, f"the array is {array.dtype} {array.shape}, not uint8 {shape}".replace("'", ""), "Convert it first.")
-    if mpp is not None and not 0 < mpp < 100: raise BadInput(path, f"mpp is {mpp}", "Give um per pixel, or None for a file without resolution.")
-    if tile < 16 or tile%16: raise BadInput(path, f"the tile size {tile} is not a multiple of 16", "Use 256 or 512.")
-
+        raise BadInput(
+            path, f"the array is {array.dtype} {array.shape}, not uint8 {shape}".replace("'", ""), "Convert it first."
+        )
+    if mpp is not None and not 0 < mpp < 100:
+        raise BadInput(path, f"mpp is {mpp}", "Give um per pixel, or None for a file without resolution.")
+    if tile < 16 or tile % 16:
+        raise BadInput(path, f"the tile size {tile} is not a multiple of 16", "Use 256 or 512.")
 CODECS = ("jpeg", "lzw", "deflate")
 
+# %% ../../nbs/01_synthetic/03_writing.ipynb #cell-011-3
 def write_slide(
-    path, # TIFF file to write
-    image: np.ndarray, # (h, w, 3), RGB, uint8
-    mpp: float | None = .48, # um per pixel of `image`; None leaves the resolution tags out
-    tile: int = 512, # side of the internal tiles in pixels, a multiple of 16
-    compression: str = "jpeg", # one of `CODECS`
-    quality: int = 70, # of JPEG, 1-100
-    photometric: str = "ycbcr", # colours inside the JPEG: "ycbcr" or "rgb"
-    subsampling: tuple[int, int] | None = None, # of chroma; by default (2, 2) for ycbcr and (1, 1) for rgb
-    shared_tables: bool = True, # store the JPEG tables once (tag 347) or inside every tile
-    bigtiff: bool = False, # 64-bit offsets
-    levels=LEVELS, # downsampling factors of the pyramid
+    path,  # TIFF file to write
+    image: np.ndarray,  # (h, w, 3), RGB, uint8
+    mpp: float | None = 0.48,  # um per pixel of `image`; None leaves the resolution tags out
+    tile: int = 512,  # side of the internal tiles in pixels, a multiple of 16
+    compression: str = "jpeg",  # one of `CODECS`
+    quality: int = 70,  # of JPEG, 1-100
+    photometric: str = "ycbcr",  # colours inside the JPEG: "ycbcr" or "rgb"
+    subsampling: tuple[int, int] | None = None,  # of chroma; by default (2, 2) for ycbcr and (1, 1) for rgb
+    shared_tables: bool = True,  # store the JPEG tables once (tag 347) or inside every tile
+    bigtiff: bool = False,  # 64-bit offsets
+    levels=LEVELS,  # downsampling factors of the pyramid
 ):
     "Write a pyramidal TIFF. Raises `BadInput` for unusable options and where the file cannot be written."
     image = np.asarray(image)
     _check(path, image, ("h", "w", 3), mpp, tile)
-    if compression not in CODECS: raise BadInput(path, f"unknown compression `{compression}`", nearest(compression, CODECS))
+    if compression not in CODECS:
+        raise BadInput(path, f"unknown compression `{compression}`", nearest(compression, CODECS))
     if compression != "jpeg":
         encode = imagecodecs.lzw_encode if compression == "lzw" else imagecodecs.zlibng_encode
-        return _write(path, pyramid(image, levels), mpp, lambda t: encode(np.ascontiguousarray(t)), tile, bigtiff,
-                      compression=compression, photometric="rgb")
-    if photometric not in ("ycbcr", "rgb"): raise BadInput(path, f"unknown photometric `{photometric}`", nearest(photometric, ("ycbcr", "rgb")))
+        return _write(
+            path,
+            pyramid(image, levels),
+            mpp,
+            lambda t: encode(np.ascontiguousarray(t)),
+            tile,
+            bigtiff,
+            compression=compression,
+            photometric="rgb",
+        )
+    if photometric not in ("ycbcr", "rgb"):
+        raise BadInput(path, f"unknown photometric `{photometric}`", nearest(photometric, ("ycbcr", "rgb")))
     subsampling = tuple(subsampling or ((2, 2) if photometric == "ycbcr" else (1, 1)))
     if photometric == "rgb" and subsampling != (1, 1):
-        raise BadInput(path, f"subsampling {subsampling} with RGB inside the JPEG", "RGB has no chroma to subsample: use (1, 1) or ycbcr.")
-    def jpeg(t): return imagecodecs.jpeg8_encode(np.ascontiguousarray(t), level=quality, colorspace="rgb",
-                                                 outcolorspace=photometric, subsampling=subsampling)
+        raise BadInput(
+            path,
+            f"subsampling {subsampling} with RGB inside the JPEG",
+            "RGB has no chroma to subsample: use (1, 1) or ycbcr.",
+        )
+
+    def jpeg(t):
+        return imagecodecs.jpeg8_encode(
+            np.ascontiguousarray(t), level=quality, colorspace="rgb", outcolorspace=photometric, subsampling=subsampling
+        )
+
     tables = split_tables(jpeg(np.zeros((tile, tile, 3), np.uint8)))[0] if shared_tables else None
     encode = (lambda t: split_tables(jpeg(t))[1]) if shared_tables else jpeg
-    _write(path, pyramid(image, levels), mpp, encode, tile, bigtiff, compression="jpeg", photometric="rgb",
-           subsampling=subsampling, jpegtables=tables, compressionargs={"outcolorspace": photometric})
+    _write(
+        path,
+        pyramid(image, levels),
+        mpp,
+        encode,
+        tile,
+        bigtiff,
+        compression="jpeg",
+        photometric="rgb",
+        subsampling=subsampling,
+        jpegtables=tables,
+        compressionargs={"outcolorspace": photometric},
+    )
 
 # %% ../../nbs/01_synthetic/03_writing.ipynb #cell-018
 def write_mask(
-    path, # TIFF file to write
-    mask: np.ndarray, # codes (h, w), uint8
-    mpp: float | None = .48, # um per pixel; None leaves the resolution tags out
-    tile: int = 512, # side of the internal tiles in pixels
-    compression: str = "lzw", # "lzw", as PANDA's, or "deflate"
-    bigtiff: bool = False, # 64-bit offsets
-    levels=LEVELS, # downsampling factors of the pyramid
+    path,  # TIFF file to write
+    mask: np.ndarray,  # codes (h, w), uint8
+    mpp: float | None = 0.48,  # um per pixel; None leaves the resolution tags out
+    tile: int = 512,  # side of the internal tiles in pixels
+    compression: str = "lzw",  # "lzw", as PANDA's, or "deflate"
+    bigtiff: bool = False,  # 64-bit offsets
+    levels=LEVELS,  # downsampling factors of the pyramid
 ):
     "Write a mask as PANDA does: a pyramid like the slide's, codes in the red channel, green and blue zero."
     mask = np.asarray(mask)
@@ -123,8 +174,10 @@ def write_mask(
     if compression not in ("lzw", "deflate"):
         raise BadInput(path, f"compression `{compression}` for a mask", "Codes need a lossless codec: lzw or deflate.")
     encode = imagecodecs.lzw_encode if compression == "lzw" else imagecodecs.zlibng_encode
+
     def red(t):
         out = np.zeros((*t.shape, 3), np.uint8)
         out[..., 0] = t
         return encode(out)
+
     _write(path, pyramid(mask, levels), mpp, red, tile, bigtiff, compression=compression, photometric="rgb")

@@ -25,42 +25,56 @@ from ..core.errors import BadInput, nearest
 cv2.setNumThreads(0)
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-011
-MEAN = (.485, .456, .406)  # of ImageNet, red, green, blue, in 0..1
-STD = (.229, .224, .225)
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, red, green, blue, in 0..1
+STD = (0.229, 0.224, 0.225)
+
 
 def _checked(image):
     "The image, or the reason why it cannot be one."
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size: return image
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and image.shape[2] == 3
+        and image.size
+    ):
+        return image
     what = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
     raise BadInput("tile", f"a {what} is not an RGB image", "Give a uint8 array of shape (height, width, 3).")
 
+
 def to_tensor(
-    image: np.ndarray, # (height, width, 3) uint8, RGB
-    mean: Sequence[float] = MEAN, # of each channel, in 0..1
-    std: Sequence[float] = STD, # of each channel, in 0..1
-) -> torch.Tensor: # (3, height, width) float32
+    image: np.ndarray,  # (height, width, 3) uint8, RGB
+    mean: Sequence[float] = MEAN,  # of each channel, in 0..1
+    std: Sequence[float] = STD,  # of each channel, in 0..1
+) -> torch.Tensor:  # (3, height, width) float32
     "Centre and scale the channels and put them first."
     out = np.empty((3, *_checked(image).shape[:2]), np.float32)
     for channel, plane, m, s in zip(out, cv2.split(image), mean, std, strict=True):
         channel[:] = plane
-        channel *= 1/(255*s)
-        channel -= m/s
+        channel *= 1 / (255 * s)
+        channel -= m / s
     return torch.from_numpy(out)
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-015
 def channel_stats(
-    tiles: Iterable[np.ndarray], # (height, width, 3) uint8 images; a dataset's pairs (image, label) are taken too
-) -> tuple: # (mean, std), each of three numbers in 0..1
+    tiles: Iterable[np.ndarray],  # (height, width, 3) uint8 images; a dataset's pairs (image, label) are taken too
+) -> tuple:  # (mean, std), each of three numbers in 0..1
     "Mean and standard deviation of each channel over all pixels of the tiles."
-    n, first, second = 0, np.zeros(3), np.zeros(3)
+    n = 0
+    first = np.zeros(3)
+    second = np.zeros(3)
     for tile in tiles:
         image = _checked(tile[0] if isinstance(tile, tuple) else tile)
-        m, s = (a.ravel()/255 for a in cv2.meanStdDev(image))
-        area = image.shape[0]*image.shape[1]
-        n, first, second = n + area, first + area*m, second + area*(s**2 + m**2)
-    if n == 0: raise BadInput("tiles", "there are none", "Give at least one tile.")
-    mean = first/n
-    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(second/n - mean**2, 0)).tolist())
+        m, s = (a.ravel() / 255 for a in cv2.meanStdDev(image))
+        area = image.shape[0] * image.shape[1]
+        n = n + area
+        first = first + area * m
+        second = second + area * (s**2 + m**2)
+    if n == 0:
+        raise BadInput("tiles", "there are none", "Give at least one tile.")
+    mean = first / n
+    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(second / n - mean**2, 0)).tolist())
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-018
 def _evaluate(image, size, mean, std):
@@ -68,48 +82,55 @@ def _evaluate(image, size, mean, std):
         image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if min(h_w) > size else cv2.INTER_CUBIC)
     return to_tensor(image, mean, std)
 
+
 def eval_transform(
-    size: int = 224, # side of the result in pixels
-    mean: Sequence[float] = MEAN, # of each channel, in 0..1
-    std: Sequence[float] = STD, # of each channel, in 0..1
-): # function of a (height, width, 3) uint8 image giving a (3, size, size) float32 tensor; it can be pickled
+    size: int = 224,  # side of the result in pixels
+    mean: Sequence[float] = MEAN,  # of each channel, in 0..1
+    std: Sequence[float] = STD,  # of each channel, in 0..1
+):  # function of a (height, width, 3) uint8 image giving a (3, size, size) float32 tensor; it can be pickled
     "The transform for evaluation: resize where needed, then `to_tensor`."
     return partial(_evaluate, size=size, mean=mean, std=std)
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-021
-STAINS = np.array([[.65, .70, .29], [.07, .99, .11], [.27, .57, .78]])  # OD of haematoxylin, eosin, DAB in red, green, blue
+STAINS = np.array(
+    [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]
+)  # OD of haematoxylin, eosin, DAB in red, green, blue
 _UNMIX = np.linalg.inv(STAINS)
-_OD = -np.log(np.maximum(np.arange(256), 1)/255).astype(np.float32)  # optical density of every grey level
+_OD = -np.log(np.maximum(np.arange(256), 1) / 255).astype(np.float32)  # optical density of every grey level
+
 
 def hed_from_rgb(
-    image: np.ndarray, # (height, width, 3) uint8
-) -> np.ndarray: # (height, width, 3) float32: haematoxylin, eosin, DAB, in natural-log optical density
+    image: np.ndarray,  # (height, width, 3) uint8
+) -> np.ndarray:  # (height, width, 3) float32: haematoxylin, eosin, DAB, in natural-log optical density
     "Separate the stains (Ruifrok and Johnston 2001)."
     return cv2.transform(cv2.LUT(_checked(image), _OD), _UNMIX.T)
 
+
 def rgb_from_hed(
-    hed: np.ndarray, # (height, width, 3) float32, as `hed_from_rgb` gives it
-) -> np.ndarray: # (height, width, 3) uint8
+    hed: np.ndarray,  # (height, width, 3) float32, as `hed_from_rgb` gives it
+) -> np.ndarray:  # (height, width, 3) uint8
     "Put the stains together again."
     return cv2.convertScaleAbs(cv2.exp(cv2.transform(hed, -STAINS.T)), alpha=255)
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-025
 def jitter_stains(
-    image: np.ndarray, # (height, width, 3) uint8
-    alpha: Sequence[float], # relative change of haematoxylin, eosin, DAB
-    beta: Sequence[float], # shift of each, in optical density
-) -> np.ndarray: # (height, width, 3) uint8
+    image: np.ndarray,  # (height, width, 3) uint8
+    alpha: Sequence[float],  # relative change of haematoxylin, eosin, DAB
+    beta: Sequence[float],  # shift of each, in optical density
+) -> np.ndarray:  # (height, width, 3) uint8
     "Make each stain stronger or weaker (Tellez et al. 2018)."
     matrix = _UNMIX @ np.diag(1 + np.asarray(alpha)) @ STAINS
     density = cv2.transform(cv2.LUT(image, _OD), -np.column_stack([matrix.T, np.asarray(beta) @ STAINS]))
     return cv2.convertScaleAbs(cv2.exp(density, density), alpha=255)
 
+
 class HEDJitter(A.ImageOnlyTransform):
     "Vary the strength of each stain: `jitter_stains` with alpha and beta drawn from U(-sigma, sigma)."
+
     def __init__(
         self,
-        sigma: float = .08, # largest relative change and largest shift in optical density; .05 is light, .2 is strong
-        p: float = 1., # probability
+        sigma: float = 0.08,  # largest relative change and largest shift in optical density; .05 is light, .2 is strong
+        p: float = 1.0,  # probability
     ):
         super().__init__(p=p)
         self.sigma = sigma
@@ -126,96 +147,113 @@ class HEDJitter(A.ImageOnlyTransform):
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-031
 class Turn(A.ImageOnlyTransform):
     "One of the eight symmetries of the square, drawn evenly: both flips and all quarter turns."
+
     def get_params(self):
         "Draw whether to transpose, and which axes to flip."
         return {"code": self.py_random.randrange(8)}
 
     def apply(self, img, code, **params):
         "Turn one image."
-        if code & 4: img = cv2.transpose(img)
+        if code & 4:
+            img = cv2.transpose(img)
         return img if code & 3 == 0 else cv2.flip(img, {1: 0, 2: 1, 3: -1}[code & 3])
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-036
 def _crop(size, scale, ratio):
-    return A.RandomResizedCrop((size, size), scale=scale, ratio=ratio, interpolation=cv2.INTER_CUBIC, area_for_downscale="image")
+    return A.RandomResizedCrop(
+        (size, size), scale=scale, ratio=ratio, interpolation=cv2.INTER_CUBIC, area_for_downscale="image"
+    )
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-039
 def dino(
-    view: int, # 0: first global view, 1: a further global view, 2: a local view
-) -> list: # albumentations transforms, to follow the crop
+    view: int,  # 0: first global view, 1: a further global view, 2: a local view
+) -> list:  # albumentations transforms, to follow the crop
     "The transforms of DINO (Caron et al. 2021, appendix; BYOL's settings)."
     return [
-        A.HorizontalFlip(p=.5),
-        A.ColorJitter(brightness=(.6, 1.4), contrast=(.6, 1.4), saturation=(.8, 1.2), hue=(-.1, .1), p=.8),
-        A.ToGray(p=.2),
-        A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 2.), p=(1., .1, .5)[view]),
-        A.Solarize(threshold_range=(.5, .5), p=(0., .2, 0.)[view]),
+        A.HorizontalFlip(p=0.5),
+        A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.8, 1.2), hue=(-0.1, 0.1), p=0.8),
+        A.ToGray(p=0.2),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=(1.0, 0.1, 0.5)[view]),
+        A.Solarize(threshold_range=(0.5, 0.5), p=(0.0, 0.2, 0.0)[view]),
     ]
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-041
 def histology(
-    view: int, # 0: first global view, 1: a further global view, 2: a local view; all are treated alike
-) -> list: # albumentations transforms, to follow the crop
+    view: int,  # 0: first global view, 1: a further global view, 2: a local view; all are treated alike
+) -> list:  # albumentations transforms, to follow the crop
     "The transforms for stained tissue."
     return [
-        Turn(p=1.),
-        HEDJitter(sigma=.08),
-        A.RandomBrightnessContrast(brightness_limit=.08, contrast_limit=.15, p=.5),
-        A.ToGray(p=.05),
-        A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2), p=.4),
+        Turn(p=1.0),
+        HEDJitter(sigma=0.08),
+        A.RandomBrightnessContrast(brightness_limit=0.08, contrast_limit=0.15, p=0.5),
+        A.ToGray(p=0.05),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.2), p=0.4),
     ]
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-strong
 def histology_strong(
-    view: int, # 0: first global view, 1: a further global view, 2: a local view; all are treated alike
-) -> list: # albumentations transforms, to follow the crop
+    view: int,  # 0: first global view, 1: a further global view, 2: a local view; all are treated alike
+) -> list:  # albumentations transforms, to follow the crop
     "The transforms for small sets of stained tissue, where colour must not be the answer."
     return [
-        Turn(p=1.),
-        HEDJitter(sigma=.08),
-        A.ColorJitter(brightness=(.7, 1.3), contrast=(.7, 1.3), saturation=(.7, 1.3), hue=(-.06, .06), p=.8),
-        A.ToGray(p=.2),
-        A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.2), p=.3),
+        Turn(p=1.0),
+        HEDJitter(sigma=0.08),
+        A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.06, 0.06), p=0.8),
+        A.ToGray(p=0.2),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.2), p=0.3),
     ]
 
+
 RECIPES = {  # the transforms, the global and local shares of area, and the range of aspect ratios
-    "histology": (histology, (.4, 1.), (.1, .4), (.9, 1/.9)),
-    "histology-strong": (histology_strong, (.4, 1.), (.1, .4), (.9, 1/.9)),
-    "dino": (dino, (.4, 1.), (.05, .4), (3/4, 4/3)),
+    "histology": (histology, (0.4, 1.0), (0.1, 0.4), (0.9, 1 / 0.9)),
+    "histology-strong": (histology_strong, (0.4, 1.0), (0.1, 0.4), (0.9, 1 / 0.9)),
+    "dino": (dino, (0.4, 1.0), (0.05, 0.4), (3 / 4, 4 / 3)),
 }
 
 # %% ../../nbs/05_training/01_augmentation.ipynb #cell-045
 class MultiCrop:
     "Random views of one tile: `crops(image, seed)` gives the global views, then the local ones, as normalised tensors."
+
     def __init__(
         self,
-        n_global: int = 2, # global views, at least one
-        n_local: int = 8, # local views
-        global_size: int = 224, # side of a global view in pixels
-        local_size: int = 96, # side of a local view in pixels
-        global_scale: tuple | None = None, # least and greatest share of the tile's area; the recipe's own by default
-        local_scale: tuple | None = None, # the same for local views
-        recipe: str = "histology", # one of RECIPES
-        mean: Sequence[float] = MEAN, # of each channel, in 0..1
-        std: Sequence[float] = STD, # of each channel, in 0..1
+        n_global: int = 2,  # global views, at least one
+        n_local: int = 8,  # local views
+        global_size: int = 224,  # side of a global view in pixels
+        local_size: int = 96,  # side of a local view in pixels
+        global_scale: tuple | None = None,  # least and greatest share of the tile's area; the recipe's own by default
+        local_scale: tuple | None = None,  # the same for local views
+        recipe: str = "histology",  # one of RECIPES
+        mean: Sequence[float] = MEAN,  # of each channel, in 0..1
+        std: Sequence[float] = STD,  # of each channel, in 0..1
     ):
-        if recipe not in RECIPES: raise BadInput("MultiCrop", f"unknown recipe `{recipe}`", nearest(recipe, RECIPES))
-        if n_global < 1 or n_local < 0: raise BadInput("MultiCrop", f"{n_global} global and {n_local} local views", "At least one global view is needed.")
+        if recipe not in RECIPES:
+            raise BadInput("MultiCrop", f"unknown recipe `{recipe}`", nearest(recipe, RECIPES))
+        if n_global < 1 or n_local < 0:
+            raise BadInput(
+                "MultiCrop", f"{n_global} global and {n_local} local views", "At least one global view is needed."
+            )
         transforms, global_default, local_default, ratio = RECIPES[recipe]
         self.recipe, self.n_global, self.n_local = recipe, n_global, n_local
         self.global_size, self.local_size = global_size, local_size
-        self.global_scale, self.local_scale = tuple(global_scale or global_default), tuple(local_scale or local_default)
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.global_scale = tuple(global_scale or global_default)
+        self.local_scale = tuple(local_scale or local_default)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         for name, (low, high) in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
-            if not 0 < low <= high <= 1: raise BadInput("MultiCrop", f"`{name}` is ({low}, {high})", "Give the least and greatest share of the area, within 0..1.")
-        shapes = [(global_size, self.global_scale)]*2 + [(local_size, self.local_scale)]
+            if not 0 < low <= high <= 1:
+                raise BadInput(
+                    "MultiCrop",
+                    f"`{name}` is ({low}, {high})",
+                    "Give the least and greatest share of the area, within 0..1.",
+                )
+        shapes = [(global_size, self.global_scale)] * 2 + [(local_size, self.local_scale)]
         self.views = [A.Compose([_crop(*shape, ratio), *transforms(view)]) for view, shape in enumerate(shapes)]
 
     def draw(
         self,
-        image: np.ndarray, # (height, width, 3) uint8
-        seed: int | tuple, # any whole numbers >= 0
-    ) -> list: # (side, side, 3) uint8 images, the global views first
+        image: np.ndarray,  # (height, width, 3) uint8
+        seed: int | tuple,  # any whole numbers >= 0
+    ) -> list:  # (side, side, 3) uint8 images, the global views first
         "The views as images, before they become tensors."
         _checked(image)
         seed = seed if isinstance(seed, tuple) else (seed,)
@@ -223,18 +261,23 @@ class MultiCrop:
         for local, number in [(0, i) for i in range(self.n_global)] + [(1, i) for i in range(self.n_local)]:
             sequence = np.random.SeedSequence((*seed, local, number))
             view = self.views[2 if local else min(number, 1)]
-            view.set_random_state(np.random.Generator(np.random.PCG64(sequence)), random.Random(int(sequence.generate_state(1, np.uint64)[0])))
+            view.set_random_state(
+                np.random.Generator(np.random.PCG64(sequence)),
+                random.Random(int(sequence.generate_state(1, np.uint64)[0])),
+            )
             out.append(view(image=image)["image"])
         return out
 
     def __call__(
         self,
-        image: np.ndarray, # (height, width, 3) uint8
-        seed: int | tuple, # any whole numbers >= 0, such as (run, epoch, tile)
-    ) -> list: # (3, side, side) float32 tensors, the global views first
+        image: np.ndarray,  # (height, width, 3) uint8
+        seed: int | tuple,  # any whole numbers >= 0, such as (run, epoch, tile)
+    ) -> list:  # (3, side, side) float32 tensors, the global views first
         "The views of one tile; equal images and seeds give equal views, in any process."
         return [to_tensor(view, self.mean, self.std) for view in self.draw(image, seed)]
 
     def __repr__(self):
-        return (f"MultiCrop({self.recipe}: {self.n_global} x {self.global_size} px of {self.global_scale[0]:g}-{self.global_scale[1]:g} of the area, "
-                f"{self.n_local} x {self.local_size} px of {self.local_scale[0]:g}-{self.local_scale[1]:g})")
+        return (
+            f"MultiCrop({self.recipe}: {self.n_global} x {self.global_size} px of {self.global_scale[0]:g}-{self.global_scale[1]:g} of the area, "
+            f"{self.n_local} x {self.local_size} px of {self.local_scale[0]:g}-{self.local_scale[1]:g})"
+        )

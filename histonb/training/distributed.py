@@ -17,96 +17,126 @@ import torch.distributed as dist
 from ..core.errors import BadInput
 
 # %% ../../nbs/05_training/03_distributed.ipynb #cell-005
-TIMEOUT = datetime.timedelta(minutes=30) # of a collective operation
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective operation
 
-def rank() -> int: # 0 .. world - 1; 0 alone
+
+def rank() -> int:  # 0 .. world - 1; 0 alone
     "This process's number."
     return dist.get_rank() if dist.is_initialized() else 0
 
-def world() -> int: # processes of the run; 1 alone
+
+def world() -> int:  # processes of the run; 1 alone
     "How many processes train together."
     return dist.get_world_size() if dist.is_initialized() else 1
 
-def announced() -> int: # world size that torchrun announces; 1 where there is no torchrun
+
+def announced() -> int:  # world size that torchrun announces; 1 where there is no torchrun
     "How many processes there will be once they have joined."
     return int(os.environ.get("WORLD_SIZE", 1))
 
+# %% ../../nbs/05_training/03_distributed.ipynb #cell-005-2
 @contextlib.contextmanager
 def joined(
-    device: str = "cpu", # where the run computes: cpu or cuda
-): # yields the torch device of this process
+    device: str = "cpu",  # where the run computes: cpu or cuda
+):  # yields the torch device of this process
     "Join the other processes that torchrun started, for the length of a `with` block."
-    local, many = int(os.environ.get("LOCAL_RANK", 0)), announced() > 1
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    many = announced() > 1
     if device == "cuda" and many:
         if local >= torch.cuda.device_count():
-            raise BadInput("device", f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}", "Start one process a GPU.")
+            raise BadInput(
+                "device",
+                f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}",
+                "Start one process a GPU.",
+            )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if many and not dist.is_initialized(): dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
-    try: yield torch.device(device)
+    if many and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    try:
+        yield torch.device(device)
     finally:
-        if many and dist.is_initialized(): dist.destroy_process_group()
+        if many and dist.is_initialized():
+            dist.destroy_process_group()
 
 # %% ../../nbs/05_training/03_distributed.ipynb #cell-008
 def total(
-    x: torch.Tensor, # of the same shape on every process
-) -> torch.Tensor: # the same tensor, changed in place
+    x: torch.Tensor,  # of the same shape on every process
+) -> torch.Tensor:  # the same tensor, changed in place
     "Sum over all processes."
-    if world() > 1: dist.all_reduce(x)
+    if world() > 1:
+        dist.all_reduce(x)
     return x
+
 
 def largest(
-    x: torch.Tensor, # of the same shape on every process
-) -> torch.Tensor: # the same tensor, changed in place
+    x: torch.Tensor,  # of the same shape on every process
+) -> torch.Tensor:  # the same tensor, changed in place
     "Largest value over all processes."
-    if world() > 1: dist.all_reduce(x, dist.ReduceOp.MAX)
+    if world() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
 
+
 def average(
-    tensors: list, # float tensors, changed in place; the same shapes on every process
+    tensors: list,  # float tensors, changed in place; the same shapes on every process
 ):
     "Mean over all processes of many tensors, in one message."
-    if world() == 1 or not tensors: return
-    flat = total(torch.cat([t.reshape(-1).float() for t in tensors]))/world()
-    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True): t.copy_(mean.view_as(t))
+    if world() == 1 or not tensors:
+        return
+    flat = total(torch.cat([t.reshape(-1).float() for t in tensors])) / world()
+    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(mean.view_as(t))
+
 
 def first_says(
-    value: int, # counts only on rank 0
-    device: torch.device = torch.device("cpu"), # of this process
-) -> int: # what rank 0 holds
+    value: int,  # counts only on rank 0
+    device: torch.device = torch.device("cpu"),  # of this process
+) -> int:  # what rank 0 holds
     "The first process's number, on all of them."
     x = torch.tensor(value, device=device)
-    if world() > 1: dist.broadcast(x, 0)
+    if world() > 1:
+        dist.broadcast(x, 0)
     return int(x)
 
+# %% ../../nbs/05_training/03_distributed.ipynb #cell-008-2
 def anybody(
-    yes: bool, # of this process
-    device: torch.device = torch.device("cpu"), # of this process
-) -> bool: # the same on all processes
+    yes: bool,  # of this process
+    device: torch.device = torch.device("cpu"),  # of this process
+) -> bool:  # the same on all processes
     "Whether any process says yes."
     return total(torch.tensor(float(yes), device=device)).item() > 0
 
+
 def first_does(
-    work, # function without arguments
-    device: torch.device = torch.device("cpu"), # of this process
-): # what it returns on the first process; None on the others
+    work,  # function without arguments
+    device: torch.device = torch.device("cpu"),  # of this process
+):  # what it returns on the first process; None on the others
     "Do something on rank 0 only. Where it fails there, no process waits for it: all raise."
     result, error = None, None
     if rank() == 0:
-        try: result = work()
-        except Exception as e: error = e
+        try:
+            result = work()
+        except Exception as e:
+            error = e
     failed = first_says(int(error is not None), device)
-    if error is not None: raise error
-    if failed: raise BadInput("process 0", "it could not begin", "Its own message says why.")
+    if error is not None:
+        raise error
+    if failed:
+        raise BadInput("process 0", "it could not begin", "Its own message says why.")
     return result
 
+# %% ../../nbs/05_training/03_distributed.ipynb #cell-008-3
 def all_equal(
-    value: int, # of this process, below 2**53
-    what: str, # it is, for the error
-    device: torch.device = torch.device("cpu"), # of this process
+    value: int,  # of this process, below 2**53
+    what: str,  # it is, for the error
+    device: torch.device = torch.device("cpu"),  # of this process
 ):
     "Refuse processes that do not agree on a number."
     least, most = (largest(torch.tensor(float(v), dtype=torch.float64, device=device)).item() for v in (-value, value))
     if -least != most:
-        raise BadInput(f"process {rank()}", f"{what} differ between processes ({-least:.0f} to {most:.0f}, here {value})",
-                       "Give every process the same tiles and parameters.")
+        raise BadInput(
+            f"process {rank()}",
+            f"{what} differ between processes ({-least:.0f} to {most:.0f}, here {value})",
+            "Give every process the same tiles and parameters.",
+        )

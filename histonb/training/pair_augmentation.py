@@ -15,35 +15,45 @@ from ..core.errors import BadInput
 from .augmentation import A, _checked
 
 # %% ../../nbs/05_training/02_pair_augmentation.ipynb #cell-007
-def ebhi() -> list: # albumentations transforms, of picture and mask
+def ebhi() -> list:  # albumentations transforms, of picture and mask
     "The transforms of the transfer study."
     mirrored = {"border_mode": cv2.BORDER_REFLECT_101, "mask_interpolation": cv2.INTER_NEAREST}
     return [
-        A.ElasticTransform(alpha=150, sigma=10, noise_distribution="uniform", p=.5, **mirrored),
-        A.RandomBrightnessContrast(brightness_limit=.2, contrast_limit=.2, p=.5),
-        A.Rotate(limit=35, p=.5, **mirrored),
-        A.HorizontalFlip(p=.5),
-        A.VerticalFlip(p=.1),
-        A.GaussianBlur(blur_limit=(3, 7), sigma_limit=(.8, 1.4), p=.15),
+        A.ElasticTransform(alpha=150, sigma=10, noise_distribution="uniform", p=0.5, **mirrored),
+        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
+        A.Rotate(limit=35, p=0.5, **mirrored),
+        A.HorizontalFlip(p=0.5),
+        A.VerticalFlip(p=0.1),
+        A.GaussianBlur(blur_limit=(3, 7), sigma_limit=(0.8, 1.4), p=0.15),
     ]
 
 # %% ../../nbs/05_training/02_pair_augmentation.ipynb #cell-013
 class EBHIAugment:
     "The transfer study's augmentation: `augment(image, mask, seed)`. It can be pickled."
-    def __init__(self): self.transforms = A.Compose(ebhi())
+
+    def __init__(self):
+        self.transforms = A.Compose(ebhi())
 
     def __call__(
         self,
-        image: np.ndarray, # (height, width, 3) uint8
-        mask: np.ndarray, # (height, width) uint8, any numbers of classes
-        seed: int | tuple, # any whole numbers >= 0, such as (run, epoch, picture)
-    ) -> tuple[np.ndarray, np.ndarray]: # picture and mask, as they came in; equal pairs and seeds give equal results, in any process
+        image: np.ndarray,  # (height, width, 3) uint8
+        mask: np.ndarray,  # (height, width) uint8, any numbers of classes
+        seed: int | tuple,  # any whole numbers >= 0, such as (run, epoch, picture)
+    ) -> tuple[
+        np.ndarray, np.ndarray
+    ]:  # picture and mask, as they came in; equal pairs and seeds give equal results, in any process
         "One random version of a pair."
         _checked(image)
         if not isinstance(mask, np.ndarray) or mask.dtype != np.uint8 or mask.shape != image.shape[:2]:
             what = f"{mask.dtype} array of shape {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
-            raise BadInput("mask", f"a {what} is no mask of a picture of {image.shape[0]}x{image.shape[1]} px", "Give a uint8 array of the picture's height and width.")
+            raise BadInput(
+                "mask",
+                f"a {what} is no mask of a picture of {image.shape[0]}x{image.shape[1]} px",
+                "Give a uint8 array of the picture's height and width.",
+            )
         sequence = np.random.SeedSequence(seed)
-        self.transforms.set_random_state(np.random.Generator(np.random.PCG64(sequence)), random.Random(int(sequence.generate_state(1, np.uint64)[0])))
+        self.transforms.set_random_state(
+            np.random.Generator(np.random.PCG64(sequence)), random.Random(int(sequence.generate_state(1, np.uint64)[0]))
+        )
         out = self.transforms(image=image, mask=mask)
         return np.ascontiguousarray(out["image"]), np.ascontiguousarray(out["mask"])

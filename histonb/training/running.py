@@ -35,129 +35,165 @@ from ..core.files import as_json, atomic_path, read_jsonl, read_record, write_js
 # %% ../../nbs/05_training/04_running.ipynb #cell-005
 _NAME = re.compile(r"(best-)?(\d{7,})-([0-9a-f]{16})\.pt")
 
+
 def checkpoints(
-    folder, # of a run
-) -> list: # (step, path, best) of each, latest first
+    folder,  # of a run
+) -> list:  # (step, path, best) of each, latest first
     "The checkpoints of a run."
-    found = [(m, p) for p in (Path(folder)/"checkpoints").glob("*.pt") if (m := _NAME.fullmatch(p.name))]
+    found = [(m, p) for p in (Path(folder) / "checkpoints").glob("*.pt") if (m := _NAME.fullmatch(p.name))]
     return sorted(((int(m[2]), p, bool(m[1])) for m, p in found), key=lambda c: (c[0], not c[2]), reverse=True)
+
 
 def _interned(value):
     "The same state with one object for equal texts, so that equal states are equal bytes, whether read from a file or not."
-    if isinstance(value, str): return sys.intern(value)
+    if isinstance(value, str):
+        return sys.intern(value)
     if isinstance(value, dict):
         copied = type(value)((_interned(k), _interned(v)) for k, v in value.items())
-        if hasattr(value, "_metadata"): copied._metadata = value._metadata  # versions of a network's modules
+        if hasattr(value, "_metadata"):
+            copied._metadata = value._metadata  # versions of a network's modules
         return copied
     return type(value)(map(_interned, value)) if type(value) in (list, tuple) else value
 
+# %% ../../nbs/05_training/04_running.ipynb #cell-005-2
 def write_checkpoint(
-    state: dict, # tensors, numbers, text, lists and dicts of them
-    folder, # of the run
-    step: int, # steps taken
-    keep: int = 2, # latest checkpoints to keep
-    best: bool = False, # keep it as the best one instead, in place of the best before
+    state: dict,  # tensors, numbers, text, lists and dicts of them
+    folder,  # of the run
+    step: int,  # steps taken
+    keep: int = 2,  # latest checkpoints to keep
+    best: bool = False,  # keep it as the best one instead, in place of the best before
 ):
     "Write a checkpoint, then remove those it replaces."
-    home = Path(folder)/"checkpoints"
+    home = Path(folder) / "checkpoints"
     try:
-        with atomic_path(home/"new.pt") as p, open(p, "wb") as f:
+        with atomic_path(home / "new.pt") as p, open(p, "wb") as f:
             torch.save(_interned(state), f)  # an open file: torch would write the name of a path into its bytes
-        path = home/f"{'best-' if best else ''}{step:07d}-{digest(home/'new.pt')}.pt"
-        os.replace(home/"new.pt", path)
+        path = home / f"{'best-' if best else ''}{step:07d}-{digest(home / 'new.pt')}.pt"
+        os.replace(home / "new.pt", path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
         told = refusal(e, home) if isinstance(e, OSError) else None
-        raise BadInput(home, f"the checkpoint of step {step} cannot be written ({told.fault if told else e})",
-                       "Make room on the disk and start again: the run continues from the checkpoint before.") from e
+        raise BadInput(
+            home,
+            f"the checkpoint of step {step} cannot be written ({told.fault if told else e})",
+            "Make room on the disk and start again: the run continues from the checkpoint before.",
+        ) from e
     same = [p for _, p, is_best in checkpoints(folder) if is_best == best and p != path]
-    for old in same[0 if best else max(keep - 1, 0):]: old.unlink(missing_ok=True)
+    for old in same[0 if best else max(keep - 1, 0) :]:
+        old.unlink(missing_ok=True)
 
 # %% ../../nbs/05_training/04_running.ipynb #cell-008
 def read_checkpoint(
-    path, # one file
-) -> dict: # the state, on the CPU
+    path,  # one file
+) -> dict:  # the state, on the CPU
     "Read a checkpoint; a damaged one is `BadInput`."
     path = Path(path)
     name = _NAME.fullmatch(path.name)
     try:
-        if name and digest(path) != name[3]: raise ValueError("its content is not what its name says")
+        if name and digest(path) != name[3]:
+            raise ValueError("its content is not what its name says")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict): raise ValueError(f"it holds {type(state).__name__}, not the state of a run")
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds {type(state).__name__}, not the state of a run")
         return state
     except Exception as e:  # damaged bytes make torch and pickle fail in many ways
-        raise BadInput(path, f"not a whole checkpoint ({(str(e).splitlines() or [type(e).__name__])[0]})",
-                       "The run continues from the one before.") from e
+        raise BadInput(
+            path,
+            f"not a whole checkpoint ({(str(e).splitlines() or [type(e).__name__])[0]})",
+            "The run continues from the one before.",
+        ) from e
+RESTART = "begin again with restart=True, `--restart`, or in a study `--force`"  # how a run is discarded
 
-RESTART = "begin again with restart=True, `--restart`, or in a study `--force`" # how a run is discarded
-
+# %% ../../nbs/05_training/04_running.ipynb #cell-008-2
 def latest_checkpoint(
-    folder, # of a run
-) -> tuple[dict, int] | None: # state and its step; None where there is no checkpoint
+    folder,  # of a run
+) -> tuple[dict, int] | None:  # state and its step; None where there is no checkpoint
     """Read the latest whole checkpoint. Damaged ones are set aside with a warning.
 
     Raises `BadInput` where all are damaged, each time until the run is begun anew."""
     for step, path, _ in checkpoints(folder):
-        try: return read_checkpoint(path), step
+        try:
+            return read_checkpoint(path), step
         except BadInput as e:
             warnings.warn(f"checkpoint passed over: {e}", stacklevel=2)
             path.rename(path.with_suffix(".damaged"))
-    damaged = len([*(Path(folder)/"checkpoints").glob("*.damaged")])
-    if damaged: raise BadInput(Path(folder)/"checkpoints", f"none of the {damaged} checkpoints is whole", f"Put a copy back, or {RESTART}.")
+    damaged = len([*(Path(folder) / "checkpoints").glob("*.damaged")])
+    if damaged:
+        raise BadInput(
+            Path(folder) / "checkpoints",
+            f"none of the {damaged} checkpoints is whole",
+            f"Put a copy back, or {RESTART}.",
+        )
     return None
 
 # %% ../../nbs/05_training/04_running.ipynb #cell-claim
 def _recorded(folder):
     "Parameters of the run in the folder; empty where there is none."
-    path = Path(folder)/"config.json"
+    path = Path(folder) / "config.json"
     return read_record(path) if path.exists() else {}
 
+
 def keep_precision(
-    config, # a dataclass with `out` and `precision`, as the user gave it
-    restart: bool = False, # the run in the folder is discarded
-): # the config; where `precision` is auto, with that of the run in the folder
+    config,  # a dataclass with `out` and `precision`, as the user gave it
+    restart: bool = False,  # the run in the folder is discarded
+):  # the config; where `precision` is auto, with that of the run in the folder
     "Go on in the precision that the run began with, whatever the processor of this node is best at."
     known = _recorded(config.out).get("precision") if not restart and config.precision == "auto" else None
     return dataclasses.replace(config, precision=known) if known else config
 
+
 def same_run(
-    folder, # that may hold a run
-    parameters: dict, # that JSON can hold
-    free=(), # names of parameters that may change when the run goes on
-    elastic=(), # names of those that `elastic` sets free
-) -> bool: # False where the folder holds no run
+    folder,  # that may hold a run
+    parameters: dict,  # that JSON can hold
+    free=(),  # names of parameters that may change when the run goes on
+    elastic=(),  # names of those that `elastic` sets free
+) -> bool:  # False where the folder holds no run
     "Whether the folder holds a run with these parameters. One with others is `BadInput`."
     theirs = _recorded(folder)
     mine = as_json(parameters)
     changed = [k for k, v in mine.items() if k not in free and k in theirs and theirs[k] != v]
-    if not changed: return bool(theirs)
+    if not changed:
+        return bool(theirs)
     told = ", ".join(f"{k} {theirs[k]!r} -> {mine[k]!r}" for k in changed)
-    lifted = " Or pass elastic (`--elastic`): the run then goes on, but not bit for bit."*({*changed} <= {*elastic})
-    longer = {*changed} <= {"steps", "epochs"} and " Its schedules are laid out over all its steps: a longer run is another run from the first step on."
-    raise BadInput(folder, f"holds a run with other parameters: {told}", f"Choose another folder, or {RESTART}.{lifted}{longer or ''}")
+    lifted = " Or pass elastic (`--elastic`): the run then goes on, but not bit for bit." * ({*changed} <= {*elastic})
+    longer = {*changed} <= {
+        "steps",
+        "epochs",
+    } and " Its schedules are laid out over all its steps: a longer run is another run from the first step on."
+    raise BadInput(
+        folder,
+        f"holds a run with other parameters: {told}",
+        f"Choose another folder, or {RESTART}.{lifted}{longer or ''}",
+    )
 
+# %% ../../nbs/05_training/04_running.ipynb #cell-claim-2
 @contextlib.contextmanager
 def claim(
-    folder, # of the run, made where missing
-    parameters: dict, # that JSON can hold
-    free=(), # names of parameters that may change when the run goes on
-    made=(), # names of files that a restart removes, besides config.json, log.jsonl and the checkpoints
-    restart: bool = False, # discard the run in the folder
-    elastic=(), # names of parameters that `elastic` would set free
+    folder,  # of the run, made where missing
+    parameters: dict,  # that JSON can hold
+    free=(),  # names of parameters that may change when the run goes on
+    made=(),  # names of files that a restart removes, besides config.json, log.jsonl and the checkpoints
+    restart: bool = False,  # discard the run in the folder
+    elastic=(),  # names of parameters that `elastic` would set free
 ):
     "Make the folder this run's own for the length of a `with` block. A run with other parameters in it, or another process, is `BadInput`."
     folder = Path(folder)
     with hold(folder):
         if restart:
-            for path in [*(folder/"checkpoints").glob("*"), *(folder/n for n in ("config.json", "log.jsonl", *made))]: path.unlink(missing_ok=True)
+            for path in [
+                *(folder / "checkpoints").glob("*"),
+                *(folder / n for n in ("config.json", "log.jsonl", *made)),
+            ]:
+                path.unlink(missing_ok=True)
         same_run(folder, parameters, free, elastic)
-        write_json(folder/"config.json", parameters)
-        (folder/"stopped").unlink(missing_ok=True)
+        write_json(folder / "config.json", parameters)
+        (folder / "stopped").unlink(missing_ok=True)
         yield
 
+
 def kept_rows(
-    path, # log.jsonl of the run
-    step: int, # where the run goes on
-) -> list: # its rows up to that step
+    path,  # log.jsonl of the run
+    step: int,  # where the run goes on
+) -> list:  # its rows up to that step
     "The log up to a step; what was written after it is removed from the file."
     path = Path(path)
     rows = read_jsonl(path) if path.exists() else []
@@ -165,109 +201,146 @@ def kept_rows(
         if not isinstance(row.get("step", 0), (int, float)):
             raise BadInput(path, f"`{row['step']}` is not a step", "Delete this line, or the whole log.")
     rows = [row for row in rows if row.get("step", 0) <= step]
-    with atomic_path(path) as p: p.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with atomic_path(path) as p:
+        p.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
 # %% ../../nbs/05_training/04_running.ipynb #cell-hold
 class Stopped(KeyboardInterrupt):
     "The run was asked to stop, and has written a checkpoint."
 
+
 @contextlib.contextmanager
 def hold_signals():
     "Let Ctrl-C and SIGTERM wait: yields a list that is not empty once one came. The second interrupts at once."
     asked = []
+
     def note(*_):
-        if asked: raise KeyboardInterrupt
+        if asked:
+            raise KeyboardInterrupt
         asked.append(True)
+
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 # %% ../../nbs/05_training/04_running.ipynb #cell-timed
 def timed(
-    loader, # iterable of batches
-    clock: dict, # the seconds waited are added to `wait`
-): # the batches
+    loader,  # iterable of batches
+    clock: dict,  # the seconds waited are added to `wait`
+):  # the batches
     "Batches of a loader, while counting the time waited for them; a worker that died is `BadInput`."
     batches = iter(loader)
     while True:
         began = time.perf_counter()
-        try: batch = next(batches)
-        except StopIteration: return
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e) or "Caught" in str(e): raise
-            raise BadInput("workers", f"a process that makes crops died ({str(e).splitlines()[0]})",
-                           "Out of memory? Lower workers or batch_size and start again: the run continues from its last checkpoint.") from e
+            if "DataLoader worker" not in str(e) or "Caught" in str(e):
+                raise
+            raise BadInput(
+                "workers",
+                f"a process that makes crops died ({str(e).splitlines()[0]})",
+                "Out of memory? Lower workers or batch_size and start again: the run continues from its last checkpoint.",
+            ) from e
         clock["wait"] += time.perf_counter() - began
         yield batch
 
+
 def start_worker(
-    _, # number of the worker, as a `DataLoader` says it
+    _,  # number of the worker, as a `DataLoader` says it
 ):
     "Leave Ctrl-C to the training process, and one core to each worker."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
 
+# %% ../../nbs/05_training/04_running.ipynb #cell-timed-2
 def loader(
     dataset,
-    batches, # keys of the dataset, batch by batch
-    workers: int, # processes that make samples; 0: in the training process
-    device: str, # where the batches go
-    **options, # of `DataLoader`
+    batches,  # keys of the dataset, batch by batch
+    workers: int,  # processes that make samples; 0: in the training process
+    device: str,  # where the batches go
+    **options,  # of `DataLoader`
 ) -> DataLoader:
     "Serve batches in an order that is given; what is drawn is the dataset's own affair."
-    if workers: options |= {"worker_init_fn": start_worker, "timeout": 600}
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator(), pin_memory=device.startswith("cuda"), **options)
+    if workers:
+        options |= {"worker_init_fn": start_worker, "timeout": 600}
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        generator=torch.Generator(),
+        pin_memory=device.startswith("cuda"),
+        **options,
+    )
+
 
 def draw_seed(
-    *key: int, # such as seed, step, micro-batch, rank
-) -> int: # of torch
+    *key: int,  # such as seed, step, micro-batch, rank
+) -> int:  # of torch
     "A seed that is a function of its place in the run."
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
-def memory_used(
-    device: torch.device, # where the model runs
-) -> float: # GiB
-    "Most memory that this process has held."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == "linux" else 2**30)
 
+def memory_used(
+    device: torch.device,  # where the model runs
+) -> float:  # GiB
+    "Most memory that this process has held."
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+
+# %% ../../nbs/05_training/04_running.ipynb #cell-timed-3
 def find_device(
-    name: str = "auto", # auto, cpu, cuda, cuda:1 ...
+    name: str = "auto",  # auto, cpu, cuda, cuda:1 ...
 ) -> torch.device:
     "The device of this name; auto is a GPU where there is one. One that this machine lacks is `BadInput`."
-    if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: device = torch.device(name)
-    except RuntimeError: raise BadInput("device", f"`{name}` is no device", "Choose auto, cpu or cuda.") from None
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput("device", f"`{name}` is no device", "Choose auto, cpu or cuda.") from None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise BadInput("device", f"`{name}`, but torch finds {gpus} CUDA devices here",
-                       "Choose auto or cpu; with a GPU, install a CUDA build of torch (`histonb doctor` tells).")
+        raise BadInput(
+            "device",
+            f"`{name}`, but torch finds {gpus} CUDA devices here",
+            "Choose auto or cpu; with a GPU, install a CUDA build of torch (`histonb doctor` tells).",
+        )
     return device
 
+
 def best_precision(
-    device: torch.device, # where the model runs
-) -> str: # "bf16" or "fp32"
+    device: torch.device,  # where the model runs
+) -> str:  # "bf16" or "fp32"
     "bf16 where the hardware computes in it."
-    if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if fast else "fp32"
 
+
 def find_precision(
-    name: str, # auto, fp32 or bf16
-    device: torch.device, # where the model runs
-) -> str: # "bf16" or "fp32"
+    name: str,  # auto, fp32 or bf16
+    device: torch.device,  # where the model runs
+) -> str:  # "bf16" or "fp32"
     "The precision of this name; auto is the best of the device."
     return best_precision(device) if name == "auto" else name
 
+# %% ../../nbs/05_training/04_running.ipynb #cell-timed-4
 def memory_layout(
-    net: nn.Module, # convolutional
-    precision: str, # fp32 or bf16
-    device: torch.device, # where it is trained
+    net: nn.Module,  # convolutional
+    precision: str,  # fp32 or bf16
+    device: torch.device,  # where it is trained
 ) -> torch.memory_format:
     "Channels last is faster, but with few channels in fp32 on a CPU oneDNN's backward pass then writes beyond its buffers."
     narrow = min([m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)], default=0) < 16

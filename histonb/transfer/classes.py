@@ -25,105 +25,129 @@ from ..core.errors import BadInput, foreign_errors, nearest
 from ..core.files import read_record
 from ..datasets.ebhi import CLASSES
 from ..metrics import classification as metrics
+from .ebhi_dataset import Pictures
 from .encoders import Trunk, trunk
 from .supervised import FitConfig, answers, fit, settle
-from .ebhi_dataset import Pictures
 
 # %% ../../nbs/12_transfer/05_classes.ipynb #cell-005
 class Classifier(nn.Module):
     "An encoder and the study's head."
+
     def __init__(
         self,
         encoder: Trunk,
-        n_classes: int = len(CLASSES), # C
-        hidden: int = 256, # features before the scores
-        dropout: float = .3, # share of them that training hides
-        seed: int = 0, # of the head's weights
+        n_classes: int = len(CLASSES),  # C
+        hidden: int = 256,  # features before the scores
+        dropout: float = 0.3,  # share of them that training hides
+        seed: int = 0,  # of the head's weights
     ):
         super().__init__()
         self.trunk = encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = nn.Sequential(nn.Linear(encoder.num_features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, n_classes))
+            self.head = nn.Sequential(
+                nn.Linear(encoder.num_features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, n_classes)
+            )
 
     def forward(
         self,
-        images: torch.Tensor, # (B, 3, H, W) in 0..1
-    ) -> torch.Tensor: # (B, C) scores
+        images: torch.Tensor,  # (B, 3, H, W) in 0..1
+    ) -> torch.Tensor:  # (B, C) scores
         return self.head(self.trunk(images))
 
+
 def class_weights(
-    classes, # (N,) of the training pictures
-    n_classes: int = len(CLASSES), # C
-) -> torch.Tensor: # (C,) their mean over the pictures is 1; 0 for a class that is not there
+    classes,  # (N,) of the training pictures
+    n_classes: int = len(CLASSES),  # C
+) -> torch.Tensor:  # (C,) their mean over the pictures is 1; 0 for a class that is not there
     "What a picture of each class weighs where classes shall weigh alike."
     count = np.bincount(classes, minlength=n_classes)
-    return torch.tensor(np.where(count > 0, len(classes)/((count > 0).sum()*np.maximum(count, 1)), 0), dtype=torch.float32)
+    return torch.tensor(
+        np.where(count > 0, len(classes) / ((count > 0).sum() * np.maximum(count, 1)), 0), dtype=torch.float32
+    )
 
+# %% ../../nbs/12_transfer/05_classes.ipynb #cell-005-2
 def class_loss(
-    weights: torch.Tensor | None = None, # (C,) of `class_weights`; None: pictures weigh alike
-) -> Callable: # of scores, masks and classes, for `fit`
+    weights: torch.Tensor | None = None,  # (C,) of `class_weights`; None: pictures weigh alike
+) -> Callable:  # of scores, masks and classes, for `fit`
     "Cross-entropy of the classes."
-    def loss(scores, masks, classes): return F.cross_entropy(scores, classes, None if weights is None else weights.to(scores.device))
+
+    def loss(scores, masks, classes):
+        return F.cross_entropy(scores, classes, None if weights is None else weights.to(scores.device))
+
     return loss
 
 # %% ../../nbs/12_transfer/05_classes.ipynb #cell-008
 def probabilities(
-    net: nn.Module, # a `Classifier`
+    net: nn.Module,  # a `Classifier`
     pictures: Pictures,
-    precision: str = "fp32", # or bf16
-) -> np.ndarray: # (N, C)
+    precision: str = "fp32",  # or bf16
+) -> np.ndarray:  # (N, C)
     "Of each class, for pictures as they are."
     return torch.cat(list(answers(net, pictures, precision=precision))).softmax(1).numpy()
 
+
 def fine_tune(
     encoder: Trunk,
-    depth: int, # first layer that learns, 1 to 4; 5: the head alone
+    depth: int,  # first layer that learns, 1 to 4; 5: the head alone
     train: Pictures,
-    val: Pictures, # on which the epoch is chosen
+    val: Pictures,  # on which the epoch is chosen
     config: FitConfig,
-    balanced: bool = False, # classes weigh alike
-) -> tuple[Classifier, list[dict]]: # the network of the chosen epoch; the log, with `val_accuracy`
+    balanced: bool = False,  # classes weigh alike
+) -> tuple[Classifier, list[dict]]:  # the network of the chosen epoch; the log, with `val_accuracy`
     "Fine-tune an encoder on classes, or go on, or read what is done."
     config = settle(config)
     net = Classifier(encoder.freeze(depth), seed=config.seed)
+
     def figures(net):
         p = probabilities(net, val, config.precision)
         found = metrics.scores(metrics.confusion_by_group(val.classes, p, np.zeros(len(val)), len(CLASSES))[0])
         likelihood = float(np.log(np.maximum(p[np.arange(len(val)), val.classes], 1e-7)).mean())
-        return {k: found[k] for k in (("balanced_accuracy", "accuracy") if balanced else ("accuracy", "balanced_accuracy"))} | {"log_likelihood": likelihood}
+        return {
+            k: found[k] for k in (("balanced_accuracy", "accuracy") if balanced else ("accuracy", "balanced_accuracy"))
+        } | {"log_likelihood": likelihood}
+
     return net, fit(net, class_loss(class_weights(train.classes) if balanced else None), train, config, figures)
 
 # %% ../../nbs/12_transfer/05_classes.ipynb #cell-011
 KERNELS = ("rbf", "linear")
-COSTS = (.01, .1, 1., 10., 100.)
+COSTS = (0.01, 0.1, 1.0, 10.0, 100.0)
+
 
 def frozen_features(
-    encoder: nn.Module, # a `Trunk`
+    encoder: nn.Module,  # a `Trunk`
     pictures: Pictures,
-    precision: str = "fp32", # or bf16
-) -> np.ndarray: # (N, D) float32
+    precision: str = "fp32",  # or bf16
+) -> np.ndarray:  # (N, D) float32
     "What an encoder sees in pictures as they are."
     return torch.cat(list(answers(encoder, pictures, precision=precision))).numpy()
 
+
 def fit_svm(
-    x: np.ndarray, # (N, D) features of the training pictures
-    y: np.ndarray, # (N,) their classes
-    x_val: np.ndarray, # (V, D) features on which the cost is chosen
-    y_val: np.ndarray, # (V,) their classes
-    kernel: str = "rbf", # of KERNELS
-    balanced: bool = False, # classes weigh alike, in fit and choice
-    costs: tuple = COSTS, # from which it is chosen
-) -> tuple[Pipeline, dict]: # the best; cost -> (balanced) accuracy on val
+    x: np.ndarray,  # (N, D) features of the training pictures
+    y: np.ndarray,  # (N,) their classes
+    x_val: np.ndarray,  # (V, D) features on which the cost is chosen
+    y_val: np.ndarray,  # (V,) their classes
+    kernel: str = "rbf",  # of KERNELS
+    balanced: bool = False,  # classes weigh alike, in fit and choice
+    costs: tuple = COSTS,  # from which it is chosen
+) -> tuple[Pipeline, dict]:  # the best; cost -> (balanced) accuracy on val
     "Fit support vector machines and take the best on val."
-    if kernel not in KERNELS: raise BadInput("kernel", f"no kernel called `{kernel}`", nearest(kernel, KERNELS))
-    if len(np.unique(y)) < 2: raise BadInput("training pictures", "they are all of one class", "Give two classes or more.")
-    if not np.isfinite(x).all(): raise BadInput("features", "some are not finite", "Look at the weights of the encoder.")
-    models, right = {}, {}
+    if kernel not in KERNELS:
+        raise BadInput("kernel", f"no kernel called `{kernel}`", nearest(kernel, KERNELS))
+    if len(np.unique(y)) < 2:
+        raise BadInput("training pictures", "they are all of one class", "Give two classes or more.")
+    if not np.isfinite(x).all():
+        raise BadInput("features", "some are not finite", "Look at the weights of the encoder.")
+    models = {}
+    right = {}
     for cost in costs:
-        with threadpool_limits(1): models[cost] = make_pipeline(StandardScaler(), SVC(C=cost, kernel=kernel, class_weight="balanced" if balanced else None)).fit(x, y)
+        with threadpool_limits(1):
+            models[cost] = make_pipeline(
+                StandardScaler(), SVC(C=cost, kernel=kernel, class_weight="balanced" if balanced else None)
+            ).fit(x, y)
         hit = models[cost].predict(x_val) == y_val
-        right[cost] = float(np.average(hit, weights=1/np.bincount(y_val)[y_val] if balanced else None))
+        right[cost] = float(np.average(hit, weights=1 / np.bincount(y_val)[y_val] if balanced else None))
     return models[max(right, key=right.get)], right
 
 # %% ../../nbs/12_transfer/05_classes.ipynb #cell-015
@@ -131,61 +155,112 @@ def _calls(pictures, method, seed, called, p=np.nan):
     "A row for each test picture."
     return pictures.slides[["slide", "case", "cls"]].assign(method=method, seed=seed, called=called, p=p)
 
+
 def _kept(rows, folder):
     "What the log says of the epoch that is kept, and of the speed."
-    path = Path(folder)/"fit.json"
-    with foreign_errors(path, "Train it again.", "does not tell the epoch that was kept"): row = rows[read_record(path, "epoch")["epoch"] - 1]
-    return {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"], "seconds": float(np.median([r["seconds"] for r in rows])),
-            "images_per_s": float(np.median([r["images_per_s"] for r in rows])), "data_wait": float(np.median([r["data_wait"] for r in rows]))}
+    path = Path(folder) / "fit.json"
+    with foreign_errors(path, "Train it again.", "does not tell the epoch that was kept"):
+        row = rows[read_record(path, "epoch")["epoch"] - 1]
+    return {
+        "epoch": row["epoch"],
+        "val_accuracy": row["val_accuracy"],
+        "seconds": float(np.median([r["seconds"] for r in rows])),
+        "images_per_s": float(np.median([r["images_per_s"] for r in rows])),
+        "data_wait": float(np.median([r["data_wait"] for r in rows])),
+    }
 
+# %% ../../nbs/12_transfer/05_classes.ipynb #cell-015-2
 def transfer(
-    pictures: dict[str, Pictures], # train, val and test; train with its augmentation
-    source: str, # of the encoder, for `encoders.trunk`
-    config: FitConfig, # `out` is the folder of all runs
-    arch: str = "resnet34", # of an encoder that the source does not describe
-    width: float = 1., # of its channels
-    depths=(1, 2, 3, 4), # first layers that learn
-    kernels=KERNELS, # of SVMs
-    seeds=(0,), # of the head, what is hidden, and an encoder from scratch
-    balanced: bool = False, # classes weigh alike
-    inputs: str = "", # of `encoders.INPUTS`, for a source that does not tell which pictures it has seen
-) -> tuple[pd.DataFrame, pd.DataFrame, dict]: # calls: `slide, case, cls, method, seed, called, p`; runs: `method, seed, learnt, val_accuracy, ...`; logs by (method, seed)
+    pictures: dict[str, Pictures],  # train, val and test; train with its augmentation
+    source: str,  # of the encoder, for `encoders.trunk`
+    config: FitConfig,  # `out` is the folder of all runs
+    arch: str = "resnet34",  # of an encoder that the source does not describe
+    width: float = 1.0,  # of its channels
+    depths=(1, 2, 3, 4),  # first layers that learn
+    kernels=KERNELS,  # of SVMs
+    seeds=(0,),  # of the head, what is hidden, and an encoder from scratch
+    balanced: bool = False,  # classes weigh alike
+    inputs: str = "",  # of `encoders.INPUTS`, for a source that does not tell which pictures it has seen
+) -> tuple[
+    pd.DataFrame, pd.DataFrame, dict
+]:  # calls: `slide, case, cls, method, seed, called, p`; runs: `method, seed, learnt, val_accuracy, ...`; logs by (method, seed)
     "Classify by an encoder in all ways asked for."
     c, (train, val, test) = settle(config), (pictures[k] for k in ("train", "val", "test"))
-    calls, runs, logs = [_calls(test, "majority", seeds[0], np.bincount(train.classes).argmax())], [], {}
+    calls = [_calls(test, "majority", seeds[0], np.bincount(train.classes).argmax())]
+    runs = []
+    logs = {}
     for depth in depths:
         for seed in seeds:
-            key, out = (f"layer {depth}", seed), Path(c.out)/f"layer-{depth}-seed-{seed}"
-            net, logs[key] = fine_tune(trunk(source, arch, width, seed, inputs), depth, train, val, dataclasses.replace(c, out=str(out), seed=seed), balanced)
+            key = (f"layer {depth}", seed)
+            out = Path(c.out) / f"layer-{depth}-seed-{seed}"
+            net, logs[key] = fine_tune(
+                trunk(source, arch, width, seed, inputs),
+                depth,
+                train,
+                val,
+                dataclasses.replace(c, out=str(out), seed=seed),
+                balanced,
+            )
             p = probabilities(net, test, c.precision)
             calls.append(_calls(test, *key, p.argmax(1), p.max(1)))
-            runs.append({"method": key[0], "seed": seed, "learnt": sum(q.numel() for q in net.parameters() if q.requires_grad), **_kept(logs[key], out)})
+            runs.append(
+                {
+                    "method": key[0],
+                    "seed": seed,
+                    "learnt": sum(q.numel() for q in net.parameters() if q.requires_grad),
+                    **_kept(logs[key], out),
+                }
+            )
     for seed in (seeds if not source else seeds[:1]) if kernels else ():  # a given encoder has no seed
         encoder = trunk(source, arch, width, seed, inputs).to(c.device)
         x = {k: frozen_features(encoder, part, c.precision) for k, part in pictures.items()}
         for kernel in kernels:
             svm, right = fit_svm(x["train"], train.classes, x["val"], val.classes, kernel, balanced)
             calls.append(_calls(test, f"svm {kernel}", seed, svm.predict(x["test"])))
-            runs.append({"method": f"svm {kernel}", "seed": seed, "learnt": 0, "cost": svm[-1].C, "val_accuracy": float((svm.predict(x["val"]) == val.classes).mean())})
+            runs.append(
+                {
+                    "method": f"svm {kernel}",
+                    "seed": seed,
+                    "learnt": 0,
+                    "cost": svm[-1].C,
+                    "val_accuracy": float((svm.predict(x["val"]) == val.classes).mean()),
+                }
+            )
     return pd.concat(calls, ignore_index=True), pd.DataFrame(runs), logs
 
+# %% ../../nbs/12_transfer/05_classes.ipynb #cell-015-3
 def figures(
-    calls: pd.DataFrame, # of `transfer`
-    n_boot: int = 1000, # resamples of cases
-    seed: int = 0, # of the resamples
-) -> dict: # method -> result of `metrics.classification`; over several seeds, the mean, and `repeats`
+    calls: pd.DataFrame,  # of `transfer`
+    n_boot: int = 1000,  # resamples of cases
+    seed: int = 0,  # of the resamples
+) -> dict:  # method -> result of `metrics.classification`; over several seeds, the mean, and `repeats`
     "Accuracy, balanced accuracy, macro-F1, recall and confusion of each method, with intervals by case."
-    return {method: metrics.classification(part["cls"], part["called"], part["case"], CLASSES, n_boot, seed, part["seed"] if part["seed"].nunique() > 1 else None)
-            for method, part in calls.groupby("method", sort=False)}
+    return {
+        method: metrics.classification(
+            part["cls"],
+            part["called"],
+            part["case"],
+            CLASSES,
+            n_boot,
+            seed,
+            part["seed"] if part["seed"].nunique() > 1 else None,
+        )
+        for method, part in calls.groupby("method", sort=False)
+    }
 
 # %% ../../nbs/12_transfer/05_classes.ipynb #cell-021
 def gap(
-    first: pd.DataFrame, # calls of one method, of `transfer`
-    second: pd.DataFrame, # calls of the same method on another division
-    n_boot: int = 1000, # resamples of cases
-    seed: int = 0, # of the resamples
-) -> dict: # accuracy, balanced_accuracy, macro_f1 of first minus second: `value, low, high`
+    first: pd.DataFrame,  # calls of one method, of `transfer`
+    second: pd.DataFrame,  # calls of the same method on another division
+    n_boot: int = 1000,  # resamples of cases
+    seed: int = 0,  # of the resamples
+) -> dict:  # accuracy, balanced_accuracy, macro_f1 of first minus second: `value, low, high`
     "How much higher the figures are on one division than on another."
     both = [metrics.confusion_by_group(t["cls"], t["called"], t["case"], len(CLASSES)) for t in (first, second)]
-    def three(confusion): return {m: v for m, v in metrics.scores(confusion).items() if m in ("accuracy", "balanced_accuracy", "macro_f1")}
+
+    def three(confusion):
+        return {
+            m: v for m, v in metrics.scores(confusion).items() if m in ("accuracy", "balanced_accuracy", "macro_f1")
+        }
+
     return metrics.unpaired(*both, three, n_boot, seed)

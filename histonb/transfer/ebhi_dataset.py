@@ -20,93 +20,132 @@ from ..core.files import atomic_path
 from ..core.progress import progress
 from ..datasets import ebhi
 from ..datasets.ebhi import CLASSES, SIDE
-from ..synthetic.phantom import draw_field
 from ..datasets.splits import SPLITS
+from ..synthetic.phantom import draw_field
 
 # %% ../../nbs/12_transfer/01_ebhi_dataset.ipynb #cell-005
-PATTERN = dict(zip(CLASSES, ((5, 1.), (4, 1.), (3, 1.), (2, 1.), (2, 1.6), (3, 1.6)), strict=True)) # of synthetic glands, and how much they are enlarged
+PATTERN = dict(
+    zip(CLASSES, ((5, 1.0), (4, 1.0), (3, 1.0), (2, 1.0), (2, 1.6), (3, 1.6)), strict=True)
+)  # of synthetic glands, and how much they are enlarged
+
 
 def write_picture(
-    path: Path, # of a PNG
-    pixels: np.ndarray, # (h, w, 3) or (h, w) uint8
+    path: Path,  # of a PNG
+    pixels: np.ndarray,  # (h, w, 3) or (h, w) uint8
 ):
     "Write a picture or a mask, whole or not at all."
-    with atomic_path(path) as p: Image.fromarray(pixels).save(p)
+    with atomic_path(path) as p:
+        Image.fromarray(pixels).save(p)
+
 
 def example(
-    folder, # to write into
-    n_cases: int = 5, # of each class
-    n_pictures: int = 2, # of each case
-    seed: int = 0, # of the pictures
-) -> Path: # the root, for `ebhi_seg`
+    folder,  # to write into
+    n_cases: int = 5,  # of each class
+    n_pictures: int = 2,  # of each case
+    seed: int = 0,  # of the pictures
+) -> Path:  # the root, for `ebhi_seg`
     "Write a small synthetic EBHI-Seg."
-    root = Path(folder)/"EBHI-SEG"
+    root = Path(folder) / "EBHI-SEG"
     for c, (name, (pattern, zoom)) in enumerate(PATTERN.items()):
         for case in range(n_cases):
             for i in range(n_pictures):
-                field = draw_field((seed, c, case, i), pattern, round(SIDE/zoom))
-                file, mask = f"GT2012{c}{case:02d}-1-400-{i:03d}.png", cv2.resize(np.uint8(field.mask > 1)*255, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
-                write_picture(root/name/"image"/file, cv2.resize(field.image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR))
-                write_picture(root/name/"label"/file, cv2.GaussianBlur(mask, (0, 0), 1.5))
-    alone, image = root/"Low-grade IN"/"image", draw_field((seed, 2, n_cases), 3, SIDE).image
-    for file in ("GT2012149-2-400-001.png", "GTGT2012149-2-400-001.png"): write_picture(alone/file, image)
+                field = draw_field((seed, c, case, i), pattern, round(SIDE / zoom))
+                file = f"GT2012{c}{case:02d}-1-400-{i:03d}.png"
+                mask = cv2.resize(np.uint8(field.mask > 1) * 255, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+                write_picture(
+                    root / name / "image" / file, cv2.resize(field.image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+                )
+                write_picture(root / name / "label" / file, cv2.GaussianBlur(mask, (0, 0), 1.5))
+    alone = root / "Low-grade IN" / "image"
+    image = draw_field((seed, 2, n_cases), 3, SIDE).image
+    for file in ("GT2012149-2-400-001.png", "GTGT2012149-2-400-001.png"):
+        write_picture(alone / file, image)
     return root
 
 # %% ../../nbs/12_transfer/01_ebhi_dataset.ipynb #cell-008
 def parts(
-    slides: pd.DataFrame, # of `ebhi_seg`, with `split`
-    masks: bool = False, # leave out pictures without mask
-) -> dict[str, pd.DataFrame]: # the rows of train, val and test, each numbered from 0
+    slides: pd.DataFrame,  # of `ebhi_seg`, with `split`
+    masks: bool = False,  # leave out pictures without mask
+) -> dict[str, pd.DataFrame]:  # the rows of train, val and test, each numbered from 0
     "The rows of each split. An empty one, or a class that training has not, is `BadInput`."
-    if masks: slides = slides[slides["label"] != ""]
+    if masks:
+        slides = slides[slides["label"] != ""]
     found = {split: slides[slides["split"] == split].reset_index(drop=True) for split in SPLITS}
     for split, rows in found.items():
-        if not len(rows): raise BadInput(split, "no picture is in this part", "Choose other fractions, or another division.")
+        if not len(rows):
+            raise BadInput(split, "no picture is in this part", "Choose other fractions, or another division.")
     for name in set(slides["class"]) - set(found["train"]["class"]):
         n = slides.loc[slides["class"] == name, "case"].nunique()
-        raise BadInput(name, f"none of its {n} cases is in training" if n > 1 else "it has one case, and that is not in training", "Leave the class out, choose another seed of the division, or add cases.")
+        raise BadInput(
+            name,
+            f"none of its {n} cases is in training" if n > 1 else "it has one case, and that is not in training",
+            "Leave the class out, choose another seed of the division, or add cases.",
+        )
     return found
 
 # %% ../../nbs/12_transfer/01_ebhi_dataset.ipynb #cell-011
 class Pictures(Dataset):
     "Pictures with mask and class, decoded once."
+
     def __init__(
         self,
-        slides: pd.DataFrame, # rows of `ebhi_seg(...).slides`
-        side: int = SIDE, # pixels of what comes out
-        augment=None, # such as `EBHIAugment()`: of image, mask and seed; for keys with an epoch
-        seed: int = 0, # of augmentation and order
-        masks: bool = True, # each row must have its mask; False: none is read, and all are empty
+        slides: pd.DataFrame,  # rows of `ebhi_seg(...).slides`
+        side: int = SIDE,  # pixels of what comes out
+        augment=None,  # such as `EBHIAugment()`: of image, mask and seed; for keys with an epoch
+        seed: int = 0,  # of augmentation and order
+        masks: bool = True,  # each row must have its mask; False: none is read, and all are empty
     ):
-        if not len(slides): raise BadInput("slides", "there is no picture", "Check the split.")
-        if side < 16: raise BadInput("side", f"{side} pixels", "Choose 16 or more.")
-        self.slides, self.side, self.augment, self.seed = slides.reset_index(drop=True), side, augment, seed
-        self.images, self.masks = np.empty((len(slides), SIDE, SIDE, 3), np.uint8), np.zeros((len(slides), SIDE, SIDE), np.uint8)
+        if not len(slides):
+            raise BadInput("slides", "there is no picture", "Check the split.")
+        if side < 16:
+            raise BadInput("side", f"{side} pixels", "Choose 16 or more.")
+        self.slides = slides.reset_index(drop=True)
+        self.side = side
+        self.augment = augment
+        self.seed = seed
+        self.images = np.empty((len(slides), SIDE, SIDE, 3), np.uint8)
+        self.masks = np.zeros((len(slides), SIDE, SIDE), np.uint8)
         for i, row in enumerate(progress(self.slides.itertuples(), "reading pictures", len(slides), "picture")):
-            if masks: self.images[i], self.masks[i] = ebhi.read(row)
-            else: self.images[i] = ebhi.read_image(row)
+            if masks:
+                self.images[i], self.masks[i] = ebhi.read(row)
+            else:
+                self.images[i] = ebhi.read_image(row)
         self.classes = self.slides["cls"].to_numpy(np.int64, copy=True)
 
-    def __len__(self): return len(self.slides)
+    def __len__(self):
+        return len(self.slides)
 
     def __getitem__(
         self,
-        key, # i: as it is; (epoch, i): augmented
-    ) -> tuple[torch.Tensor, torch.Tensor, int]: # image (3, side, side) uint8, mask (side, side) uint8, number of the class
+        key,  # i: as it is; (epoch, i): augmented
+    ) -> tuple[
+        torch.Tensor, torch.Tensor, int
+    ]:  # image (3, side, side) uint8, mask (side, side) uint8, number of the class
         epoch, i = key if isinstance(key, tuple) else (None, key)
-        image, mask, to = self.images[i], self.masks[i], (self.side, self.side)
-        if epoch is not None and self.augment: image, mask = self.augment(image, mask, (self.seed, epoch, i))
-        if self.side != SIDE: image, mask = cv2.resize(image, to, interpolation=cv2.INTER_AREA), cv2.resize(mask, to, interpolation=cv2.INTER_NEAREST_EXACT)
-        return torch.from_numpy(np.moveaxis(image, -1, 0).copy()), torch.from_numpy(np.array(mask)), int(self.classes[i])
+        image = self.images[i]
+        mask = self.masks[i]
+        to = (self.side, self.side)
+        if epoch is not None and self.augment:
+            image, mask = self.augment(image, mask, (self.seed, epoch, i))
+        if self.side != SIDE:
+            image = cv2.resize(image, to, interpolation=cv2.INTER_AREA)
+            mask = cv2.resize(mask, to, interpolation=cv2.INTER_NEAREST_EXACT)
+        return (
+            torch.from_numpy(np.moveaxis(image, -1, 0).copy()),
+            torch.from_numpy(np.array(mask)),
+            int(self.classes[i]),
+        )
 
 # %% ../../nbs/12_transfer/01_ebhi_dataset.ipynb #cell-016
 def batches(
-    pictures: Pictures, # to learn from
-    batch_size: int, # pictures of a batch; fewer where there are fewer in all
-    epoch: int, # from 0
-) -> list[list[tuple[int, int]]]: # of each batch the keys (epoch, i)
+    pictures: Pictures,  # to learn from
+    batch_size: int,  # pictures of a batch; fewer where there are fewer in all
+    epoch: int,  # from 0
+) -> list[list[tuple[int, int]]]:  # of each batch the keys (epoch, i)
     "The batches of an epoch."
-    n, order = len(pictures), np.random.default_rng((pictures.seed, epoch)).permutation(len(pictures)).tolist()
+    n = len(pictures)
+    order = np.random.default_rng((pictures.seed, epoch)).permutation(len(pictures)).tolist()
     size = min(batch_size, n)
-    if size < 2: raise BadInput("batch_size", f"{size}", "Batch norm needs 2 pictures or more.")
-    return [[(epoch, i) for i in order[k:k + size]] for k in range(0, n - size + 1, size)]
+    if size < 2:
+        raise BadInput("batch_size", f"{size}", "Batch norm needs 2 pictures or more.")
+    return [[(epoch, i) for i in order[k : k + size]] for k in range(0, n - size + 1, size)]

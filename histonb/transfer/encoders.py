@@ -15,32 +15,36 @@ from torch import nn
 
 from ..core.errors import BadInput, nearest
 from ..core.files import read_json
+from ..datasets.readers import taught
 from ..models import backbones, cerberus
 from ..models.weights import fill, find_network, flat, read_state
-from ..datasets.readers import taught
 
 # %% ../../nbs/12_transfer/03_encoders.ipynb #cell-005
 LAYERS = (1, 2, 3, 4)
 
+
 def layer_of(
-    name: str, # of a parameter or module of the encoder
-    blocks: int = 0, # of a transformer; 0: a ResNet
-    late: bool = False, # the class token enters after the blocks
-) -> int: # of `LAYERS`
+    name: str,  # of a parameter or module of the encoder
+    blocks: int = 0,  # of a transformer; 0: a ResNet
+    late: bool = False,  # the class token enters after the blocks
+) -> int:  # of `LAYERS`
     "The layer that a part of an encoder belongs to."
     first, _, rest = name.partition(".")
-    if not blocks: return int(first[5:]) if first.startswith("layer") else 1
-    if first == "blocks": return 1 + int(rest.partition(".")[0])*4//blocks
+    if not blocks:
+        return int(first[5:]) if first.startswith("layer") else 1
+    if first == "blocks":
+        return 1 + int(rest.partition(".")[0]) * 4 // blocks
     return 4 if first in ("cls_attn_blocks", "norm", "fc_norm") or late and first == "cls_token" else 1
 
 # %% ../../nbs/12_transfer/03_encoders.ipynb #cell-008
 class Trunk(nn.Module):
     "An encoder whose layers can be frozen."
+
     def __init__(
         self,
-        net: nn.Module, # of `cerberus.encoder`, or a transformer of `backbones.backbone`
-        mean=(0., 0., 0.), # of the channels of the pictures that it was trained on, in 0..1
-        std=(1., 1., 1.), # their deviation
+        net: nn.Module,  # of `cerberus.encoder`, or a transformer of `backbones.backbone`
+        mean=(0.0, 0.0, 0.0),  # of the channels of the pictures that it was trained on, in 0..1
+        std=(1.0, 1.0, 1.0),  # their deviation
     ):
         super().__init__()
         self.net, self.depth = net, 1
@@ -55,49 +59,65 @@ class Trunk(nn.Module):
         self._has_maps()
         return self.net.bn1.num_features, *(f["num_chs"] for f in self.net.feature_info[1:])
 
-    def layer_of(self, name): return layer_of(name, self.blocks, hasattr(self.net, "cls_attn_blocks"))
+    def layer_of(self, name):
+        return layer_of(name, self.blocks, hasattr(self.net, "cls_attn_blocks"))
 
     def freeze(
         self,
-        depth: int, # the first layer that learns, of `LAYERS`; 5: none does
-    ) -> "Trunk": # itself
+        depth: int,  # the first layer that learns, of `LAYERS`; 5: none does
+    ) -> "Trunk":  # itself
         "Hold the layers before `depth`."
-        if depth not in (*LAYERS, 5): raise BadInput("depth", f"there is no layer {depth}", "Choose 1 to 4, or 5 for an encoder that is frozen as a whole.")
+        if depth not in (*LAYERS, 5):
+            raise BadInput(
+                "depth", f"there is no layer {depth}", "Choose 1 to 4, or 5 for an encoder that is frozen as a whole."
+            )
         self.depth = depth
-        for name, p in self.net.named_parameters(): p.requires_grad_(self.layer_of(name) >= depth)
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(self.layer_of(name) >= depth)
         return self.train(self.training)
 
     def train(self, mode=True):
         "As usual, but frozen layers stay in eval mode."
         super().train(mode)
         for name, module in self.net.named_modules():
-            if name and name != "blocks" and self.layer_of(name) < self.depth: module.training = False
+            if name and name != "blocks" and self.layer_of(name) < self.depth:
+                module.training = False
         return self
 
     def features(
         self,
-        images: torch.Tensor, # (B, 3, H, W) in 0..1
-    ) -> torch.Tensor: # (B, num_features)
+        images: torch.Tensor,  # (B, 3, H, W) in 0..1
+    ) -> torch.Tensor:  # (B, num_features)
         "One vector a picture: the mean of the last maps, or a transformer's own."
-        if self.blocks: return backbones.features(self.net, (images - self.mean)/self.std)
+        if self.blocks:
+            return backbones.features(self.net, (images - self.mean) / self.std)
         return self.pyramid(images)[-1].mean((2, 3))
 
-    def forward(self, images): return self.features(images)
+    def forward(self, images):
+        return self.features(images)
 
     def pyramid(
         self,
-        images: torch.Tensor, # (B, 3, H, W) in 0..1
-    ) -> list[torch.Tensor]: # (B, C, H/s, W/s) at strides s of 1, 2, 4, 8, 16
+        images: torch.Tensor,  # (B, 3, H, W) in 0..1
+    ) -> list[torch.Tensor]:  # (B, C, H/s, W/s) at strides s of 1, 2, 4, 8, 16
         "Maps for a decoder."
         self._has_maps()
-        return cerberus.pyramid(self.net, (images - self.mean)/self.std)
+        return cerberus.pyramid(self.net, (images - self.mean) / self.std)
 
     def _has_maps(self):
-        if self.blocks: raise BadInput(type(self.net).__name__, "a transformer has vectors of patches, no maps at several strides", "Give weights of Cerberus, of a ResNet, or none.")
+        if self.blocks:
+            raise BadInput(
+                type(self.net).__name__,
+                "a transformer has vectors of patches, no maps at several strides",
+                "Give weights of Cerberus, of a ResNet, or none.",
+            )
 
 # %% ../../nbs/12_transfer/03_encoders.ipynb #cell-015
-INPUTS = { # which pictures -> their mean and deviation
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), "0..1": ((0., 0., 0.), (1., 1., 1.))}
+INPUTS = {  # which pictures -> their mean and deviation
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
 
 def _statistics(path, state, inputs):
     "Find mean and deviation of the pictures that a file of a ResNet was trained on, or refuse it."
@@ -106,9 +126,14 @@ def _statistics(path, state, inputs):
         raise BadInput(path, "the weights of Cerberus' authors, which read pictures in 0..1", "Leave `inputs` empty.")
     found = inputs or ("0..1" if authors else "imagenet" if path.suffix == ".safetensors" else "")
     if not found:
-        raise BadInput(path, "its names do not tell which pictures it has seen: in 0..1, as the ResNet of Cerberus' authors, or "
-                             "standardised, as torchvision's of ImageNet", 'Say which: `inputs` is "0..1" or "imagenet".')
+        raise BadInput(
+            path,
+            "its names do not tell which pictures it has seen: in 0..1, as the ResNet of Cerberus' authors, or "
+            "standardised, as torchvision's of ImageNet",
+            'Say which: `inputs` is "0..1" or "imagenet".',
+        )
     return INPUTS[found]
+
 
 def _resnet(state, source, arch, width):
     "A ResNet of `timm` with a stem that does not step."
@@ -117,53 +142,71 @@ def _resnet(state, source, arch, width):
     fill(net, found, source, f"{arch} of width {width:g}")
     return net
 
+
 def _is_cerberus(path):
     "Whether a folder is that of a Cerberus, or a file of weights has its tasks named beside it."
-    about = path/"cerberus.json" if path.is_dir() else path.with_suffix(".json")
+    about = path / "cerberus.json" if path.is_dir() else path.with_suffix(".json")
     content = read_json(about) if about.is_file() else {}
     return isinstance(content, dict) and "tasks" in content
 
+# %% ../../nbs/12_transfer/03_encoders.ipynb #cell-015-2
 def trunk(
-    source="", # empty: from scratch; Cerberus weights, the authors' too; folder of a DINO run or for `timm`; or a ResNet's file
-    arch: str = "resnet34", # or resnet18; Cerberus and DINO bring their own
-    width: float = 1., # share of the channels; likewise
-    seed: int = 0, # of random weights
-    inputs: str = "", # of INPUTS: which pictures a file of a ResNet was trained on, where it does not tell
-) -> Trunk: # all of it learns
+    source="",  # empty: from scratch; Cerberus weights, the authors' too; folder of a DINO run or for `timm`; or a ResNet's file
+    arch: str = "resnet34",  # or resnet18; Cerberus and DINO bring their own
+    width: float = 1.0,  # share of the channels; likewise
+    seed: int = 0,  # of random weights
+    inputs: str = "",  # of INPUTS: which pictures a file of a ResNet was trained on, where it does not tell
+) -> Trunk:  # all of it learns
     """Load the encoder of a source.
 
     Weights of another encoder are `BadInput`, and those of which nothing tells which pictures they have seen."""
-    if inputs and inputs not in INPUTS: raise BadInput("inputs", f"`{inputs}`", nearest(inputs, INPUTS))
-    path, said = Path(source), f"given for {source or 'random weights'}, which needs none"
+    if inputs and inputs not in INPUTS:
+        raise BadInput("inputs", f"`{inputs}`", nearest(inputs, INPUTS))
+    path = Path(source)
+    said = f"given for {source or 'random weights'}, which needs none"
     told = not source or _is_cerberus(path) or backbones.find_saved(path)
-    if inputs and told: raise BadInput("inputs", said, "Leave it empty.")
+    if inputs and told:
+        raise BadInput("inputs", said, "Leave it empty.")
     if not source:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Trunk(cerberus.encoder(arch, width))
-    if _is_cerberus(path): return Trunk(cerberus.load(path)[0].encoder).train()
+    if _is_cerberus(path):
+        return Trunk(cerberus.load(path)[0].encoder).train()
     if told:
         net, about = backbones.load(path)
-        if len(about["mean"]) != 3: raise BadInput(path, "its images are not RGB", "Give an encoder of RGB pictures.")
-        if not hasattr(net, "blocks"): net = _resnet(net.state_dict(), path, about["name"], 1.)
+        if len(about["mean"]) != 3:
+            raise BadInput(path, "its images are not RGB", "Give an encoder of RGB pictures.")
+        if not hasattr(net, "blocks"):
+            net = _resnet(net.state_dict(), path, about["name"], 1.0)
         return Trunk(net, about["mean"], about["std"]).train()
     if path.is_dir():
-        raise BadInput(path, "neither cerberus.json nor backbone.json is in it",
-                       "Give the folder of a finished training, or a file of weights.")
+        raise BadInput(
+            path,
+            "neither cerberus.json nor backbone.json is in it",
+            "Give the folder of a finished training, or a file of weights.",
+        )
     state = flat(read_state(path))
     if any("decoder_head." in name for name in state):
-        if inputs: raise BadInput("inputs", said, "Leave it empty.")
+        if inputs:
+            raise BadInput("inputs", said, "Leave it empty.")
         return Trunk(cerberus.load(path)[0].encoder).train()
     net = _resnet(state, path, arch, width)
     return Trunk(net, *_statistics(path, state, inputs))
 
 # %% ../../nbs/12_transfer/03_encoders.ipynb #cell-020
 def check_unseen(
-    source, # of `trunk`
-    slides: pd.DataFrame, # of `ebhi_seg`: case, split
-    name: str = "EBHI-Seg", # of their set in `fields.csv`
+    source,  # of `trunk`
+    slides: pd.DataFrame,  # of `ebhi_seg`: case, split
+    name: str = "EBHI-Seg",  # of their set in `fields.csv`
 ):
     "Refuse an encoder that has learnt from cases on which it would be judged. Only the folder of a training tells."
-    if not source or not (Path(source)/"fields.csv").exists(): return
+    if not source or not (Path(source) / "fields.csv").exists():
+        return
     seen = sorted(taught(source).get(name, set()) & {*slides["case"][slides["split"] == "test"]})
-    if seen: raise BadInput(source, f"it has learnt from {len(seen)} of the cases that it would be judged on, such as {seen[0]}", f"Give an encoder that was trained without {name}.")
+    if seen:
+        raise BadInput(
+            source,
+            f"it has learnt from {len(seen)} of the cases that it would be judged on, such as {seen[0]}",
+            f"Give an encoder that was trained without {name}.",
+        )

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInput, nearest
 from ..core.parameters import check_ranges
-from ..training.augmentation import hed_from_rgb
 from ..datasets.ebhi import SIDE
 from ..datasets.images import Images
 from ..metrics.overlap import FIVE, five_figures, mask_overlap, overlap_figures
@@ -31,229 +30,292 @@ from ..models.medt import MedT
 from ..models.segnet import SegNet
 from ..models.unet import UNet
 from ..segment.baselines import otsu, stain_levels
+from ..training.augmentation import hed_from_rgb
+from .classes import Classifier
+from .ebhi_dataset import Pictures, write_picture
 from .encoders import Trunk, trunk
 from .supervised import FitConfig, answers, fit, settle
-from .ebhi_dataset import Pictures, write_picture
-from .classes import Classifier
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-005
 class Transferred(nn.Module):
     "A decoder, perhaps with a class head beside it, on an encoder."
+
     def __init__(
         self,
-        encoder: Trunk, # a ResNet
-        joint: bool = False, # tell the class too
-        seed: int = 0, # of the weights of decoder and head
+        encoder: Trunk,  # a ResNet
+        joint: bool = False,  # tell the class too
+        seed: int = 0,  # of the weights of decoder and head
     ):
         super().__init__()
         w, self.trunk = encoder.widths, encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.map, self.decoder = nn.Conv2d(w[4], w[3], 1, bias=False), Decoder(w[:4], 1, 3*w[0]//2)
+            self.map = nn.Conv2d(w[4], w[3], 1, bias=False)
+            self.decoder = Decoder(w[:4], 1, 3 * w[0] // 2)
         self.head = Classifier(encoder, seed=seed).head if joint else None
 
     def forward(
         self,
-        images: torch.Tensor, # (B, 3, H, W) in 0..1, sides multiples of 16
-    ): # (B, 1, H, W) scores; joint: {"mask": the same, "class": (B, C)}
+        images: torch.Tensor,  # (B, 3, H, W) in 0..1, sides multiples of 16
+    ):  # (B, 1, H, W) scores; joint: {"mask": the same, "class": (B, C)}
         maps = self.trunk.pyramid(images)
         scores = self.decoder([*maps[:-1], self.map(maps[-1])])
         return {"mask": scores, "class": self.head(maps[-1].mean((2, 3)))} if self.head else scores
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-008
-NETWORKS = {"transferred": "transferred", "scratch": "from scratch", "joint": "joint", "unet": "U-Net", "segnet": "SegNet", "medt": "MedT"} # names in tables
+NETWORKS = {
+    "transferred": "transferred",
+    "scratch": "from scratch",
+    "joint": "joint",
+    "unet": "U-Net",
+    "segnet": "SegNet",
+    "medt": "MedT",
+}  # names in tables
+
 
 @dataclasses.dataclass
 class Sizes:
     "What the networks are made of."
-    source: str = "" # of the transferred encoder, for `encoders.trunk`; empty: random weights
-    arch: str = "resnet34" # of an encoder that the source does not describe
-    width: float = 1. # share of its channels
-    depth: int = 1 # first of its layers that learns; 5: none
-    plain_width: int = 64 # maps of the first level of U-Net and SegNet
-    medt_side: int = 128 # pixels that MedT sees
-    medt_width: int = 16 # channels of its first attention
+
+    source: str = ""  # of the transferred encoder, for `encoders.trunk`; empty: random weights
+    arch: str = "resnet34"  # of an encoder that the source does not describe
+    width: float = 1.0  # share of its channels
+    depth: int = 1  # first of its layers that learns; 5: none
+    plain_width: int = 64  # maps of the first level of U-Net and SegNet
+    medt_side: int = 128  # pixels that MedT sees
+    medt_width: int = 16  # channels of its first attention
     medt_heads: int = 8
-    inputs: str = "" # of `encoders.INPUTS`, for a source that does not tell which pictures it has seen
+    inputs: str = ""  # of `encoders.INPUTS`, for a source that does not tell which pictures it has seen
 
-    def __post_init__(self): check_ranges(vars(self), "Sizes")
+    def __post_init__(self):
+        check_ranges(vars(self), "Sizes")
 
+# %% ../../nbs/12_transfer/06_masks.ipynb #cell-008-2
 class AtSide(nn.Module):
     "A network that sees pictures at a side of its own."
+
     def __init__(
         self,
-        net: nn.Module, # from images to scores
-        side: int, # pixels
+        net: nn.Module,  # from images to scores
+        side: int,  # pixels
     ):
         super().__init__()
         self.net, self.side = net, side
 
     def forward(
         self,
-        images: torch.Tensor, # (B, 3, H, W)
-    ) -> torch.Tensor: # (B, C, H, W) scores
+        images: torch.Tensor,  # (B, 3, H, W)
+    ) -> torch.Tensor:  # (B, C, H, W) scores
         size = images.shape[2:]
-        if {*size} == {self.side}: return self.net(images)
-        return F.interpolate(self.net(F.interpolate(images, self.side, mode="bilinear", antialias=True)).float(), size, mode="bilinear")
+        if {*size} == {self.side}:
+            return self.net(images)
+        return F.interpolate(
+            self.net(F.interpolate(images, self.side, mode="bilinear", antialias=True)).float(), size, mode="bilinear"
+        )
 
+# %% ../../nbs/12_transfer/06_masks.ipynb #cell-008-3
 def mask_network(
-    name: str, # of NETWORKS
+    name: str,  # of NETWORKS
     sizes: Sizes,
-    seed: int = 0, # of random weights
-) -> nn.Module: # images (B, 3, H, W) in 0..1 -> scores (B, 1, H, W); joint: a dict
+    seed: int = 0,  # of random weights
+) -> nn.Module:  # images (B, 3, H, W) in 0..1 -> scores (B, 1, H, W); joint: a dict
     "A network of the comparison."
-    if name not in NETWORKS: raise BadInput("networks", f"there is no `{name}`", nearest(name, NETWORKS))
+    if name not in NETWORKS:
+        raise BadInput("networks", f"there is no `{name}`", nearest(name, NETWORKS))
     s = sizes
-    if name == "scratch" and not s.source: raise BadInput("networks", "without `source`, `transferred` is from scratch too", "Give a source, or leave `scratch` out.")
-    if name in ("transferred", "joint"): return Transferred(trunk(s.source, s.arch, s.width, seed, s.inputs).freeze(s.depth), name == "joint", seed)
+    if name == "scratch" and not s.source:
+        raise BadInput(
+            "networks", "without `source`, `transferred` is from scratch too", "Give a source, or leave `scratch` out."
+        )
+    if name in ("transferred", "joint"):
+        return Transferred(trunk(s.source, s.arch, s.width, seed, s.inputs).freeze(s.depth), name == "joint", seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name == "unet": return UNet(width=s.plain_width)
-        if name == "segnet": return SegNet(width=s.plain_width)
-        if name == "medt": return AtSide(MedT(img_size=s.medt_side, width=s.medt_width, heads=s.medt_heads), s.medt_side)
+        if name == "unet":
+            return UNet(width=s.plain_width)
+        if name == "segnet":
+            return SegNet(width=s.plain_width)
+        if name == "medt":
+            return AtSide(MedT(img_size=s.medt_side, width=s.medt_width, heads=s.medt_heads), s.medt_side)
     return Transferred(_random_like(s, seed), seed=seed)
+
 
 def _random_like(sizes, seed):
     "An encoder as the source's, with random weights."
     given = trunk(sizes.source, sizes.arch, sizes.width, inputs=sizes.inputs)
     arch = "resnet34" if len(given.net.layer1) == 3 else "resnet18"
-    return trunk("", arch, given.widths[0]/64, seed)
+    return trunk("", arch, given.widths[0] / 64, seed)
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-011
 def mask_loss(
-    scores, # (B, 1, H, W); joint: a dict
-    masks: torch.Tensor, # (B, H, W) of 0 and 1
-    classes: torch.Tensor, # (B,)
+    scores,  # (B, 1, H, W); joint: a dict
+    masks: torch.Tensor,  # (B, H, W) of 0 and 1
+    classes: torch.Tensor,  # (B,)
 ) -> torch.Tensor:
     "How wrong scores are, for `fit`."
-    if isinstance(scores, dict): return mask_loss(scores["mask"], masks, classes) + F.cross_entropy(scores["class"], classes)
-    scores, truth = scores[:, 0], masks.float()
+    if isinstance(scores, dict):
+        return mask_loss(scores["mask"], masks, classes) + F.cross_entropy(scores["class"], classes)
+    scores = scores[:, 0]
+    truth = masks.float()
     p = scores.sigmoid()
-    dice = (2*(p*truth).sum((1, 2)) + 1)/(p.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    dice = (2 * (p * truth).sum((1, 2)) + 1) / (p.sum((1, 2)) + truth.sum((1, 2)) + 1)
     return F.binary_cross_entropy_with_logits(scores, truth) + 1 - dice.mean()
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-014
 def predict(
-    net: nn.Module, # of `mask_network`
-    pictures: Pictures, # seen as they are, at their side
-    precision: str = "fp32", # or bf16
-) -> tuple[np.ndarray, np.ndarray | None]: # masks (N, 224, 224) uint8; of a joint network the probabilities of the classes (N, C)
+    net: nn.Module,  # of `mask_network`
+    pictures: Pictures,  # seen as they are, at their side
+    precision: str = "fp32",  # or bf16
+) -> tuple[
+    np.ndarray, np.ndarray | None
+]:  # masks (N, 224, 224) uint8; of a joint network the probabilities of the classes (N, C)
     "What a network draws, at the size of the truth."
-    masks, classes, n = np.empty((len(pictures), SIDE, SIDE), np.uint8), [], 0
+    masks = np.empty((len(pictures), SIDE, SIDE), np.uint8)
+    classes = []
+    n = 0
     for out in answers(net, pictures, 32, precision):
         scores = out["mask"] if isinstance(out, dict) else out
-        masks[n:n + len(scores)] = F.interpolate(scores, SIDE, mode="bilinear", align_corners=False)[:, 0] > 0
-        if isinstance(out, dict): classes.append(out["class"].softmax(1).numpy())
+        masks[n : n + len(scores)] = F.interpolate(scores, SIDE, mode="bilinear", align_corners=False)[:, 0] > 0
+        if isinstance(out, dict):
+            classes.append(out["class"].softmax(1).numpy())
         n += len(scores)
     return masks, np.concatenate(classes) if classes else None
 
+
 def closed(
-    masks: np.ndarray, # (N, H, W) uint8
-    radius: int, # pixels of the disc; 0: nothing is done
-) -> np.ndarray: # the same with gaps narrower than the disc filled
+    masks: np.ndarray,  # (N, H, W) uint8
+    radius: int,  # pixels of the disc; 0: nothing is done
+) -> np.ndarray:  # the same with gaps narrower than the disc filled
     "Masks after morphological closing."
-    if radius < 0: raise BadInput("radius", f"{radius} pixels", "Give 0 or more.")
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*radius + 1, 2*radius + 1))
+    if radius < 0:
+        raise BadInput("radius", f"{radius} pixels", "Give 0 or more.")
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     return np.stack([cv2.morphologyEx(m, cv2.MORPH_CLOSE, disc) for m in masks]) if radius else masks
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-018
 def gate_keeper(
-    gates_from: int, # first epoch in which gates learn, from 0
-) -> Callable: # of the network and an epoch, for `fit`
+    gates_from: int,  # first epoch in which gates learn, from 0
+) -> Callable:  # of the network and an epoch, for `fit`
     "What MedT needs at the beginning of an epoch; others are left as they are."
+
     def at_epoch(net, epoch):
         for module in net.modules():
-            if isinstance(module, MedT): module.train_gates() if epoch >= gates_from else module.freeze_gates()
+            if isinstance(module, MedT):
+                module.train_gates() if epoch >= gates_from else module.freeze_gates()
+
     return at_epoch
 
+
 def validation(
-    net: nn.Module, # of `mask_network`
+    net: nn.Module,  # of `mask_network`
     pictures: Pictures,
-    precision: str = "fp32", # or bf16
-) -> dict: # `dice`, a mean over pictures; joint: `both`, `dice`, `accuracy`
+    precision: str = "fp32",  # or bf16
+) -> dict:  # `dice`, a mean over pictures; joint: `both`, `dice`, `accuracy`
     "By what the epoch is chosen."
     masks, classes = predict(net, pictures, precision)
     dice = float(five_figures(mask_overlap(pictures.masks, masks))[:, 0].mean())
-    if classes is None: return {"dice": dice}
+    if classes is None:
+        return {"dice": dice}
     accuracy = float((classes.argmax(1) == pictures.classes).mean())
-    return {"both": (dice + accuracy)/2, "dice": dice, "accuracy": accuracy}
+    return {"both": (dice + accuracy) / 2, "dice": dice, "accuracy": accuracy}
 
+# %% ../../nbs/12_transfer/06_masks.ipynb #cell-018-2
 def segment(
-    name: str, # of NETWORKS
+    name: str,  # of NETWORKS
     sizes: Sizes,
-    train: Pictures, # with masks and augmentation
-    val: Pictures, # on which the epoch is chosen
+    train: Pictures,  # with masks and augmentation
+    val: Pictures,  # on which the epoch is chosen
     config: FitConfig,
-    gates_from: int = 10, # epoch
-) -> tuple[nn.Module, list[dict]]: # the network of the chosen epoch; the log, with `val_dice`
+    gates_from: int = 10,  # epoch
+) -> tuple[nn.Module, list[dict]]:  # the network of the chosen epoch; the log, with `val_dice`
     "Train a network of the comparison, or go on, or read what is done."
     config = settle(config)
     net = mask_network(name, sizes, config.seed)
-    return net, fit(net, mask_loss, train, config, lambda net: validation(net, val, config.precision), gate_keeper(gates_from))
+    return net, fit(
+        net, mask_loss, train, config, lambda net: validation(net, val, config.precision), gate_keeper(gates_from)
+    )
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-023
 def all_foreground(
-    image: np.ndarray, # (H, W, 3) uint8
-) -> np.ndarray: # (H, W) uint8
+    image: np.ndarray,  # (H, W, 3) uint8
+) -> np.ndarray:  # (H, W) uint8
     "Everything."
     return np.ones(image.shape[:2], np.uint8)
 
+
 def stain_mask(
-    image: np.ndarray, # (H, W, 3) uint8
-    sigma: float = 6., # pixels over which the stain is averaged
-) -> np.ndarray: # (H, W) uint8
+    image: np.ndarray,  # (H, W, 3) uint8
+    sigma: float = 6.0,  # pixels over which the stain is averaged
+) -> np.ndarray:  # (H, W) uint8
     "Where there is more haematoxylin than elsewhere in the picture."
     stain = cv2.GaussianBlur(np.ascontiguousarray(hed_from_rgb(image)[..., 0]), (0, 0), sigma)
     return binary_fill_holes(stain > otsu(stain_levels(stain), 0)).view(np.uint8)
+
 
 BASELINES = {"all foreground": all_foreground, "stain": stain_mask}
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-026
 def score_masks(
-    drawn: dict, # network -> masks (N, 224, 224)
-    pictures: Pictures, # with masks
-) -> pd.DataFrame: # `slide, case, class, network, tp, fp, fn`
+    drawn: dict,  # network -> masks (N, 224, 224)
+    pictures: Pictures,  # with masks
+) -> pd.DataFrame:  # `slide, case, class, network, tp, fp, fn`
     "Count the pixels of each picture and network."
     counts = {name: mask_overlap(pictures.masks, masks) for name, masks in drawn.items()}
-    return pd.concat([pictures.slides[["slide", "case", "class"]].assign(network=name, **dict(zip(("tp", "fp", "fn"), c.T, strict=True))) for name, c in counts.items()], ignore_index=True)
+    return pd.concat(
+        [
+            pictures.slides[["slide", "case", "class"]].assign(
+                network=name, **dict(zip(("tp", "fp", "fn"), c.T, strict=True))
+            )
+            for name, c in counts.items()
+        ],
+        ignore_index=True,
+    )
+
 
 def counts_of(
-    scores: pd.DataFrame, # of `score_masks`
+    scores: pd.DataFrame,  # of `score_masks`
     network: str,
-) -> pd.DataFrame: # its rows, with the pictures in one order for all networks
+) -> pd.DataFrame:  # its rows, with the pictures in one order for all networks
     "The rows of a network."
     return scores[scores["network"] == network].sort_values("slide", kind="stable")
 
+
 def mask_figures(
-    scores: pd.DataFrame, # of `score_masks`
-    n_boot: int = 1000, # resamples of cases
-    seed: int = 0, # of the resamples
-) -> dict: # network -> result of `overlap.overlap_figures`
+    scores: pd.DataFrame,  # of `score_masks`
+    n_boot: int = 1000,  # resamples of cases
+    seed: int = 0,  # of the resamples
+) -> dict:  # network -> result of `overlap.overlap_figures`
     "Five figures of each network and category."
-    return {name: overlap_figures(part[["tp", "fp", "fn"]].to_numpy(), part["class"], part["case"], n_boot, seed) for name, part in scores.groupby("network", sort=False)}
+    return {
+        name: overlap_figures(part[["tp", "fp", "fn"]].to_numpy(), part["class"], part["case"], n_boot, seed)
+        for name, part in scores.groupby("network", sort=False)
+    }
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-029
 def unlabelled(
-    cohort: Images, # from `ebhi_seg`
-) -> pd.DataFrame: # rows of pictures without mask, and of their copies that were set aside
+    cohort: Images,  # from `ebhi_seg`
+) -> pd.DataFrame:  # rows of pictures without mask, and of their copies that were set aside
     "What there is to annotate."
     bare = cohort.slides[cohort.slides["label"] == ""]
     aside = cohort.quarantine.assign(twin=cohort.quarantine["fault"].str.removeprefix("byte for byte "))
     copies = aside.merge(bare, left_on="twin", right_on="slide", suffixes=("", "_of"))
     return pd.concat([bare, copies.assign(image=copies["path"])[bare.columns]], ignore_index=True)
 
+
 def write_masks(
-    masks: np.ndarray, # (N, 224, 224) uint8, 0 and 1
-    slides: pd.DataFrame, # N rows of `ebhi_seg(...).slides`
-    folder, # to write into
-) -> list[Path]: # the files
+    masks: np.ndarray,  # (N, 224, 224) uint8, 0 and 1
+    slides: pd.DataFrame,  # N rows of `ebhi_seg(...).slides`
+    folder,  # to write into
+) -> list[Path]:  # the files
     "Write masks as EBHI-Seg has them."
-    if len(masks) != len(slides): raise BadInput("masks", f"{len(masks)} for {len(slides)} pictures", "Give a mask of each picture.")
+    if len(masks) != len(slides):
+        raise BadInput("masks", f"{len(masks)} for {len(slides)} pictures", "Give a mask of each picture.")
     paths = []
     for mask, slide, label in zip(masks, slides["slide"], slides["label"], strict=True):
         name, _, *rest = PurePosixPath(slide).parts
         path = Path(folder).joinpath(name, "label", *rest).with_suffix(".png")
-        if label and path.resolve() == Path(label).resolve(): raise BadInput(path, "this is the truth", "Write into another folder.")
-        write_picture(path, mask*np.uint8(255))
+        if label and path.resolve() == Path(label).resolve():
+            raise BadInput(path, "this is the truth", "Write into another folder.")
+        write_picture(path, mask * np.uint8(255))
         paths.append(path)
     return paths

@@ -13,15 +13,36 @@ from ..metrics.overlap import FIVE, verdicts
 
 # %% ../../nbs/12_transfer/02_published.ipynb #cell-005
 SOURCE = "transfer of Cerberus to EBHI-Seg (the study), random division by picture 4:4:2"
-ACCURACY = {"layer 1": .852, "layer 2": .825, "layer 3": .803, "layer 4": .794, "svm": .591} # fine-tuned from this layer on
+ACCURACY = {
+    "layer 1": 0.852,
+    "layer 2": 0.825,
+    "layer 3": 0.803,
+    "layer 4": 0.794,
+    "svm": 0.591,
+}  # fine-tuned from this layer on
 
 # %% ../../nbs/12_transfer/02_published.ipynb #cell-008
 _COMPARED = "Cerberus", "U-Net", "SegNet", "MedT"
-_DICE = {"Normal": .967, "Polyp": .967, "High-grade IN": .936, "Low-grade IN": .964, "Adenocarcinoma": .928, "Serrated adenoma": .937}
+_DICE = {
+    "Normal": 0.967,
+    "Polyp": 0.967,
+    "High-grade IN": 0.936,
+    "Low-grade IN": 0.964,
+    "Adenocarcinoma": 0.928,
+    "Serrated adenoma": 0.937,
+}
 _KNOWN = {("Cerberus", name): {"dice": dice} for name, dice in _DICE.items()} | {
-    ("U-Net", "Polyp"): {"dice": .965, "jaccard": .308, "conformity": -1.514}}
+    ("U-Net", "Polyp"): {"dice": 0.965, "jaccard": 0.308, "conformity": -1.514}
+}
 
-def published_masks() -> pd.DataFrame: # 24 rows of `class, network`, FIVE (NaN: not known), `verdict` and `implied` of `overlap.verdicts`
+
+def published_masks() -> (
+    pd.DataFrame
+):  # 24 rows of `class, network`, FIVE (NaN: not known), `verdict` and `implied` of `overlap.verdicts`
     "The published rows, judged by what the figures of one row imply of each other."
-    rows = [{"class": name, "network": network, **_KNOWN.get((network, name), {})} for network in _COMPARED for name in CLASSES]
+    rows = [
+        {"class": name, "network": network, **_KNOWN.get((network, name), {})}
+        for network in _COMPARED
+        for name in CLASSES
+    ]
     return verdicts(pd.DataFrame(rows, columns=["class", "network", *FIVE]))

@@ -22,86 +22,128 @@ from ..core.errors import BadInput
 from ..core.files import append_jsonl, read_json, read_jsonl, write_json
 from ..core.parameters import check_ranges
 from ..core.progress import progress
-from ..training.running import (Stopped, checkpoints, claim, draw_seed, find_device, find_precision, hold_signals, keep_precision,
-                              kept_rows, latest_checkpoint, loader, memory_layout, memory_used, read_checkpoint, same_run, timed,
-                              write_checkpoint)
 from ..models.weights import fill, read_state, write_tensors
+from histonb.training.running import (
+    Stopped,
+    checkpoints,
+    claim,
+    draw_seed,
+    find_device,
+    find_precision,
+    hold_signals,
+    keep_precision,
+    kept_rows,
+    latest_checkpoint,
+    loader,
+    memory_layout,
+    memory_used,
+    read_checkpoint,
+    same_run,
+    timed,
+    write_checkpoint,
+)
 from .ebhi_dataset import Pictures, batches
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-005
 @dataclasses.dataclass
 class FitConfig:
     "Parameters of a training: the budget."
-    out: str # folder of the run
+
+    out: str  # folder of the run
     epochs: int = 30
-    batch_size: int = 32 # pictures a step
-    lr: float = 1e-3 # at the start
-    weight_decay: float = 1e-4 # of AdamW
-    keep: Literal["best", "last"] = "best" # which epoch's weights, where a validation figure is given
-    seed: int = 0 # of what the network hides; order and augmentation have that of the pictures
-    device: str = "auto" # auto = cuda where there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16"] = "auto" # of the products; auto = bf16 where the hardware has it
-    workers: int = 1 # processes that augment; 0 = in the training process
+    batch_size: int = 32  # pictures a step
+    lr: float = 1e-3  # at the start
+    weight_decay: float = 1e-4  # of AdamW
+    keep: Literal["best", "last"] = "best"  # which epoch's weights, where a validation figure is given
+    seed: int = 0  # of what the network hides; order and augmentation have that of the pictures
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the products; auto = bf16 where the hardware has it
+    workers: int = 1  # processes that augment; 0 = in the training process
 
-    def __post_init__(self): check_ranges(vars(self), "FitConfig", epochs="1 or more")
+    def __post_init__(self):
+        check_ranges(vars(self), "FitConfig", epochs="1 or more")
+MACHINE = ("out", "device", "workers")  # may change when a run goes on
 
-MACHINE = ("out", "device", "workers") # may change when a run goes on
 
 def settle(
-    config: FitConfig, # as the user gave it
-) -> FitConfig: # with device and precision settled
+    config: FitConfig,  # as the user gave it
+) -> FitConfig:  # with device and precision settled
     "Replace what is left to choose, and refuse what cannot work."
     c = config
-    if c.batch_size < 2: raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
+    if c.batch_size < 2:
+        raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
     device = find_device(c.device)
     return dataclasses.replace(c, device=str(device), precision=find_precision(c.precision, device))
 
+
 def learning_rate(
     config: FitConfig,
-    step: int, # steps taken
-    steps: int, # of the whole run
+    step: int,  # steps taken
+    steps: int,  # of the whole run
 ) -> float:
     "The rate of a step."
-    return config.lr*(1 + math.cos(math.pi*step/steps))/2
+    return config.lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-008
 def _call(net, images, precision, device, layout=torch.contiguous_format):
     "Bytes to scores."
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        out = net(images.to(device, non_blocking=True, memory_format=layout).float()/255)
+        out = net(images.to(device, non_blocking=True, memory_format=layout).float() / 255)
     return {k: v.float() for k, v in out.items()} if isinstance(out, dict) else out.float()
 
+
 def answers(
-    net: nn.Module, # from images (B, 3, H, W) in 0..1; put into eval mode
-    pictures: Pictures, # seen as they are, in their order
+    net: nn.Module,  # from images (B, 3, H, W) in 0..1; put into eval mode
+    pictures: Pictures,  # seen as they are, in their order
     batch_size: int = 64,
-    precision: str = "fp32", # or bf16
-): # yields a tensor, or a dict of tensors, of each batch, on the CPU
+    precision: str = "fp32",  # or bf16
+):  # yields a tensor, or a dict of tensors, of each batch, on the CPU
     "What a network says of pictures."
     net.eval()
     device = next(net.parameters()).device
     for start in range(0, len(pictures), batch_size):
         images = torch.stack([pictures[i][0] for i in range(start, min(start + batch_size, len(pictures)))])
-        with torch.no_grad(): out = _call(net, images, precision, device)
+        with torch.no_grad():
+            out = _call(net, images, precision, device)
         yield {k: v.cpu() for k, v in out.items()} if isinstance(out, dict) else out.cpu()
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011
 def _identity(net, pictures):
     "What a run is of, besides its parameters."
-    start = digest(*(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in net.state_dict().values()))
+    start = digest(
+        *(
+            t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            for t in net.state_dict().values()
+        )
+    )
     learn = [name for name, p in net.named_parameters() if p.requires_grad]
-    return {"network": type(net).__name__, "start": start, "learns": digest(learn), "side": pictures.side, "augment": type(pictures.augment).__name__,
-            "order": pictures.seed, "pictures": digest(pictures.slides["slide"].tolist())}
+    return {
+        "network": type(net).__name__,
+        "start": start,
+        "learns": digest(learn),
+        "side": pictures.side,
+        "augment": type(pictures.augment).__name__,
+        "order": pictures.seed,
+        "pictures": digest(pictures.slides["slide"].tolist()),
+    }
+
 
 def _loader(c, pictures, start):
     "Batches of the epochs from `start` to the last."
     keys = [batch for epoch in range(start, c.epochs) for batch in batches(pictures, c.batch_size, epoch)]
     return loader(pictures, keys, c.workers, c.device, prefetch_factor=4 if c.workers else None)
 
+# %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-2
 class _Fitter:
     "Network, optimiser and position: what a checkpoint holds."
+
     def __init__(self, c, net, loss, per_epoch):
-        self.c, self.net, self.loss, self.per_epoch, self.epoch, self.best = c, net, loss, per_epoch, 0, []
+        self.c = c
+        self.net = net
+        self.loss = loss
+        self.per_epoch = per_epoch
+        self.epoch = 0
+        self.best = []
         self.device = torch.device(c.device)
         self.layout = memory_layout(net, c.precision, self.device)
         net.to(self.device, memory_format=self.layout)
@@ -112,78 +154,121 @@ class _Fitter:
         torch.manual_seed(draw_seed(c.seed, number))  # for dropout
         scores = _call(self.net, images, c.precision, self.device, self.layout)
         loss = self.loss(scores, masks.to(self.device, non_blocking=True), classes.to(self.device, non_blocking=True))
-        if not torch.isfinite(loss): raise ArithmeticError(f"step {number + 1}: the loss is not finite. Lower lr; the last epoch is kept.")
-        for group in self.optimiser.param_groups: group["lr"] = learning_rate(c, number, c.epochs*self.per_epoch)
+        if not torch.isfinite(loss):
+            raise ArithmeticError(f"step {number + 1}: the loss is not finite. Lower lr; the last epoch is kept.")
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(c, number, c.epochs * self.per_epoch)
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
         return loss.item()
 
-    def state(self): return {"net": self.net.state_dict(), "optimiser": self.optimiser.state_dict(), "epoch": self.epoch, "best": self.best}
+    def state(self):
+        return {
+            "net": self.net.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+        }
 
     def go_on(self, state):
         self.net.load_state_dict(state["net"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.epoch, self.best = state["epoch"], state["best"]
+        self.epoch = state["epoch"]
+        self.best = state["best"]
 
+# %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-3
 def fit(
-    net: nn.Module, # from images (B, 3, H, W) in 0..1 to a tensor, or a dict of tensors; ends in eval mode, with the weights that are kept
-    loss: Callable, # of what the network says, masks (B, H, W) uint8 and classes (B,) int64: a number
-    pictures: Pictures, # to learn from
+    net: nn.Module,  # from images (B, 3, H, W) in 0..1 to a tensor, or a dict of tensors; ends in eval mode, with the weights that are kept
+    loss: Callable,  # of what the network says, masks (B, H, W) uint8 and classes (B,) int64: a number
+    pictures: Pictures,  # to learn from
     config: FitConfig,
-    select: Callable | None = None, # of the network: validation figures by name, higher is better, the first decides, where it is equal the next; None: the last epoch is kept
-    at_epoch: Callable | None = None, # of the network and the number of the epoch that begins, from 0
-    restart: bool = False, # discard the run in the folder
-) -> list[dict]: # the log: one row an epoch
+    select: Callable
+    | None = None,  # of the network: validation figures by name, higher is better, the first decides, where it is equal the next; None: the last epoch is kept
+    at_epoch: Callable | None = None,  # of the network and the number of the epoch that begins, from 0
+    restart: bool = False,  # discard the run in the folder
+) -> list[dict]:  # the log: one row an epoch
     "Train a network, or go on, or return at once where that is done."
-    c, folder = settle(keep_precision(config, restart)), Path(config.out)
+    c = settle(keep_precision(config, restart))
+    folder = Path(config.out)
     parameters = dataclasses.asdict(c) | _identity(net, pictures)
-    if restart or not (same_run(folder, parameters, MACHINE) and (folder/"fit.json").exists()):
+    if restart or not (same_run(folder, parameters, MACHINE) and (folder / "fit.json").exists()):
         with claim(folder, parameters, MACHINE, ("fit.json", "weights.safetensors"), restart), hold_signals() as asked:
             fitter = _Fitter(c, net, loss, len(batches(pictures, c.batch_size, 0)))
-            if found := latest_checkpoint(folder): fitter.go_on(found[0])
-            kept_rows(folder/"log.jsonl", fitter.epoch*fitter.per_epoch)
+            if found := latest_checkpoint(folder):
+                fitter.go_on(found[0])
+            kept_rows(folder / "log.jsonl", fitter.epoch * fitter.per_epoch)
             _epochs(fitter, pictures, select, at_epoch, asked)
             _finish(fitter, select)
-    fill(net, read_state(folder/"weights.safetensors"), folder, type(net).__name__)
+    fill(net, read_state(folder / "weights.safetensors"), folder, type(net).__name__)
     net.to(c.device).eval()
-    return read_jsonl(folder/"log.jsonl")
+    return read_jsonl(folder / "log.jsonl")
 
+# %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-4
 def _epochs(fitter, pictures, select, at_epoch, asked):
     "Epochs until the last."
-    c, folder, n, clock = fitter.c, Path(fitter.c.out), fitter.per_epoch, {"wait": 0.}
-    with progress(desc="training", total=(c.epochs - fitter.epoch)*n, unit="step") as bar:
+    c = fitter.c
+    folder = Path(fitter.c.out)
+    n = fitter.per_epoch
+    clock = {"wait": 0.0}
+    with progress(desc="training", total=(c.epochs - fitter.epoch) * n, unit="step") as bar:
         source = timed(_loader(c, pictures, fitter.epoch), clock)
         while fitter.epoch < c.epochs:
-            if at_epoch: at_epoch(fitter.net, fitter.epoch)
+            if at_epoch:
+                at_epoch(fitter.net, fitter.epoch)
             fitter.net.train()
-            losses, began, clock["wait"] = [], time.perf_counter(), 0.
-            for number in range(fitter.epoch*n, fitter.epoch*n + n):
+            losses, began, clock["wait"] = [], time.perf_counter(), 0.0
+            for number in range(fitter.epoch * n, fitter.epoch * n + n):
                 losses.append(fitter.step(number, *next(source)))
                 bar.update(note=f"loss {losses[-1]:.3f}")
-                if asked or (folder/"stop").exists(): _stop(fitter)
-            seconds, fitter.epoch = time.perf_counter() - began, fitter.epoch + 1
+                if asked or (folder / "stop").exists():
+                    _stop(fitter)
+            seconds = time.perf_counter() - began
+            fitter.epoch = fitter.epoch + 1
             figures = select(fitter.net) if select else {}
-            append_jsonl(folder/"log.jsonl", {"step": fitter.epoch*n, "epoch": fitter.epoch, "loss": float(np.mean(losses)), "lr": learning_rate(c, fitter.epoch*n - 1, c.epochs*n),
-                                              **{f"val_{k}": float(v) for k, v in figures.items()}, "seconds": seconds, "images_per_s": n*min(c.batch_size, len(pictures))/seconds,
-                                              "data_wait": clock["wait"]/seconds, "memory": memory_used(fitter.device)})
+            append_jsonl(
+                folder / "log.jsonl",
+                {
+                    "step": fitter.epoch * n,
+                    "epoch": fitter.epoch,
+                    "loss": float(np.mean(losses)),
+                    "lr": learning_rate(c, fitter.epoch * n - 1, c.epochs * n),
+                    **{f"val_{k}": float(v) for k, v in figures.items()},
+                    "seconds": seconds,
+                    "images_per_s": n * min(c.batch_size, len(pictures)) / seconds,
+                    "data_wait": clock["wait"] / seconds,
+                    "memory": memory_used(fitter.device),
+                },
+            )
             value = [float(v) for v in figures.values()]
-            if better := value > fitter.best: fitter.best = value
-            if better and c.keep == "best": write_checkpoint(fitter.state(), folder, fitter.epoch*n, best=True)
-            write_checkpoint(fitter.state(), folder, fitter.epoch*n, keep=1)
+            if better := value > fitter.best:
+                fitter.best = value
+            if better and c.keep == "best":
+                write_checkpoint(fitter.state(), folder, fitter.epoch * n, best=True)
+            write_checkpoint(fitter.state(), folder, fitter.epoch * n, keep=1)
 
+# %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-5
 def _stop(fitter):
     "Leave the epoch: it is done again when the run goes on."
     folder = Path(fitter.c.out)
-    (folder/"stop").unlink(missing_ok=True)
-    write_json(folder/"stopped", {"step": fitter.epoch*fitter.per_epoch, "steps": fitter.c.epochs*fitter.per_epoch})
+    (folder / "stop").unlink(missing_ok=True)
+    write_json(
+        folder / "stopped", {"step": fitter.epoch * fitter.per_epoch, "steps": fitter.c.epochs * fitter.per_epoch}
+    )
     raise Stopped(f"stopped in epoch {fitter.epoch + 1} of {fitter.c.epochs}: the run goes on with this epoch")
+
 
 def _finish(fitter, select):
     "Write the weights that are kept; checkpoints are needed no more."
-    c, folder, found = fitter.c, Path(fitter.c.out), checkpoints(fitter.c.out)
+    c = fitter.c
+    folder = Path(fitter.c.out)
+    found = checkpoints(fitter.c.out)
     best = [path for _, path, is_best in found if is_best]
     state = read_checkpoint(best[0]) if best else fitter.state()
-    write_tensors(state["net"], folder/"weights.safetensors")
-    write_json(folder/"fit.json", {"epoch": state["epoch"], "epochs": c.epochs, "steps": c.epochs*fitter.per_epoch, "best": fitter.best})
-    for _, path, _ in found: path.unlink()
+    write_tensors(state["net"], folder / "weights.safetensors")
+    write_json(
+        folder / "fit.json",
+        {"epoch": state["epoch"], "epochs": c.epochs, "steps": c.epochs * fitter.per_epoch, "best": fitter.best},
+    )
+    for _, path, _ in found:
+        path.unlink()
