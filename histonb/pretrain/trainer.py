@@ -14,10 +14,12 @@ import math
 import time
 import warnings
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
 from ..core.digests import digest
 from ..core.errors import BadInput
 from ..core.files import append_jsonl, read_record, write_json
