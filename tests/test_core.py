@@ -1,5 +1,6 @@
 """What every room stands on: one writer a folder, whole files, keys of content, parameters that a run can use, errors in one sentence."""
 
+import dataclasses
 import errno
 import importlib
 import json
@@ -20,7 +21,7 @@ from histonb.core.claims import hold, is_held
 from histonb.core.digests import content_key, folder_keys
 from histonb.core.errors import BadInput, Refused, refusal, refusals_told
 from histonb.core.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
-from histonb.core.parameters import RANGES, check_ranges
+from histonb.core.parameters import RANGES, RENAMED, build, check_ranges
 from histonb.studies.study import parameter_types
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,7 +313,7 @@ def config_class(module):
 def test_every_number_of_every_configuration_and_report_has_a_range():
     known = {name for names in RANGES.values() for name in names.split()}
     for module in CONFIGS:
-        fields = {f.name: f.type for f in __import__("dataclasses").fields(config_class(module))}
+        fields = {f.name: f.type for f in dataclasses.fields(config_class(module))}
         numbers = {name for name, kind in fields.items() if any(word in str(kind) for word in ("int", "float"))}
         assert numbers <= known, f"{module}: enter {numbers - known} in core.parameters.RANGES"
     for path in (ROOT / "nbs/reports").glob("*.ipynb"):
@@ -385,6 +386,20 @@ def test_impossible_rules_of_tiles(values):
 
     with pytest.raises(BadInput):
         TileRule(**values)
+
+
+@pytest.mark.parametrize("former, now", RENAMED.items())
+def test_the_former_name_of_a_parameter_leads_to_its_present_one(former, now):
+    config = dataclasses.make_dataclass("Config", [(now, float, 1.0)])
+    with pytest.raises(BadInput) as e:
+        build(config, {former: 1.0}, "mine.yaml")
+    assert str(e.value) == f"mine.yaml: `{former}` is now called `{now}`. Rename it."
+    assert now not in RENAMED
+
+
+def test_a_former_name_says_nothing_where_the_present_one_is_no_parameter():
+    with pytest.raises(BadInput, match="unknown parameter"):
+        build(dataclasses.make_dataclass("Config", [("lr", float, 1.0)]), {next(iter(RENAMED)): 1.0})
 
 
 def test_whole_numbers_of_any_library_are_checked():

@@ -15,12 +15,13 @@ import pytest
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
+from histonb.core.parameters import RENAMED
 from histonb.pretrain.config import PretrainConfig
 from histonb.studies import states as states_module
 from histonb.studies.execution import StageFailed, run_study, status
 from histonb.studies.pages import duration_text, write_index, write_report
 from histonb.studies.states import is_running
-from histonb.studies.study import load_study, parameter_types
+from histonb.studies.study import RENAMED_REPORTS, load_study, parameter_types
 
 HISTONB = str(Path(sys.executable).with_name("histonb"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,6 +335,25 @@ def test_mistakes_are_found_before_anything_runs(root, right, wrong, message):
     assert status(root)[0]["state"] == "unreadable"  # and does not hide the other studies
 
 
+@pytest.mark.parametrize("former, now", RENAMED_REPORTS.items())
+def test_the_former_name_of_a_report_leads_to_its_present_one(root, former, now):
+    assert (ROOT / f"nbs/reports/{now}.ipynb").exists() and not (ROOT / f"nbs/reports/{former}.ipynb").exists()
+    for name in (former, f"nbs/reports/{former}.ipynb"):
+        (root / "runs/tiny.yaml").write_text(STUDY.replace("10_first", name))
+        with pytest.raises(BadInput) as e:
+            load_study(root / "runs/tiny.yaml")
+        assert f"stage `first`: the report `{former}` is now called `{now}`. Rename it." in str(e.value)
+
+
+@pytest.mark.parametrize("former, now", RENAMED.items())
+def test_the_former_name_of_a_parameter_leads_to_its_present_one(root, former, now):
+    notebook(root, "10_first", f'out = ""\nn = 1\n{now} = 0.5', FIRST)
+    (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", f"{former}: 0.5"))
+    with pytest.raises(BadInput) as e:
+        load_study(root / "runs/tiny.yaml")
+    assert f"stage `first`: `{former}` is now called `{now}`. Rename it." in str(e.value)
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -585,6 +605,7 @@ def test_lengths_of_time(seconds, text):
         ({"nn": 5}, "unknown parameter `nn`. Did you mean `n`"),
         ({"n": "many"}, "`n` is 'many', not of type int"),
         ({"workers": -1}, "`workers` is -1"),
+        ({"spread_weight": 0.2}, "`spread_weight` is now called `koleo_weight`"),
     ],
 )
 def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
@@ -594,7 +615,7 @@ def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
     notebook(
         root,
         "10_first",
-        'out = ""\nn = 1\nworkers = 0',
+        'out = ""\nn = 1\nworkers = 0\nkoleo_weight = 0.1',
         [
             "# First",
             "from histonb.studies import runs\nrun = runs.start(out, runs.scalars(globals()))",
@@ -615,7 +636,12 @@ def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
         run_it(**given)
     assert says in error.value.evalue
     run_it(n=3)
-    assert read_json(root / "o/provenance.json")["parameters"] == {"out": str(root / "o"), "n": 3, "workers": 0}
+    assert read_json(root / "o/provenance.json")["parameters"] == {
+        "out": str(root / "o"),
+        "n": 3,
+        "workers": 0,
+        "koleo_weight": 0.1,
+    }
 
 
 def test_a_changed_library_is_told_but_runs_nothing(root, monkeypatch):

@@ -176,6 +176,8 @@ def write_objects(
     with atomic_path(folder / "overview.png") as p:
         cv2.imwrite(str(p), image[..., ::-1])
     return counts
+
+
 SCHEMA = pa.schema(
     [
         ("task", pa.string()),

@@ -441,4 +441,6 @@ def _note(work):
     if n:
         notes.append(f"{n} internal tile{'s are' if n > 1 else ' is'} damaged and taken as glass")
     return "; ".join(notes)
+
+
 OVERVIEW = 1600  # pixels of the longer side of the overview

@@ -34,6 +34,8 @@ def outlines(
         (ring[:-1, 0] * ring[1:, 1] - ring[1:, 0] * ring[:-1, 1]).sum() for ring in rings
     ]  # negative: around a hole
     return shapely.MultiPolygon([shapely.Polygon(ring) for ring, area in zip(rings, areas, strict=True) if area > 0])
+
+
 TOLERANCES = (
     0.5,
     0.25,

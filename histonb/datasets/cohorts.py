@@ -91,6 +91,8 @@ def read_xlsx(
         columns,
         key,
     )
+
+
 _UNKNOWN = ("", "-", "nan", "na", "n/a", "<na>", "none", "null")  # what programs write where nothing is known
 
 

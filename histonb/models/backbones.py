@@ -196,6 +196,8 @@ def _fault(info):
         if not usual:
             return f"`{key}` is {plain(repr(value), 40)}"
     return ""
+
+
 _ANOTHER = "Give the folder of a pre-training run, or name the network and give its weights as checkpoint."
 
 # %% ../../nbs/04_models/10_backbones.ipynb #cell-013a-3

@@ -86,6 +86,8 @@ class Decoder(nn.Module):
         for block, finer in zip(self.blocks, features[-2::-1], strict=True):
             x = block(finer + F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
         return self.head(x)
+
+
 PATCH = 144  # pixels of a side of what the patch head classifies
 
 # %% ../../nbs/04_models/15_cerberus.ipynb #cell-011-2

@@ -77,6 +77,8 @@ class Front:
     channels: int  # that the network sees
     stride: int  # pixels of the image for one of what the network sees, along each side
     shorter: int = 1  # the stem's patch is that of the network's name divided by this
+
+
 FRONTS = {
     "haar2d-approx": Front(partial(Haar, (-2, -1), True), 3, 2),
     "haar2d": Front(partial(Haar, (-2, -1), False), 12, 2),

@@ -35,6 +35,8 @@ def morlet(
     image = np.zeros((height, width), complex)
     np.add.at(image, (y % height, x % width), wave - wave.sum() / envelope.sum() * envelope)
     return np.fft.fft2(image).real * slant / (2 * np.pi * sigma**2)
+
+
 MARGIN = 3  # how far the period goes on to each side, in pixels of the smallest map
 
 

@@ -29,6 +29,8 @@ def _whole_patches(patch_embed, args):
     if not height * width:
         raise BadInput("image", f"{x.shape[-2]}x{x.shape[-1]} px is smaller than a patch of {p}", "Give larger crops.")
     return x[..., :height, :width]
+
+
 POSITIONS = "timm", "dino"  # antialiased, as DINOv2 with registers and Hibou; or as DINO and DINOv2 without registers
 
 

@@ -222,6 +222,8 @@ def preset(
     if name not in PRESETS:
         raise BadInput(name, "no such preset", nearest(name, PRESETS))
     return build(PretrainConfig, PRESETS[name] | changes)
+
+
 RECORDED = ("n_images", "data")  # what a run's config.json tells besides parameters: how many tiles, and which
 
 

@@ -85,6 +85,8 @@ def _knn(x, y, cases, x_test, n_classes, seed, balanced, k):
 
 def _prototypes(x, y, cases, x_test, n_classes, seed, balanced, k):
     return prototypes(x, y, x_test, n_classes)
+
+
 TUNED = {"knn": _knn, "linear": _linear, "mlp": _mlp, "prototypes": _prototypes}
 
 # %% ../../nbs/07_probe/06_cross_validation.ipynb #cell-010-2

@@ -126,6 +126,8 @@ class Published:
 
 def _named(name):
     return lambda state: _vit(name, state) if name in VIT else backbone(name)
+
+
 IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 _BONY = "huggingface.co/HPAI-BSC/Bony (CC BY-NC-SA 4.0)"
 _HISTOENCODER = "github.com/jopo666/HistoEncoder (Pohjonen et al. 2024)"

@@ -159,6 +159,8 @@ def _rim(ids, part, dark, width=2):
     mask = np.uint8(ids[box] == part.label)
     rim = cv2.dilate(mask, _disc(width)) > cv2.dilate(mask, _disc(1))
     return dark[box][rim].mean() if rim.any() else 0.0
+
+
 BASELINES = {"gland": stain_glands, "nucleus": stain_nuclei}  # the better one of each task
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-020

@@ -146,6 +146,8 @@ def _check(probs, mpp):
     if not mpp > 0:
         raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the probabilities.")
     return np.float32(p), 0.5 / mpp
+
+
 SEPARATORS = {"gland": glands, "lumen": lumens, "nucleus": nuclei}
 
 

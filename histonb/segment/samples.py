@@ -84,6 +84,8 @@ def end_tissue(
 
 def _mapped(truth):
     return any(np.ndim(a) == 2 for a in truth.values())  # not one class for the whole picture
+
+
 COLOURS = A.Compose(
     [
         A.OneOf(

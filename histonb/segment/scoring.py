@@ -221,4 +221,6 @@ def compare_each(
         if who != name
         for key, d in compare_scores(by[name], by[who], n_boot, seed).items()
     }
+
+
 FIGURE_OF = {"gland": "object_dice", "lumen": "object_dice", "nucleus": "pq"}  # the figure by which a task is judged

@@ -114,6 +114,8 @@ def draw_progress(
             ax.axis("off")
     with atomic_path(path) as p:
         FigureCanvasAgg(fig).print_figure(p, dpi=75)
+
+
 _PANELS = {
     "loss_": "training loss",
     "val_": "validation loss",

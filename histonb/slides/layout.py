@@ -100,6 +100,8 @@ def _shape(element):
     "Height and width in pixels; None where they are not said."
     size = [_count(element.get(k) or element.get(k[0].lower() + k[1:])) for k in ("SizeY", "SizeX")]
     return None if None in size else tuple(size)
+
+
 _ASIDE_NAME = re.compile(r"(?<![a-z])(label|macro|thumbnail|overview|barcode)([ _-]?image)?[\])\s\d]*$", re.IGNORECASE)
 
 # %% ../../nbs/02_slides/04_layout.ipynb #cell-006-4
@@ -175,6 +177,8 @@ def _vips(root):
 def _tag(page, code):
     "The value of a tag, None where a page has none."
     return page.tags[code].value if code in page.tags else None
+
+
 _SCAN_RES = re.compile(r"""\bScanRes\s*=\s*["']([^"']*)""")
 
 # %% ../../nbs/02_slides/04_layout.ipynb #cell-006-6
@@ -183,6 +187,8 @@ def _ventana(page):
     text = _tag(page, 700)
     found = _SCAN_RES.search(text.decode("utf-8", "replace")) if isinstance(text, bytes) else None
     return DescribedImage("ScanRes", pixel=((found[1], "µm"), (None, "µm"))) if found else None
+
+
 _VENDORS = {"OME": _ome, "scn": _scn, "DataObject": _philips, "image": _vips}
 
 

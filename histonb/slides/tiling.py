@@ -257,6 +257,8 @@ def _parts(out, keep):
     finally:
         for path in parts.glob(".*"):
             path.unlink()
+
+
 _LINE = {"slide": (str, int), "key": str, **dict.fromkeys(("shard", "start", "end", "incomplete", "background"), int)}
 
 

@@ -66,6 +66,8 @@ class _Lines(io.TextIOBase):
         for line in filter(str.strip, lines):
             print(self.prefix + cut(line, 2000), flush=True)
         return len(text)
+
+
 _EXIT = "import sys; exit = quit = sys.exit"  # IPython's own ends the kernel some cells later
 
 # %% ../../nbs/13_studies/07_execution.ipynb #cell-025-2

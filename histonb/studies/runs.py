@@ -40,6 +40,8 @@ def input_digest(
     if (path / "metrics.json").is_file():
         return outputs_digest(read_json(path / "metrics.json"), output_keys(path))
     return digest(folder_keys(path))
+
+
 _TOLD = (".jsonl", ".ipynb", ".html", ".png", ".out", ".log")  # what tells of a run, and is no result of it
 _RECORDS = ("metrics.json", "provenance.json", "stage.json", "job.json", "stop", "stopped")
 

@@ -438,5 +438,7 @@ def main():
     except KeyboardInterrupt as e:
         print(e, file=sys.stderr)
     return 1
+
+
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())  # as a program, not in a notebook

@@ -94,6 +94,8 @@ def _check(path, array, shape, mpp, tile):
         raise BadInput(path, f"mpp is {mpp}", "Give um per pixel, or None for a file without resolution.")
     if tile < 16 or tile % 16:
         raise BadInput(path, f"the tile size {tile} is not a multiple of 16", "Use 256 or 512.")
+
+
 CODECS = ("jpeg", "lzw", "deflate")
 
 # %% ../../nbs/01_synthetic/03_writing.ipynb #cell-011-3

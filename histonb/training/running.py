@@ -101,6 +101,8 @@ def read_checkpoint(
             f"not a whole checkpoint ({(str(e).splitlines() or [type(e).__name__])[0]})",
             "The run continues from the one before.",
         ) from e
+
+
 RESTART = "begin again with restart=True, `--restart`, or in a study `--force`"  # how a run is discarded
 
 # %% ../../nbs/05_training/04_running.ipynb #cell-008-2

@@ -62,6 +62,8 @@ class FitConfig:
 
     def __post_init__(self):
         check_ranges(vars(self), "FitConfig", epochs="1 or more")
+
+
 MACHINE = ("out", "device", "workers")  # may change when a run goes on
 
 
