@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODULES := $(filter-out nbs/reports/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 export NO_ALBUMENTATIONS_UPDATE := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs bench lab notebooks readme publish check clean
+.PHONY: help demo test test-all docs bench lab notebooks readme publish check hooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -59,6 +59,9 @@ publish: ## keep the figures of the last demo in runs/published, from which READ
 check: .venv/dev.installed ## quick: lint, and notebooks, library and README in step
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest tests/test_sync.py
+
+hooks: .venv/dev.installed ## let git run the quick checks at every commit
+	$(BIN)/pre-commit install
 
 clean: ## remove what can be made again, except .venv and runs
 	rm -rf _site _proc _docs jupyter_execute build *.egg-info .pytest_cache .ruff_cache

@@ -186,6 +186,7 @@ UNSEEN = {  # required, though nothing here imports it: why
     "jupyterlab": "make lab",
     "pytest-xdist": "make test",
     "ruff": "make check",
+    "pre-commit": "make hooks",
     "furo": "the site's looks",
     "myst-nb": "the site's notebooks",
     "sphinx": "the site",
@@ -218,11 +219,13 @@ def imported(sources):
         )
     }
     own = {"histonb", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
-    owner = {
-        "openslide": ["openslide-python"],
-        **importlib.metadata.packages_distributions(),
-    }  # which `make test` does not install
-    return {owner.get(n, [n])[0].lower().replace("_", "-") for n in names - own - set(sys.stdlib_module_names)}
+    return {owners().get(n, [n])[0].lower().replace("_", "-") for n in names - own - set(sys.stdlib_module_names)}
+
+
+@functools.cache
+def owners():
+    """Name of a module -> the distributions that bring it."""
+    return {"openslide": ["openslide-python"], **importlib.metadata.packages_distributions()}  # not in `make test`
 
 
 @functools.cache
