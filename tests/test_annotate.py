@@ -23,7 +23,7 @@ from histonb.core.errors import BadInput
 from histonb.core.files import read_json
 from histonb.core.tasks import TASKS
 from histonb.metrics.objects import figures_of, object_sums, pair_counts
-from histonb.models.cerberus import Cerberus, save
+from histonb.models.cerberus import Cerberus, save_cerberus
 from histonb.segment.instances import majority_types, object_table, separate
 from histonb.segment.targets import instance_target
 from histonb.segment.tiled_inference import (
@@ -125,7 +125,7 @@ def test_a_scorer_says_what_its_network_says_in_steps_of_a_255th(picture, one_th
 
 def test_weights_and_tasks_are_found_or_named(tmp_path):
     net = network(tasks=("gland", "gland-type", "nucleus", "nucleus-type", "nucleus-type-consep"))
-    save(net, tmp_path, mpp=0.4)
+    save_cerberus(net, tmp_path, mpp=0.4)
     scorer = find_scorer(str(tmp_path))
     assert scorer.mpp == 0.4 and find_scorer(tmp_path, mpp=0.5).mpp == 0.5
     assert list(scorer.tasks) == ["gland", "gland-type", "nucleus", "nucleus-type"]  # of two types of nuclei the first

@@ -13,7 +13,7 @@ import timm
 import torch
 
 from histonb.core.errors import BadInput
-from histonb.models.vit import class_attention, look, vit
+from histonb.models.vit import class_attention, forward_with_attention, vit
 from histonb.models.xcit import xcit
 from histonb.probe.attention import (
     View,
@@ -228,7 +228,7 @@ def test_what_is_not_there_is_refused():
         (lambda: keep(np.ones((2, 2)), 60), "Give a number above 0"),
         (lambda: class_attention(theirs.model, torch.zeros(1, 3, 32, 32), 12), "from 0 to 11"),
         (
-            lambda: look(vit("vit_small_patch16_18x2_224", depth=1), torch.zeros(1, 3, 32, 32)),
+            lambda: forward_with_attention(vit("vit_small_patch16_18x2_224", depth=1), torch.zeros(1, 3, 32, 32)),
             "without one plain attention",
         ),
         (lambda: to_tile(np.ones((2, 2)), (64, 32), 16), "does not fit a tile of 64x32"),

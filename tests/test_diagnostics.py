@@ -14,7 +14,7 @@ from torch import nn
 
 from histonb.core.errors import BadInput
 from histonb.core.files import append_jsonl, write_json
-from histonb.models.backbones import backbone
+from histonb.models.backbones import build_backbone
 from histonb.pretrain.config import PretrainConfig, settle
 from histonb.pretrain.diagnostics import LiveCurves, collapse, curves, suspect
 from histonb.pretrain.loading import crop_loader
@@ -310,7 +310,7 @@ def test_online_knn_separates(tmp_path):
 
 def test_online_knn_leaves_no_trace(tmp_path):
     ask = OnlineKNN(a_store(tmp_path / "tiles", LABELS, shade=50), size=32)
-    model = backbone("xcit_nano_12_p16_224", drop_path_rate=0.5).train()
+    model = build_backbone("xcit_nano_12_p16_224", drop_path_rate=0.5).train()
     generators = torch.get_rng_state(), np.random.get_state()[1].tolist()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     first = ask(model)

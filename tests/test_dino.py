@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from histonb.core.errors import BadInput
-from histonb.models.backbones import backbone
+from histonb.models.backbones import build_backbone
 from histonb.models.heads import DINOHead, split_checkpoint
 from histonb.pretrain.config import preset, schedules
 from histonb.pretrain.dino import (
@@ -83,7 +83,7 @@ def test_old_keys_of_the_last_layer_load_strictly():
 
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 def test_every_trainable_parameter_is_in_one_group(name):
-    net = MultiCropNet(backbone(name), DINOHead(backbone(name).num_features, 16, 8, 4))
+    net = MultiCropNet(build_backbone(name), DINOHead(build_backbone(name).num_features, 16, 8, 4))
     decay, free = (group["params"] for group in param_groups(net))
     assert sorted(map(id, decay + free)) == sorted(id(p) for p in net.parameters() if p.requires_grad)
     names = {id(p): n for n, p in net.named_parameters()}
@@ -93,7 +93,7 @@ def test_every_trainable_parameter_is_in_one_group(name):
 
 def test_stacked_crops_give_what_single_crops_give():
     torch.manual_seed(0)
-    net = MultiCropNet(backbone("xcit_nano_12_p16_224"), DINOHead(128, 16, 8, 4)).eval()
+    net = MultiCropNet(build_backbone("xcit_nano_12_p16_224"), DINOHead(128, 16, 8, 4)).eval()
     samples = [[torch.randn(3, size, size) for size in (64, 64, 32, 32, 32)] for _ in range(2)]
     with torch.inference_mode():
         tokens, scores = net(stack_crops(samples))

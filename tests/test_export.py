@@ -45,13 +45,13 @@ def finished(folder, arch="xcit_nano_12_p16_224", step=10, **changes):
     "A run's folder as the trainer leaves it, without the training; weights and statistics uneven."
     config = preset("cpu", out=str(folder), arch=arch, **changes)
     torch.manual_seed(0)
-    model = backbones.backbone(arch)
+    model = backbones.build_backbone(arch)
     with torch.no_grad():
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.add_(0.05 * torch.rand_like(value))
     folder.mkdir()
-    backbones.save(model, folder, arch, MEAN, STD, step=step, steps=10)
+    backbones.save_backbone(model, folder, arch, MEAN, STD, step=step, steps=10)
     write_json(folder / "config.json", vars(config) | {"n_images": 1234})
     for s, loss in ((5, 6.0), (10, 5.5)):
         append_jsonl(folder / "log.jsonl", {"step": s, "loss": loss, "entropy": 2.0})
@@ -74,7 +74,7 @@ def test_timm_alone_computes_the_same(tmp_path):
         [sys.executable, "-c", LOAD, tmp_path, json.dumps(names)], check=True, capture_output=True, timeout=300
     )
     for arch, found in torch.load(tmp_path / "found.pt", weights_only=True).items():
-        model = backbones.load(tmp_path / f"run-{arch}")[0]
+        model = backbones.load_backbone(tmp_path / f"run-{arch}")[0]
         with torch.inference_mode():
             for loaded in found["features"]:
                 for x, theirs in zip(images, loaded, strict=True):
@@ -89,10 +89,10 @@ def test_timm_alone_computes_the_same(tmp_path):
 
 
 def test_channels_are_kept(tmp_path):
-    model = backbones.backbone("xcit_nano_12_p16_224", in_chans=4).eval()
+    model = backbones.build_backbone("xcit_nano_12_p16_224", in_chans=4).eval()
     out = tmp_path / "run"
     finished(out)
-    backbones.save(model, out, "xcit_nano_12_p16_224", [0.5] * 4, [0.2] * 4, step=10, steps=10)
+    backbones.save_backbone(model, out, "xcit_nano_12_p16_224", [0.5] * 4, [0.2] * 4, step=10, steps=10)
     loaded = timm.create_model(f"local-dir:{export(out, tmp_path / 'out')}", pretrained=True).eval()
     x = torch.randn(1, 4, 64, 64)
     with torch.inference_mode():
@@ -134,7 +134,7 @@ def test_origin_names_tiles_commit_and_resolution(tmp_path):
         "mpp": 0.48,
         "images": 1234,
     }
-    text = card(run, backbones.load(run)[1], timm_config(*backbones.load(run)))
+    text = card(run, backbones.load_backbone(run)[1], timm_config(*backbones.load_backbone(run)))
     assert "commit abc123 with local changes" in text and "0.48 um/px" in text and str(store) not in text
 
 
@@ -185,26 +185,28 @@ def test_log_without_rows(tmp_path):
     run = finished(tmp_path / "run")
     (run / "log.jsonl").unlink()
     assert last_figures(run) == {}
-    assert "| figure at the end |" in card(run, backbones.load(run)[1], timm_config(*backbones.load(run)))
+    assert "| figure at the end |" in card(
+        run, backbones.load_backbone(run)[1], timm_config(*backbones.load_backbone(run))
+    )
 
 
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize("pool", ["mean", "class+mean"])
 def test_what_was_trained_is_what_timm_gives(tmp_path, arch, pool):
     run = finished(tmp_path / "run", arch, pool=pool)
-    model = backbones.load(run)[0]
+    model = backbones.load_backbone(run)[0]
     x = torch.randn(2, 3, 96, 64)
-    backbones.save(model, run, arch, MEAN, STD, step=10, steps=10, pool=pool)
+    backbones.save_backbone(model, run, arch, MEAN, STD, step=10, steps=10, pool=pool)
     out = export(run, tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     text = (out / "README.md").read_text()
     with torch.inference_mode():
         torch.testing.assert_close(
-            loaded(x), backbones.features(model, x, pool)[:, : model.num_features], atol=1e-5, rtol=1e-5
+            loaded(x), backbones.image_features(model, x, pool)[:, : model.num_features], atol=1e-5, rtol=1e-5
         )
         if pool == "class+mean":
             mean = loaded.forward_features(x)[:, loaded.num_prefix_tokens :].mean(1)
-            torch.testing.assert_close(mean, backbones.features(model, x, "mean"), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mean, backbones.image_features(model, x, "mean"), atol=1e-5, rtol=1e-5)
             assert "the mean patch token was trained beside it" in text
         else:
             kwargs = read_json(out / "config.json")["model_args"]
@@ -218,9 +220,9 @@ def test_what_was_trained_is_what_timm_gives(tmp_path, arch, pool):
 
 def test_the_best_by_knn(tmp_path):
     run = finished(tmp_path / "run")
-    other = backbones.backbone("xcit_nano_12_p16_224").eval()
+    other = backbones.build_backbone("xcit_nano_12_p16_224").eval()
     (run / "best").mkdir()
-    backbones.save(other, run / "best", "xcit_nano_12_p16_224", MEAN, STD, step=5, steps=10)
+    backbones.save_backbone(other, run / "best", "xcit_nano_12_p16_224", MEAN, STD, step=5, steps=10)
     out = export(run, tmp_path / "out", best=True)
     x = torch.randn(1, 3, 64, 64)
     text = (out / "README.md").read_text()
@@ -238,10 +240,10 @@ def test_the_best_by_knn(tmp_path):
 def test_an_export_is_loaded_again(tmp_path, arch):
     run = finished(tmp_path / "run", arch)
     out = export(run, tmp_path / "out")
-    model = backbones.load(run)[0]
+    model = backbones.load_backbone(run)[0]
     x = torch.randn(1, 3, 96, 96)
     for path in (out, out / "model.safetensors", out / "config.json"):
-        again, info = backbones.load(path)
+        again, info = backbones.load_backbone(path)
         with torch.inference_mode():
             assert torch.equal(again(x), model(x))
         assert (info["mean"], info["std"]) == (list(MEAN), list(STD))
@@ -252,12 +254,12 @@ def test_an_export_is_loaded_again(tmp_path, arch):
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 def test_an_export_of_mean_tokens_is_the_same_backbone(tmp_path, arch):
     run = finished(tmp_path / "run", arch, pool="mean")
-    model = backbones.load(run)[0]
+    model = backbones.load_backbone(run)[0]
     x = torch.randn(1, 3, 96, 96)
-    backbones.save(model, run, arch, MEAN, STD, step=10, steps=10, pool="mean")
-    again, info = backbones.load(export(run, tmp_path / "out"))
+    backbones.save_backbone(model, run, arch, MEAN, STD, step=10, steps=10, pool="mean")
+    again, info = backbones.load_backbone(export(run, tmp_path / "out"))
     with torch.inference_mode():
-        assert torch.equal(backbones.features(again, x, info["pool"]), backbones.features(model, x, "mean"))
+        assert torch.equal(backbones.image_features(again, x, info["pool"]), backbones.image_features(model, x, "mean"))
 
 
 def test_a_folder_of_the_hub_is_loaded(tmp_path):
@@ -270,7 +272,7 @@ def test_a_folder_of_the_hub_is_loaded(tmp_path):
         {"architecture": "vit_tiny_patch16_224.mine", "model_args": args, "pretrained_cfg": cfg},
     )
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    model, info = backbones.load(tmp_path)
+    model, info = backbones.load_backbone(tmp_path)
     x = torch.randn(1, 3, 112, 112)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), theirs.forward_head(theirs.forward_features(x), pre_logits=True))
@@ -287,22 +289,22 @@ def test_a_folder_of_the_hub_is_loaded(tmp_path):
             {"architecture": "vit_tiny_patch16_224", "model_args": changed, "pretrained_cfg": cfg},
         )
         with pytest.raises(BadInput, match=says):
-            backbones.load(tmp_path)
+            backbones.load_backbone(tmp_path)
 
 
 def test_what_is_no_run_is_not_exported(tmp_path):
     out = export(finished(tmp_path / "run"), tmp_path / "out")
     with pytest.raises(BadInput, match="is no pre-training run"):
         export(out, tmp_path / "again")
-    backbones.save(backbones.backbone(NANO), tmp_path / "run", NANO, MEAN, STD)  # without its step
+    backbones.save_backbone(backbones.build_backbone(NANO), tmp_path / "run", NANO, MEAN, STD)  # without its step
     with pytest.raises(BadInput, match="is no pre-training run"):
         export(tmp_path / "run", tmp_path / "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_a_backbone_trained_by_its_mean_token_is_asked_for_that(tmp_path):
-    model = backbones.backbone(NANO)
-    backbones.save(model, tmp_path, NANO, MEAN, STD, pool="mean")
+    model = backbones.build_backbone(NANO)
+    backbones.save_backbone(model, tmp_path, NANO, MEAN, STD, pool="mean")
     mean, asked, token = (load_encoder("x", tmp_path, pool=pool) for pool in ("", "mean", "class"))
     assert mean.key == asked.key != token.key
 
@@ -332,7 +334,7 @@ NANO = "xcit_nano_12_p16_224"
 def test_what_stands_in_the_json_is_looked_at(tmp_path, change, says):
     run = finished(tmp_path / "run")
     write_json(run / "backbone.json", read_json(run / "backbone.json") | change)
-    for load in (backbones.load, lambda path: load_encoder("x", checkpoint=path)):
+    for load in (backbones.load_backbone, lambda path: load_encoder("x", checkpoint=path)):
         with pytest.raises(BadInput, match=says) as e:
             load(run)
         assert str(e.value).isprintable() and len(str(e.value)) < 1000
@@ -349,7 +351,7 @@ def test_json_that_is_none(tmp_path):
     ]:
         (run / "backbone.json").write_text(content)
         with pytest.raises(BadInput, match=says):
-            backbones.load(run)
+            backbones.load_backbone(run)
         with pytest.raises(BadInput, match=says):
             load_encoder("x", checkpoint=run / "backbone.safetensors")
 
@@ -361,7 +363,7 @@ def test_a_json_beside_foreign_weights_is_not_taken_for_ours(tmp_path):
     with pytest.raises(BadInput, match="best.json: lacks|name the network and give its weights as checkpoint"):
         load_encoder(str(tmp_path / "best.pth"))
     with pytest.raises(BadInput, match="NaN"):
-        nan = {k: v * torch.nan for k, v in backbones.backbone(NANO).state_dict().items()}
+        nan = {k: v * torch.nan for k, v in backbones.build_backbone(NANO).state_dict().items()}
         write_json(tmp_path / "nan.json", {"name": NANO, "mean": [0.5] * 3, "std": [0.5] * 3})
         torch.save(nan, tmp_path / "nan.pth")
-        backbones.load(tmp_path / "nan.pth")
+        backbones.load_backbone(tmp_path / "nan.pth")

@@ -89,7 +89,7 @@ def test_colour_knows_no_structure(colour):
 
 
 def test_saved_backbone_brings_its_weights_and_normalisation(nano, tmp_path):
-    backbones.save(nano.model, tmp_path / "run", NANO, mean=(0.7, 0.6, 0.7), std=(0.2, 0.3, 0.2))
+    backbones.save_backbone(nano.model, tmp_path / "run", NANO, mean=(0.7, 0.6, 0.7), std=(0.2, 0.3, 0.2))
     a = load_encoder(f"run:{tmp_path / 'run'}")
     b = load_encoder(str(tmp_path / "run"))
     c = load_encoder("dino", checkpoint=tmp_path / "run")

@@ -166,7 +166,9 @@ def moved(net, images):
 @pytest.mark.parametrize("depth", [1, 3, 4])
 def test_layers_before_the_depth_get_neither_gradient_nor_statistics(arch, depth):
     torch.manual_seed(0)
-    net = Trunk(cerberus.encoder(arch, 0.125) if arch == "resnet18" else backbones.backbone(arch)).freeze(depth)
+    net = Trunk(cerberus.resnet_encoder(arch, 0.125) if arch == "resnet18" else backbones.build_backbone(arch)).freeze(
+        depth
+    )
     assert moved(net, torch.rand(4, 3, 32, 32)) == set(range(depth, 5))
 
 
@@ -186,15 +188,15 @@ def test_what_is_frozen_stays_in_eval_inside_another_network():
 def test_encoders_of_all_sources_see_what_their_networks_see(tmp_path):
     images = torch.rand(2, 3, 64, 64)
     net = cerberus.Cerberus(["gland"], "resnet18", 0.125).eval()
-    cerberus.save(net, tmp_path / "c")
-    want = cerberus.pyramid(net.encoder, images)
+    cerberus.save_cerberus(net, tmp_path / "c")
+    want = cerberus.feature_maps(net.encoder, images)
     for path in (tmp_path / "c", tmp_path / "c" / "cerberus.safetensors"):
         got = trunk(path).eval()
         assert all(a.equal(b) for a, b in zip(got.pyramid(images), want, strict=True)) and got.features(images).equal(
             want[-1].mean((2, 3))
         )
-    net = backbones.backbone("resnet18").eval()
-    backbones.save(net, tmp_path / "d", "resnet18", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    net = backbones.build_backbone("resnet18").eval()
+    backbones.save_backbone(net, tmp_path / "d", "resnet18", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     got = trunk(tmp_path / "d").eval()
     got.net.conv1.stride = net.conv1.stride  # stepping again, it is timm's network
     assert torch.allclose(got(images), net((images - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / 0.2), atol=1e-4)
@@ -251,7 +253,7 @@ def test_weights_of_another_encoder_are_refused(tmp_path, fault):
 )
 def test_a_resnet_tells_which_pictures_it_has_seen_or_is_asked(tmp_path, name, wrapped, known):
     "That of Cerberus' authors reads 0..1 and is named like torchvision's, which reads standardised pictures."
-    net = backbones.backbone("resnet18").eval()
+    net = backbones.build_backbone("resnet18").eval()
     torch.save(
         wrapped({**net.state_dict(), "fc.weight": torch.zeros(9, 512), "fc.bias": torch.zeros(9)}), tmp_path / name
     )
@@ -279,7 +281,7 @@ def test_a_resnet_tells_which_pictures_it_has_seen_or_is_asked(tmp_path, name, w
 
 
 def test_inputs_are_asked_of_files_of_resnets_only(tmp_path):
-    cerberus.save(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path)
+    cerberus.save_cerberus(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path)
     for source in ("", tmp_path):
         with pytest.raises(BadInput, match="Leave it empty"):
             trunk(source, inputs="0..1")
@@ -288,7 +290,9 @@ def test_inputs_are_asked_of_files_of_resnets_only(tmp_path):
 
 
 def test_a_transformer_has_no_maps(tmp_path):
-    backbones.save(backbones.backbone("xcit_nano_12_p16_224"), tmp_path, "xcit_nano_12_p16_224", (0.5,) * 3, (0.2,) * 3)
+    backbones.save_backbone(
+        backbones.build_backbone("xcit_nano_12_p16_224"), tmp_path, "xcit_nano_12_p16_224", (0.5,) * 3, (0.2,) * 3
+    )
     net = trunk(tmp_path)
     with pytest.raises(BadInput, match="Give weights of Cerberus"):
         net.pyramid(torch.rand(1, 3, 32, 32))

@@ -20,9 +20,9 @@ from test_trainer import (
 )
 
 from histonb.core.errors import BadInput
-from histonb.models.backbones import backbone
-from histonb.models.frontends import FRONTS, token_pixels
-from histonb.models.masking import hide, token_grid
+from histonb.models.backbones import build_backbone
+from histonb.models.frontends import FRONTENDS, token_pixels
+from histonb.models.masking import mask_patches, token_grid
 from histonb.pretrain.config import PRESETS, preset, settle
 from histonb.pretrain.dino import clip_student
 from histonb.pretrain.loading import crop_loader
@@ -197,7 +197,7 @@ def test_sinkhorn_is_the_even_assignment_of_a_reference():
     assert np.allclose(sinkhorn(torch.tensor(scores), 0.5).numpy(), (q * 40).T, atol=1e-6)
 
 
-@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize("front", FRONTENDS)
 @pytest.mark.parametrize("network", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 def test_front_ends_train_hide_and_come_back(tmp_path, front, network):
     arch = f"{front}+{network}"
@@ -211,15 +211,15 @@ def test_front_ends_train_hide_and_come_back(tmp_path, front, network):
     mask[0, :2] = True
     changed = x.clone()
     changed[:, :, : 224 // grid[0] * 2] = 0.5  # two rows of tokens
-    with hide(model, mask, torch.zeros(tokens.shape[-1])):
+    with mask_patches(model, mask, torch.zeros(tokens.shape[-1])):
         assert torch.equal(model.forward_features(x), model.forward_features(changed))
 
 
-@pytest.mark.parametrize("front", ["", *(f"{name}+" for name in FRONTS)])
+@pytest.mark.parametrize("front", ["", *(f"{name}+" for name in FRONTENDS)])
 @pytest.mark.parametrize("network", ["xcit_nano_12_p8_224", "xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 def test_grids_and_masks_of_any_size(front, network):
     "The grid is that of the tokens that come out, and of what hidden patches show nothing reaches them, up to the edge of the image."
-    model = backbone(front + network).eval()
+    model = build_backbone(front + network).eval()
     for size in ((70, 101), (67, 96), (80, 81)):
         grid = token_grid(model, size)
         x = torch.rand(1, 3, *size)
@@ -233,7 +233,7 @@ def test_grids_and_masks_of_any_size(front, network):
         ]  # pixels past a whole patch stay in sight
         changed = x.clone()
         changed[:, :, : hidden.shape[0], : hidden.shape[1]][:, :, torch.from_numpy(hidden)] = 0.5
-        with torch.no_grad(), hide(model, mask, torch.ones(tokens.shape[-1])):
+        with torch.no_grad(), mask_patches(model, mask, torch.ones(tokens.shape[-1])):
             assert torch.equal(model.forward_features(x), model.forward_features(changed))
 
 
@@ -246,15 +246,15 @@ def test_crops_of_begun_patches_train_with_hidden_ones():
 
 
 def test_a_front_end_reads_rgb_of_a_token_at_least():
-    model = backbone("haar3d+xcit_nano_12_p16_224").eval()
+    model = build_backbone("haar3d+xcit_nano_12_p16_224").eval()
     with pytest.raises(BadInput, match="1x1 px is smaller than a token of 32"):
         model(torch.rand(1, 3, 1, 1))
     with pytest.raises(BadInput, match="RGB"):
         model(torch.rand(1, 4, 64, 64))
     with pytest.raises(BadInput, match="RGB"):
-        backbone("haar3d+xcit_nano_12_p16_224", in_chans=4)
+        build_backbone("haar3d+xcit_nano_12_p16_224", in_chans=4)
     with pytest.raises(BadInput, match="no such front end. Did you mean `haar3d`"):
-        backbone("haar3+xcit_nano_12_p16_224")
+        build_backbone("haar3+xcit_nano_12_p16_224")
     with torch.autocast("cpu", torch.bfloat16):
         assert model(torch.rand(1, 3, 65, 70)).isfinite().all()  # odd sides
     assert model.bfloat16()(torch.rand(1, 3, 64, 64).bfloat16()).isfinite().all()
@@ -262,7 +262,7 @@ def test_a_front_end_reads_rgb_of_a_token_at_least():
 
 def test_an_estimate_leaves_nothing_behind_in_scattering():
     estimate_memory(preset("tiny", out="", arch="scattering+xcit_nano_12_p16_224", global_size=80, local_size=48))
-    assert type(backbone("scattering+xcit_nano_12_p16_224").eval()(torch.rand(1, 3, 80, 80))) is torch.Tensor
+    assert type(build_backbone("scattering+xcit_nano_12_p16_224").eval()(torch.rand(1, 3, 80, 80))) is torch.Tensor
 
 
 def test_presets_can_be_settled():

@@ -59,8 +59,8 @@ def test_a_task_of_ones_own_is_one_line(tmp_path):
     vessel = Task("vessel", "instances", kernel=5)
     net = Cerberus(["gland", vessel], "resnet18", 0.0625)
     assert net.eval()(torch.rand(1, 3, 32, 32))["vessel"].shape == (1, 3, 32, 32)
-    cerberus.save(net, tmp_path)
-    assert cerberus.load(tmp_path)[0].tasks["vessel"] == vessel
+    cerberus.save_cerberus(net, tmp_path)
+    assert cerberus.load_cerberus(tmp_path)[0].tasks["vessel"] == vessel
 
 
 @pytest.mark.parametrize(
@@ -95,24 +95,24 @@ def test_pictures_smaller_than_what_a_pixel_sees(size):
 
 def test_weights_that_cannot_be_read(tmp_path):
     net = Cerberus(["gland"], "resnet18", 0.0625)
-    cerberus.save(net, tmp_path)
+    cerberus.save_cerberus(net, tmp_path)
     torch.save({"desc": {"backbone.conv1.weight": torch.zeros(1)}}, tmp_path / "other.tar")
     with pytest.raises(BadInput, match="no `decoder_head`"):
-        cerberus.load(tmp_path / "other.tar")
+        cerberus.load_cerberus(tmp_path / "other.tar")
     torch.save({"desc": {"decoder_head.Gland.0.block.0.conv.weight": torch.zeros(1)}}, tmp_path / "half.tar")
     with pytest.raises(BadInput, match="not the weights of Cerberus"):
-        cerberus.load(tmp_path / "half.tar")
+        cerberus.load_cerberus(tmp_path / "half.tar")
     (tmp_path / "cerberus.safetensors").write_bytes(b"no")
     with pytest.raises(BadInput, match="not the weights that cerberus.json describes"):
-        cerberus.load(tmp_path)
+        cerberus.load_cerberus(tmp_path)
     (tmp_path / "cerberus.json").write_text("{}")
     with pytest.raises(BadInput, match="lacks `tasks`"):
-        cerberus.load(tmp_path)
+        cerberus.load_cerberus(tmp_path)
 
 
 def published(net):
     "A network by the authors' names."
-    heads = {task: name.split("/") for name, task in cerberus.PUBLISHED.items()}
+    heads = {task: name.split("/") for name, task in cerberus.PUBLISHED_TASKS.items()}
     layers = ("bn1", "relu1", "dropout", "conv1", "bn2", "relu2", "conv2")
     found = {"module.backbone.fc.weight": torch.zeros(1000, 512)}
     for key, tensor in net.state_dict().items():
@@ -137,9 +137,9 @@ def published(net):
 
 def test_published_weights_keep_their_classes(tmp_path):
     "As `dataset.yml` of the authors' repository names them; a gland on the surface is no malignant one."
-    net = Cerberus(cerberus.PUBLISHED.values())
+    net = Cerberus(cerberus.PUBLISHED_TASKS.values())
     torch.save({"desc": published(net)}, tmp_path / "weights.tar")
-    found, _ = cerberus.load(tmp_path / "weights.tar")
+    found, _ = cerberus.load_cerberus(tmp_path / "weights.tar")
     assert all(a.equal(b) for a, b in zip(net.state_dict().values(), found.state_dict().values(), strict=True))
     assert {name: task.classes for name, task in found.tasks.items() if task.kind != "instances"} == {
         "gland-type-cerberus": ("none", "gland", "surface epithelium"),
@@ -161,7 +161,7 @@ def test_published_weights_keep_their_classes(tmp_path):
         tmp_path / "foreign.tar",
     )
     with pytest.raises(BadInput, match="unexpected"):
-        cerberus.load(tmp_path / "foreign.tar")
+        cerberus.load_cerberus(tmp_path / "foreign.tar")
 
 
 @pytest.mark.parametrize("ending", ["tar", "pth", "ckpt", "bin", "pth.tar", "safetensors", ""])
@@ -176,7 +176,7 @@ def test_published_weights_under_any_name_and_wrapper(tmp_path, ending):
         "bin": {"net": plain, "best": np.float64(0.5)},
     }.get(ending, plain)
     save_file(plain, path) if ending == "safetensors" else torch.save(held, path)
-    for found in (cerberus.load(path)[0], find_scorer(path).net):
+    for found in (cerberus.load_cerberus(path)[0], find_scorer(path).net):
         assert all(a.equal(b) for a, b in zip(net.state_dict().values(), found.state_dict().values(), strict=True))
     assert trunk(path).net.conv1.weight.equal(net.encoder.conv1.weight)
 
@@ -185,8 +185,8 @@ def test_weights_that_are_not_finite(tmp_path):
     net = Cerberus(["gland"], "resnet18", 0.0625)
     with torch.no_grad():
         net.decoders["gland"].head[3].bias[1] = torch.nan
-    cerberus.save(net, tmp_path)
-    for load in (cerberus.load, find_scorer, trunk):
+    cerberus.save_cerberus(net, tmp_path)
+    for load in (cerberus.load_cerberus, find_scorer, trunk):
         with pytest.raises(BadInput, match="`decoders.gland.head.3.bias` holds NaN"):
             load(tmp_path)
 
@@ -212,26 +212,26 @@ def test_weights_that_are_not_finite(tmp_path):
     ],
 )
 def test_what_stands_in_the_json_is_looked_at(tmp_path, change, message):
-    cerberus.save(Cerberus(["gland"], "resnet18", 0.0625), tmp_path)
+    cerberus.save_cerberus(Cerberus(["gland"], "resnet18", 0.0625), tmp_path)
     write_json(tmp_path / "cerberus.json", read_json(tmp_path / "cerberus.json") | change)
     with pytest.raises(BadInput, match=message) as e:
-        cerberus.load(tmp_path)
+        cerberus.load_cerberus(tmp_path)
     assert str(e.value).isprintable() and len(str(e.value)) < 500
 
 
 @pytest.mark.parametrize("content", ["true", "[]", "3", "{}", "null"])
 def test_a_json_without_tasks_is_not_that_of_a_run(tmp_path, content):
-    cerberus.save(Cerberus(["gland"], "resnet18", 0.0625), tmp_path)
+    cerberus.save_cerberus(Cerberus(["gland"], "resnet18", 0.0625), tmp_path)
     (tmp_path / "cerberus.json").write_text(content)
     with pytest.raises(BadInput, match="lacks `tasks`"):
-        cerberus.load(tmp_path)
+        cerberus.load_cerberus(tmp_path)
     with pytest.raises(BadInput, match="not Cerberus: no `decoder_head`"):
-        cerberus.load(tmp_path / "cerberus.safetensors")
+        cerberus.load_cerberus(tmp_path / "cerberus.safetensors")
 
 
 def test_a_task_of_the_same_name_with_other_classes_is_not_trained_on(tmp_path):
     task = dataclasses.replace(TASKS["nucleus-type"], classes=("none", *"abcdef"))
-    cerberus.save(Cerberus(["nucleus", task], "resnet18", 0.125), tmp_path / "one")
+    cerberus.save_cerberus(Cerberus(["nucleus", task], "resnet18", 0.125), tmp_path / "one")
     typed = dataclasses.replace(
         config(tmp_path / "two", steps=2, start=str(tmp_path / "one")), sets=(PHANTOMS | {"truths": ["nucleus-type"]},)
     )
@@ -449,7 +449,7 @@ def test_a_run_is_made_longer_where_its_schedule_allows_it(tmp_path):
     train(config(tmp_path / "whole", steps=6, **changes))
     train(config(tmp_path / "longer", steps=4, **changes))
     train(config(tmp_path / "longer", steps=6, **changes))
-    whole, longer = (cerberus.load(tmp_path / name)[0].state_dict() for name in ("whole", "longer"))
+    whole, longer = (cerberus.load_cerberus(tmp_path / name)[0].state_dict() for name in ("whole", "longer"))
     assert all(torch.equal(whole[k], longer[k]) for k in whole)
     with pytest.raises(BadInput, match="has taken 6 steps already"):
         train(config(tmp_path / "longer", steps=5, **changes))
@@ -479,7 +479,7 @@ def test_a_run_that_is_killed_goes_on_exactly(tmp_path):
     assert 0 < checkpoints(tmp_path / "killed")[0][0] < 40, "it was killed too late for a test"
     train(config(tmp_path / "killed", steps=40, checkpoint_every=2))
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
-    a, b = (cerberus.load(tmp_path / name)[0].state_dict() for name in ("whole", "killed"))
+    a, b = (cerberus.load_cerberus(tmp_path / name)[0].state_dict() for name in ("whole", "killed"))
     assert all(a[k].equal(b[k]) for k in a)
 
 
@@ -502,7 +502,7 @@ def test_stage_two_holds_all_that_stage_one_knows(tmp_path):
         sets=(PHANTOMS | {"truths": ["nucleus-type"]},),
     )
     train(typed)
-    a, b = (cerberus.load(tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    a, b = (cerberus.load_cerberus(tmp_path / name)[0].state_dict() for name in ("one", "two"))
     assert all(a[k].equal(b[k]) for k in a), "also the statistics of batch norm"
     assert {k.split(".")[1] for k in b.keys() - a.keys()} == {"nucleus-type"}
     with pytest.raises(BadInput, match="trained at 0.5 um/px, not 0.25"):

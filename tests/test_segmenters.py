@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from histonb.core.errors import BadInput
 from histonb.models import segnet
-from histonb.models.medt import AxialAttention, Branch, MedT, cut, join
+from histonb.models.medt import AxialAttention, MedT, MedTBranch, cut_patches, join_patches
 from histonb.models.segnet import SegNet
 from histonb.models.unet import UNet, check_images
 from histonb.synthetic.phantom import draw_field
@@ -351,18 +351,18 @@ def test_closed_gates_make_attention_blind_to_order():
 
 def test_pieces_come_in_reading_order_and_go_back():
     x = torch.randn(3, 2, 8, 12)
-    pieces = cut(x)
-    assert pieces.shape == (48, 2, 2, 3) and torch.equal(join(pieces), x)
+    pieces = cut_patches(x)
+    assert pieces.shape == (48, 2, 2, 3) and torch.equal(join_patches(pieces), x)
     for n in range(48):
         assert torch.equal(pieces[n], x[n // 16, :, 2 * (n % 16 // 4) :, 3 * (n % 4) :][:, :2, :3])
 
 
 def test_all_pieces_at_once_are_the_pieces_one_by_one():
     torch.manual_seed(0)
-    branch = Branch(3, 32, 8, 2, 32, (1, 2, 4, 1), True)
+    branch = MedTBranch(3, 32, 8, 2, 32, (1, 2, 4, 1), True)
     x = torch.randn(2, 3, 128, 128)
     with torch.no_grad():
-        branch(cut(x))  # statistics that are not the initial ones
+        branch(cut_patches(x))  # statistics that are not the initial ones
         branch.eval()
         one_by_one = torch.zeros(2, 8, 128, 128)
         for i in range(4):
@@ -370,7 +370,7 @@ def test_all_pieces_at_once_are_the_pieces_one_by_one():
                 one_by_one[..., 32 * i : 32 * i + 32, 32 * j : 32 * j + 32] = branch(
                     x[..., 32 * i : 32 * i + 32, 32 * j : 32 * j + 32]
                 )
-        torch.testing.assert_close(join(branch(cut(x))), one_by_one, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(join_patches(branch(cut_patches(x))), one_by_one, atol=1e-5, rtol=1e-4)
 
 
 def test_a_piece_knows_nothing_of_the_others_but_the_global_branch_does():
@@ -380,7 +380,8 @@ def test_a_piece_knows_nothing_of_the_others_but_the_global_branch_does():
     changed[..., :32, :32] += 1
     with torch.no_grad():
         local, whole = (
-            branch(changed) - branch(x) for branch in (lambda x: join(model.local_branch(cut(x))), model.global_branch)
+            branch(changed) - branch(x)
+            for branch in (lambda x: join_patches(model.local_branch(cut_patches(x))), model.global_branch)
         )
     assert (
         local[..., :32, :32].abs().max() > 1e-3 and local[..., 32:, :].abs().max() == local[..., 32:].abs().max() == 0

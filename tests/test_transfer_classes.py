@@ -188,7 +188,7 @@ def test_the_table_is_equal_when_it_is_made_again_and_test_pictures_choose_nothi
 
 
 def test_a_given_encoder_brings_its_arch_and_its_svm_has_one_seed(pictures, tmp_path):
-    cerberus.save(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path / "c")
+    cerberus.save_cerberus(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path / "c")
     calls, runs, _ = transfer(
         pictures, str(tmp_path / "c"), config(tmp_path / "a", epochs=1), depths=(4,), kernels=("linear",), seeds=(0, 1)
     )

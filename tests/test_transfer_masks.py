@@ -46,7 +46,7 @@ def pictures(root):
 def weights(tmp_path):
     "A trained Cerberus, in small."
     torch.manual_seed(7)
-    cerberus.save(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path / "cerberus")
+    cerberus.save_cerberus(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path / "cerberus")
     return tmp_path / "cerberus"
 
 
@@ -77,7 +77,7 @@ def test_every_network_scores_every_pixel_and_is_a_function_of_its_seed(name):
 
 def test_the_transferred_encoder_has_the_source_s_weights_and_the_other_one_its_shape(weights):
     sizes = dataclasses.replace(SMALL, source=str(weights), arch="resnet34", width=1.0)  # what the source says counts
-    given = cerberus.load(weights)[0].encoder.state_dict()
+    given = cerberus.load_cerberus(weights)[0].encoder.state_dict()
     nets = {k: t.mask_network(k, sizes) for k in ("transferred", "joint", "scratch")}
     for name, net in nets.items():
         own = net.trunk.net.state_dict()
@@ -280,10 +280,12 @@ def test_networks_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(BadInput, match="`depth` is 7. Choose a number from 1 to 5"):
         dataclasses.replace(SMALL, depth=7)
     torch.manual_seed(0)
-    backbones.save(backbones.backbone("xcit_nano_12_p16_224"), tmp_path, "xcit_nano_12_p16_224", (0.5,) * 3, (0.5,) * 3)
+    backbones.save_backbone(
+        backbones.build_backbone("xcit_nano_12_p16_224"), tmp_path, "xcit_nano_12_p16_224", (0.5,) * 3, (0.5,) * 3
+    )
     with pytest.raises(BadInput, match="no maps at several strides"):
         t.mask_network("transferred", dataclasses.replace(SMALL, source=str(tmp_path)))
-    torch.save(backbones.backbone("resnet18").state_dict(), tmp_path / "other.pth")
+    torch.save(backbones.build_backbone("resnet18").state_dict(), tmp_path / "other.pth")
     with pytest.raises(BadInput, match="not the weights of resnet34"):
         t.mask_network("transferred", t.Sizes(source=str(tmp_path / "other.pth"), arch="resnet34"))
 

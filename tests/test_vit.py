@@ -11,7 +11,7 @@ import torch
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_jsonl
-from histonb.models.backbones import backbone
+from histonb.models.backbones import build_backbone
 from histonb.models.heads import DINOHead
 from histonb.models.vit import VIT, class_attention, set_positions, vit
 from histonb.models.xcit import xcit
@@ -81,9 +81,9 @@ def test_sizes_are_cut_to_whole_patches(size):
 def test_a_tag_changes_nothing(name):
     "timm's tags name published weights; a network without weights is the same, and takes crops of any size."
     torch.manual_seed(0)
-    tagged = backbone(name).eval()
+    tagged = build_backbone(name).eval()
     torch.manual_seed(0)
-    plain = backbone(name.split(".")[0]).eval()
+    plain = build_backbone(name.split(".")[0]).eval()
     x = torch.randn(1, 3, 96, 80)
     with torch.no_grad():
         assert type(tagged) is type(plain) and torch.equal(tagged(x), plain(x))
@@ -91,9 +91,9 @@ def test_a_tag_changes_nothing(name):
 
 def test_a_tag_that_is_none_is_refused():
     with pytest.raises(BadInput, match="no such weights of timm. Did you mean `vit_tiny_patch16_224.augreg_in21k`"):
-        backbone("vit_tiny_patch16_224.augreg_in22k")
+        build_backbone("vit_tiny_patch16_224.augreg_in22k")
     with pytest.raises(BadInput, match="no such backbone"):
-        backbone("vit_tinny_patch16_224.augreg_in21k")
+        build_backbone("vit_tinny_patch16_224.augreg_in21k")
 
 
 def test_position_codes_are_interpolated_not_cut():
@@ -122,8 +122,8 @@ def test_class_attention_is_that_of_unfused_timm(kwargs):
 
 
 def test_backbone_makes_vits_and_others():
-    assert torch.equal(*(m(torch.ones(1, 3, 50, 40)) for m in [backbone("test_vit").eval()] * 2))
-    assert backbone("resnet18")(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
+    assert torch.equal(*(m(torch.ones(1, 3, 50, 40)) for m in [build_backbone("test_vit").eval()] * 2))
+    assert build_backbone("resnet18")(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
     with pytest.raises(BadInput, match="vit_tiny_patch16_224"):
         vit("vit_tini_patch16_224")
     assert SMALL in VIT and "resnet18" not in VIT
@@ -177,7 +177,7 @@ class Tiles:
 @pytest.mark.parametrize("sizes", [(224, 96), (32, 16)], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_trains(tmp_path, sizes, precision, monkeypatch):
-    monkeypatch.setattr(trainer.backbones, "backbone", partial(backbone, depth=2))
+    monkeypatch.setattr(trainer.backbones, "build_backbone", partial(build_backbone, depth=2))
     config = PretrainConfig(
         str(tmp_path),
         arch=SMALL,
@@ -254,7 +254,7 @@ def by_formula(model):
 )
 def test_dinos_own_code_gives_these_features(size, expected):
     with torch.no_grad():
-        model = by_formula(backbone(SMALL, positions="dino"))
+        model = by_formula(build_backbone(SMALL, positions="dino"))
         image = torch.cos(torch.arange(3 * 448 * 448, dtype=torch.float64) * 0.013).float().reshape(1, 3, 448, 448)
         assert torch.allclose(model(image[..., : size[0], : size[1]])[0, :6], torch.tensor(expected), atol=3e-5)
 

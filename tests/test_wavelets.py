@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from histonb.core.errors import BadInput
-from histonb.models.wavelets import InverseWavelet, WaveletTransform, dwt, idwt
+from histonb.models.wavelets import InverseWaveletTransform, WaveletTransform, dwt, idwt
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2", "db4"])
@@ -29,7 +29,7 @@ def test_more_levels_than_pixels():
     x = torch.rand(2, 5, 7)
     parts = WaveletTransform(levels=9)(x)
     assert len(parts) == 10 and parts[0].shape == (2, 1, 1)
-    assert torch.allclose(InverseWavelet(levels=9)(parts, (5, 7)), x, atol=1e-5)
+    assert torch.allclose(InverseWaveletTransform(levels=9)(parts, (5, 7)), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
@@ -44,7 +44,7 @@ def test_low_precision_stays_and_comes_back(dtype, tolerance):
             assert (back.float() - x.float()).abs().max() < tolerance
             parts = WaveletTransform(levels=2, wavelet=wavelet)(x)
             assert (
-                InverseWavelet(levels=2, wavelet=wavelet)(parts, (size, size)).float() - x.float()
+                InverseWaveletTransform(levels=2, wavelet=wavelet)(parts, (size, size)).float() - x.float()
             ).abs().max() < 2 * tolerance
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
-from histonb.models.weights import check_tensors, fill, find_network, flat, read_state, write_tensors
+from histonb.models.weights import check_tensors, find_network, flatten_state, load_weights, read_state, write_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -414,15 +414,15 @@ def under(prefix, state=STATE):
     ids=lambda held: " ".join(list(held)[:1] + list(held)[-1:]),
 )
 def test_the_network_is_found_in_any_wrapper(held):
-    found, prefix = find_network(flat(held), OWN, "w.pth")
+    found, prefix = find_network(flatten_state(held), OWN, "w.pth")
     assert same(found), prefix
 
 
 def test_two_networks_alike_are_not_guessed():
     with pytest.raises(BadInput, match="several networks of this kind, under `a/` and `b/`"):
-        find_network(flat({"a": STATE, "b": ZEROS}), OWN, "w.pth")
+        find_network(flatten_state({"a": STATE, "b": ZEROS}), OWN, "w.pth")
     assert same(
-        find_network(flat({"a": STATE, "b": {"conv.weight": torch.zeros(1)}}), OWN, "w.pth")[0]
+        find_network(flatten_state({"a": STATE, "b": {"conv.weight": torch.zeros(1)}}), OWN, "w.pth")[0]
     )  # a part of one is none
 
 
@@ -432,7 +432,7 @@ def test_nested_dictionaries_end():
     loop["self"] = loop
     for _ in range(40):
         many = {"a": many, "b": many}  # 2**40 paths
-    assert flat(loop).keys() == STATE.keys() and len(flat(many)) <= 1
+    assert flatten_state(loop).keys() == STATE.keys() and len(flatten_state(many)) <= 1
 
 
 # into the model
@@ -445,7 +445,7 @@ def net():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_taken(dtype):
     model = net()
-    fill(model, {k: v.to(dtype) for k, v in STATE.items()}, "w.pth", "a net")
+    load_weights(model, {k: v.to(dtype) for k, v in STATE.items()}, "w.pth", "a net")
     assert model.norm.weight.dtype == torch.float32 and torch.equal(model.norm.weight.data, STATE["norm.weight"])
 
 
@@ -473,10 +473,10 @@ BAD = {
 @pytest.mark.parametrize("says", BAD)
 def test_tensors_that_nothing_can_be_computed_with(tmp_path, says, strict):
     with pytest.raises(BadInput, match=f"w.pth: `norm.weight` .*{says}|w.pth: `norm.weight` {says}"):
-        fill(net(), STATE | {"norm.weight": BAD[says]}, "w.pth", "a net", strict)
+        load_weights(net(), STATE | {"norm.weight": BAD[says]}, "w.pth", "a net", strict)
     torch.save(STATE | {"norm.weight": BAD[says]}, tmp_path / "w.pth")
     with pytest.raises(BadInput, match="`norm.weight`"):
-        fill(net(), flat(read_state(tmp_path / "w.pth")), "w.pth", "a net", strict)
+        load_weights(net(), flatten_state(read_state(tmp_path / "w.pth")), "w.pth", "a net", strict)
 
 
 def test_a_tensor_that_claims_more_than_the_file_holds():
@@ -487,13 +487,13 @@ def test_a_tensor_that_claims_more_than_the_file_holds():
 def test_what_does_not_fit_is_listed_and_cut(tmp_path):
     state = {f"{'x' * 300}\x1b[31m.{i}": torch.zeros(1) for i in range(500)} | {"norm.weight": torch.zeros(5)}
     with pytest.raises(BadInput, match=re.escape("2 missing (conv.weight; norm.bias), 500 unexpected (xxx")) as e:
-        fill(net(), state, "w.pth", "a net")
+        load_weights(net(), state, "w.pth", "a net")
     assert "1 of another shape (norm.weight (5,), wanted (4,))" in str(e.value) and one_sentence(e.value)
 
 
 def test_old_files_lack_the_counter_of_batch_norm():
     state = {k: v for k, v in nn.BatchNorm2d(3).state_dict().items() if k != "num_batches_tracked"}
-    assert fill(nn.BatchNorm2d(3), state, "w.pth", "a norm")["missing"] == []
+    assert load_weights(nn.BatchNorm2d(3), state, "w.pth", "a norm")["missing"] == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from histonb.core.errors import BadInput
-from histonb.models.xcit import SIZES, XCIT, from_official, xcit
+from histonb.models.xcit import XCIT, XCIT_SIZES, from_official, xcit
 
 NAMES = [
     "xcit_nano_12_p16_224",
@@ -80,7 +80,7 @@ def test_every_name_has_timms_parameters(name):
         ours = xcit(name)
         theirs = timm.create_model(name, num_classes=0)
     assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in theirs.state_dict().items()}
-    size = next(values for key, values in SIZES.items() if f"_{key}_" in name)
+    size = next(values for key, values in XCIT_SIZES.items() if f"_{key}_" in name)
     assert ours.cls_attn_blocks[0].tokens_norm == theirs.cls_attn_blocks[0].tokens_norm == size["tokens_norm"]
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
     assert all(name[:-3] + size in XCIT for size in ("224", "384")) and name[:-4] in XCIT

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from ..core.errors import BadInput
-from .weights import check_tensors, fill, flat
+from .weights import check_tensors, flatten_state, load_weights
 
 # %% ../../nbs/04_models/05_heads.ipynb #cell-005
 class DINOHead(nn.Module):
@@ -73,7 +73,7 @@ def split_checkpoint(
     which: str = "teacher",  # network to take: "teacher" (the one to evaluate) or "student"
 ) -> tuple[dict, dict]:  # state dict of the backbone, state dict of the head (empty where absent)
     "Take one network out of a DINO checkpoint, its keys renamed to those of the backbone alone and of `DINOHead`."
-    state = flat(checkpoint)
+    state = flatten_state(checkpoint)
     parts = {"backbone": {}, "head": {}}
     words = {name: set(re.split(r"[./_]", name)) for name in state}
     chosen = [name for name in state if which in words[name]]
@@ -91,7 +91,7 @@ def split_checkpoint(
 
 # %% ../../nbs/04_models/05_heads.ipynb #cell-head
 def find_head(
-    state: dict,  # name -> tensor of a whole file, from `weights.flat`
+    state: dict,  # name -> tensor of a whole file, from `weights.flatten_state`
     beside: str,  # prefix of the backbone in it, from `weights.find_network`
     source,  # where it comes from, for the message
 ) -> DINOHead | None:  # in eval mode; None: there is no head of this kind
@@ -110,5 +110,5 @@ def find_head(
     check_tensors(weights, source)
     (hidden, dim), (bottleneck, _), (prototypes, _) = (weights[name].shape for name in names)
     head = DINOHead(dim, prototypes, hidden, bottleneck, batch_norm=batch_norm)
-    fill(head, weights, source, "DINO's head")
+    load_weights(head, weights, source, "DINO's head")
     return head.eval()

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import BadInput
-from ..models.backbones import features, pooled
+from ..models.backbones import image_features, pool_tokens
 from ..models.heads import DINOHead
-from ..models.masking import hide
+from ..models.masking import mask_patches
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-013
 def view_pairs(
@@ -164,14 +164,14 @@ class MultiCropNet(nn.Module):
     ) -> tuple:  # features (V, B, D), scores (V, B, K), and with masks the scores (M, K) of those patches
         if masks is None:
             tokens = torch.cat(
-                [features(self.backbone, c.flatten(0, 1), self.pool).unflatten(0, c.shape[:2]) for c in crops]
+                [image_features(self.backbone, c.flatten(0, 1), self.pool).unflatten(0, c.shape[:2]) for c in crops]
             )
             return tokens, self.head(tokens)
         (views,), at = crops, masks.flatten().nonzero().flatten()
-        with hide(self.backbone, masks.flatten(0, 1), self.mask_token) if hidden else contextlib.nullcontext():
+        with mask_patches(self.backbone, masks.flatten(0, 1), self.mask_token) if hidden else contextlib.nullcontext():
             tokens = self.backbone.forward_features(views.flatten(0, 1))
         patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1).index_select(0, at)
-        tokens = pooled(self.backbone, tokens, self.pool).unflatten(0, views.shape[:2])
+        tokens = pool_tokens(self.backbone, tokens, self.pool).unflatten(0, views.shape[:2])
         return tokens, self.head(tokens), self.patch_head(patches)
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-036

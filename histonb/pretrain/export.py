@@ -27,7 +27,7 @@ from .config import PRESETS, preset
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-007
 def timm_config(
-    model: torch.nn.Module,  # from `histonb.models.backbones.load`
+    model: torch.nn.Module,  # from `histonb.models.backbones.load_backbone`
     info: dict,  # the content of its backbone.json
     size: int = 224,  # pixels of an image, the global crops' size
 ) -> dict:  # for config.json
@@ -36,7 +36,9 @@ def timm_config(
         info["name"] if timm.is_model(info["name"]) else f"{info['name']}_224"
     )  # an XCiT without its size is the same model
     if not timm.is_model(name):
-        raise BadInput(info["name"], "timm has no such architecture", "Load it with histonb.models.backbones.load.")
+        raise BadInput(
+            info["name"], "timm has no such architecture", "Load it with histonb.models.backbones.load_backbone."
+        )
     channels = info.get("in_chans", 3)
     own = timm.get_pretrained_cfg(name)
     resizing = hasattr(model, "dynamic_img_size")  # a ViT
@@ -209,7 +211,7 @@ def card(
     figures = last_figures(run, info.get("step", float("inf")))
     preset_name, changes = nearest_preset(config)
     with torch.device("meta"):
-        model = backbones.backbone(info["name"])
+        model = backbones.build_backbone(info["name"])
     cfg = settings["pretrained_cfg"]
     return CARD.format(
         **config
@@ -241,7 +243,7 @@ def _check_in_timm(model, info, folder, size):
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     image = torch.randn(2, getattr(model, "in_chans", 3), size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = backbones.features(model, image, "mean" if info.get("pool") == "mean" else "class")
+        ours = backbones.image_features(model, image, "mean" if info.get("pool") == "mean" else "class")
         torch.testing.assert_close(theirs(image), ours, atol=1e-4, rtol=1e-4)
 
 # %% ../../nbs/08_pretrain/11_export.ipynb #cell-022-2
@@ -257,7 +259,7 @@ def export(
     out = Path(out)
     if out.exists():
         raise BadInput(out, "exists already", "Choose another folder, or remove this one.")
-    model, info = backbones.load(run / "best" if best else run)
+    model, info = backbones.load_backbone(run / "best" if best else run)
     if not (run / "config.json").exists():
         raise BadInput(run, "has a backbone but no config.json", "Give the folder of a pre-training run.")
     config = read_json(run / "config.json")

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import BadInput
-from ..models.backbones import backbone
+from ..models.backbones import build_backbone
 from ..models.masking import token_grid
 from .config import PretrainConfig, micro_batches
 from .dino import stack_crops
@@ -119,7 +119,7 @@ def crop_loader(
     masks = None
     if c.patch_weight:
         with torch.device("meta"):
-            grid = token_grid(backbone(c.arch), (c.global_size, c.global_size))
+            grid = token_grid(build_backbone(c.arch), (c.global_size, c.global_size))
         masks = partial(draw_masks, c.n_global, grid, chance=c.mask_chance, share=c.mask_share)
     batches = Batches(len(images), c.batch_size, c.seed, start, c.steps, micro_batches(c, world), ranks.rank(), world)
     return loader(

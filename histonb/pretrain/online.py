@@ -15,7 +15,7 @@ import torch
 from ..core.errors import BadInput
 from ..datasets.splits import grouped_split
 from ..metrics.classification import confusion_by_group, scores
-from ..models.backbones import features
+from ..models.backbones import image_features
 from ..probe.probes import knn
 from ..slides.labels import IGNORE
 from ..slides.tile_store import TileShards
@@ -92,7 +92,7 @@ class OnlineKNN:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             for i in range(0, len(images), batch):
                 out.append(
-                    features(
+                    image_features(
                         backbone,
                         torch.stack([self.prepare(image) for image in images[i : i + batch]]).to(device),
                         self.pool,

@@ -67,7 +67,7 @@ def networks(
     c = config
 
     def build_one(drop_path):
-        backbone = backbones.backbone(c.arch, drop_path_rate=drop_path)
+        backbone = backbones.build_backbone(c.arch, drop_path_rate=drop_path)
 
         def head(dim):
             return DINOHead(dim, c.out_dim, c.hidden, c.bottleneck, c.norm_last_layer, c.head_bn)
@@ -348,7 +348,7 @@ def load_backbone(
     path,  # folder of a run, or its backbone.safetensors
 ) -> nn.Module:  # in eval mode, without gradients
     "The pre-trained backbone."
-    return backbones.load(path)[0].eval().requires_grad_(False)
+    return backbones.load_backbone(path)[0].eval().requires_grad_(False)
 
 
 def data_key(
@@ -404,7 +404,7 @@ def _save(trainer, best=False):
     c = trainer.config
     folder = Path(trainer.config.out)
     write_checkpoint(trainer.state_dict(), folder, trainer.step, c.keep, best)
-    backbones.save(
+    backbones.save_backbone(
         trainer.teacher.backbone,
         folder / "best" if best else folder,
         c.arch,

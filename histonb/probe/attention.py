@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..core.errors import BadInput, nearest
 from ..core.progress import progress
-from ..models.vit import look
+from ..models.vit import forward_with_attention
 from ..models.xcit import XCiT
 from .encoders import Pooled
 from ..slides.slides import open_slide
@@ -162,7 +162,7 @@ class Looking(nn.Module):
                 "channel": maps.xca,
             }
         else:
-            maps = look(self.model, x)[1]
+            maps = forward_with_attention(self.model, x)[1]
             prefix = self.model.num_prefix_tokens
             found = {"class_attention": maps.class_attention, "token_norm": [v[:, None, prefix:] for v in maps.norm]}
 

@@ -150,12 +150,12 @@ class Pooled(nn.Module):
         if self.pool == "patch":
             return self.model.forward_features(x)[:, self.model.num_prefix_tokens :]
         if self.blocks == 1:
-            return backbones.features(self.model, x, self.pool)
+            return backbones.image_features(self.model, x, self.pool)
         seen = []
         layers = with_class_token(self.model)[-self.blocks : -1]
         hooks = [layer.register_forward_hook(lambda _, args, out: seen.append(out)) for layer in layers]
         try:
-            last = backbones.features(self.model, x, self.pool)
+            last = backbones.image_features(self.model, x, self.pool)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -248,8 +248,8 @@ def load_encoder(
     if checkpoint is not None and not Path(checkpoint).exists():
         raise BadInput(checkpoint, "no such folder or file", "Run the pre-training stage first, or correct the path.")
     known_name = name in ENCODERS or timm.is_model(name)
-    if checkpoint is not None and (backbones.find_saved(checkpoint) or not known_name):
-        model, info = backbones.load(checkpoint)
+    if checkpoint is not None and (backbones.find_backbone_files(checkpoint) or not known_name):
+        model, info = backbones.load_backbone(checkpoint)
         report = {"matched": len(model.state_dict()), "missing": [], "unexpected": [], "reshaped": []}
         about = spec(info.get("mpp"), info["mean"], info["std"])
         pool = pool or info.get("pool", "class")
@@ -265,7 +265,7 @@ def load_encoder(
         architecture = name.removeprefix("random:")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = backbones.backbone(architecture)
+            model = backbones.build_backbone(architecture)
         about = spec(None, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, random_init=True)
         return _network(about, model, architecture, bf16, pool or "class", blocks, positions)
     if timm.is_model(name) and checkpoint is None:

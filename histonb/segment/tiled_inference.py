@@ -21,7 +21,15 @@ from ..core.errors import BadInput, foreign_errors, nearest
 from ..core.files import atomic_path
 from ..core.progress import progress
 from ..core.tasks import TASKS, Task
-from ..models.cerberus import MPP, PATCH, Cerberus, PatchHead, load, pyramid, reach
+from histonb.models.cerberus import (
+    CERBERUS_MPP,
+    PATCH,
+    Cerberus,
+    PatchHead,
+    feature_maps,
+    load_cerberus,
+    receptive_field,
+)
 from histonb.segment.baselines import (
     BASELINES,
     LEAST,
@@ -86,7 +94,7 @@ def margin_of(
     net: Cerberus,  # the network
 ) -> int:  # pixels
     "How wide the margin of a tile must be: the network's reach on the grid of its coarsest stride."
-    return -(-reach(net) // 16) * 16
+    return -(-receptive_field(net) // 16) * 16
 
 
 def boxes(
@@ -134,7 +142,7 @@ def tile_scores(
 ):  # name, scores (B, C, h, w) of each task; of patches those of each whole square in what is kept
     "Scores of the inside of a tile, one task at a time."
     h, w = images.shape[-2:]
-    features = pyramid(
+    features = feature_maps(
         net.encoder, F.pad(images, (0, -w % 16, 0, -h % 16), "replicate") if h % 16 or w % 16 else images
     )
     top, left, bottom, right = keep
@@ -237,9 +245,9 @@ class Scorer:
         device: str = "auto",  # auto, cpu, cuda ...
         precision: str = "auto",  # of `inference_precision`
     ):
-        net, about = (weights, {}) if isinstance(weights, Cerberus) else load(weights)
+        net, about = (weights, {}) if isinstance(weights, Cerberus) else load_cerberus(weights)
         self.tasks = choose_tasks(net.tasks, tasks)
-        self.mpp = mpp or about.get("mpp", MPP)
+        self.mpp = mpp or about.get("mpp", CERBERUS_MPP)
         self.device = find_device(device)
         self.precision = inference_precision(precision, self.device)
         self.automatic = precision == "auto"
@@ -310,7 +318,7 @@ def survey_stain(
             continue
         image = read(left, top, right - left, bottom - top)
         fine = nuclear_stain(image, mpp)
-        counts = counts + stain_levels(fine[_of_squares(tissue, (top, left), fine.shape, MPP / mpp)])
+        counts = counts + stain_levels(fine[_of_squares(tissue, (top, left), fine.shape, CERBERUS_MPP / mpp)])
         t, l, b, r = (round(side * scale) for side in box)
         coarse = cv2.resize(haematoxylin(image, mpp, MAP_MPP), (max(r - l, 1), max(b - t, 1)))
         _put(stain, coarse, t - y0, l - x0)
@@ -328,7 +336,7 @@ class StainScorer:
         mpp: float | None = None,  # um per pixel of its pictures; None: 0.5
     ):
         self.tasks = choose_tasks({n: TASKS[n] for n in BASELINES}, tasks)
-        self.mpp = mpp or MPP
+        self.mpp = mpp or CERBERUS_MPP
         self.margin = SQUARE_MARGIN
         self.name, self.digest, self.precision, self.device = "stain", "stain 2", "fp32", "cpu"
 

@@ -257,7 +257,7 @@ def _network(c, tasks):
     "The network, and the names of the tasks that it has been trained for."
     if not c.start:
         return Cerberus(tasks, c.arch, c.width), []
-    before, about = cerberus.load(c.start)
+    before, about = cerberus.load_cerberus(c.start)
     if abs(about["mpp"] - c.mpp) > 0.01 * c.mpp:
         raise BadInput(c.start, f"trained at {about['mpp']} um/px, not {c.mpp}", f"Set mpp to {about['mpp']}.")
     known = list(before.tasks)
@@ -347,7 +347,7 @@ def _save(trainer, done=False):
     c = trainer.config
     write_checkpoint(trainer.state_dict(), c.out, trainer.step, c.keep)
     if done:
-        cerberus.save(trainer.net, c.out, c.mpp, step=trainer.step, steps=c.steps)
+        cerberus.save_cerberus(trainer.net, c.out, c.mpp, step=trainer.step, steps=c.steps)
 
 # %% ../../nbs/10_segment/05_training.ipynb #cell-013-3
 def _loop(trainer, part, asked):

@@ -17,7 +17,7 @@ from ..core.errors import BadInput, nearest
 from ..core.files import read_json
 from ..datasets.readers import taught
 from ..models import backbones, cerberus
-from ..models.weights import fill, find_network, flat, read_state
+from ..models.weights import find_network, flatten_state, load_weights, read_state
 
 # %% ../../nbs/12_transfer/03_encoders.ipynb #cell-005
 LAYERS = (1, 2, 3, 4)
@@ -42,7 +42,7 @@ class Trunk(nn.Module):
 
     def __init__(
         self,
-        net: nn.Module,  # of `cerberus.encoder`, or a transformer of `backbones.backbone`
+        net: nn.Module,  # of `cerberus.resnet_encoder`, or a transformer of `backbones.build_backbone`
         mean=(0.0, 0.0, 0.0),  # of the channels of the pictures that it was trained on, in 0..1
         std=(1.0, 1.0, 1.0),  # their deviation
     ):
@@ -90,7 +90,7 @@ class Trunk(nn.Module):
     ) -> torch.Tensor:  # (B, num_features)
         "One vector a picture: the mean of the last maps, or a transformer's own."
         if self.blocks:
-            return backbones.features(self.net, (images - self.mean) / self.std)
+            return backbones.image_features(self.net, (images - self.mean) / self.std)
         return self.pyramid(images)[-1].mean((2, 3))
 
     def forward(self, images):
@@ -102,7 +102,7 @@ class Trunk(nn.Module):
     ) -> list[torch.Tensor]:  # (B, C, H/s, W/s) at strides s of 1, 2, 4, 8, 16
         "Maps for a decoder."
         self._has_maps()
-        return cerberus.pyramid(self.net, (images - self.mean) / self.std)
+        return cerberus.feature_maps(self.net, (images - self.mean) / self.std)
 
     def _has_maps(self):
         if self.blocks:
@@ -137,9 +137,9 @@ def _statistics(path, state, inputs):
 
 def _resnet(state, source, arch, width):
     "A ResNet of `timm` with a stem that does not step."
-    net = cerberus.encoder(arch, width)
+    net = cerberus.resnet_encoder(arch, width)
     found, _ = find_network(state, net.state_dict(), source)
-    fill(net, found, source, f"{arch} of width {width:g}")
+    load_weights(net, found, source, f"{arch} of width {width:g}")
     return net
 
 
@@ -164,17 +164,17 @@ def trunk(
         raise BadInput("inputs", f"`{inputs}`", nearest(inputs, INPUTS))
     path = Path(source)
     said = f"given for {source or 'random weights'}, which needs none"
-    told = not source or _is_cerberus(path) or backbones.find_saved(path)
+    told = not source or _is_cerberus(path) or backbones.find_backbone_files(path)
     if inputs and told:
         raise BadInput("inputs", said, "Leave it empty.")
     if not source:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Trunk(cerberus.encoder(arch, width))
+            return Trunk(cerberus.resnet_encoder(arch, width))
     if _is_cerberus(path):
-        return Trunk(cerberus.load(path)[0].encoder).train()
+        return Trunk(cerberus.load_cerberus(path)[0].encoder).train()
     if told:
-        net, about = backbones.load(path)
+        net, about = backbones.load_backbone(path)
         if len(about["mean"]) != 3:
             raise BadInput(path, "its images are not RGB", "Give an encoder of RGB pictures.")
         if not hasattr(net, "blocks"):
@@ -186,11 +186,11 @@ def trunk(
             "neither cerberus.json nor backbone.json is in it",
             "Give the folder of a finished training, or a file of weights.",
         )
-    state = flat(read_state(path))
+    state = flatten_state(read_state(path))
     if any("decoder_head." in name for name in state):
         if inputs:
             raise BadInput("inputs", said, "Leave it empty.")
-        return Trunk(cerberus.load(path)[0].encoder).train()
+        return Trunk(cerberus.load_cerberus(path)[0].encoder).train()
     net = _resnet(state, path, arch, width)
     return Trunk(net, *_statistics(path, state, inputs))
 

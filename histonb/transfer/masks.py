@@ -25,7 +25,7 @@ from ..core.parameters import check_ranges
 from ..datasets.ebhi import SIDE
 from ..datasets.images import Images
 from ..metrics.overlap import FIVE, five_figures, mask_overlap, overlap_figures
-from ..models.cerberus import Decoder
+from ..models.cerberus import UNetDecoder
 from ..models.medt import MedT
 from ..models.segnet import SegNet
 from ..models.unet import UNet
@@ -51,7 +51,7 @@ class Transferred(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.map = nn.Conv2d(w[4], w[3], 1, bias=False)
-            self.decoder = Decoder(w[:4], 1, 3 * w[0] // 2)
+            self.decoder = UNetDecoder(w[:4], 1, 3 * w[0] // 2)
         self.head = Classifier(encoder, seed=seed).head if joint else None
 
     def forward(
