@@ -15,7 +15,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from skimage.measure import find_contours
 
-from ..models.cerberus import MPP, PATCH
+from ..models.cerberus import CERBERUS_MPP, PATCH
 from ..segment.instances import majority_types, object_table, separate
 from ..segment.tiled_inference import around
 
@@ -81,7 +81,7 @@ def find_in_window(
     shape: tuple[int, int],  # height and width of the slide
     tile: int,  # pixels of a side of a tile
     has: np.ndarray | None = None,  # (rows, columns) whether a tile has scores, and so a window; None: all
-    mpp: float = MPP,  # um per pixel
+    mpp: float = CERBERUS_MPP,  # um per pixel
     types: str = "",  # task that tells the types of these objects
     halo: int | None = None,  # pixels around the core; None: as in `HALO`
 ) -> tuple[

@@ -21,10 +21,10 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 
 from ..core.errors import BadInput, nearest
-from ..models.backbones import backbone
+from ..models.backbones import build_backbone
 from ..models.heads import DINOHead, find_head
 from ..models.vit import VIT, set_positions
-from ..models.weights import SUFFIXES, build_filled, find_network, flat, read_state
+from ..models.weights import WEIGHT_SUFFIXES, build_with_weights, find_network, flatten_state, read_state
 from ..models.xcit import XCIT, rename_official
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-008
@@ -52,7 +52,7 @@ _VIT_NAMES = [
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-008-2
 def vit_names(
-    state: dict,  # name -> tensor, from `weights.flat`; of `transformers` or of DINOv2's own code
+    state: dict,  # name -> tensor, from `weights.flatten_state`; of `transformers` or of DINOv2's own code
 ) -> dict:  # likewise by `timm`'s names, in any wrapper as they were
     "Give the weights of a ViT the names of `timm`."
     found = {}
@@ -84,11 +84,11 @@ def _patches(model, state):
 def _vit(name, state, **kwargs):
     "A ViT without weights, for the square of patches that the position codes of a file are for."
     with torch.device("meta"):
-        model = backbone(name, **kwargs)
+        model = build_backbone(name, **kwargs)
     patches = _patches(model, state)
     if patches:
         kwargs["img_size"] = model.patch_embed.patch_size[0] * math.isqrt(patches)
-    return backbone(name, **kwargs)
+    return build_backbone(name, **kwargs)
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-008-3
 def _merge_class_position(model, state):
@@ -125,7 +125,7 @@ class Published:
 
 
 def _named(name):
-    return lambda state: _vit(name, state) if name in VIT else backbone(name)
+    return lambda state: _vit(name, state) if name in VIT else build_backbone(name)
 
 
 IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
@@ -178,7 +178,7 @@ def find_weights(
 ) -> Path:  # the file, or a folder with it
     "Where the weights of a published encoder lie on this machine."
     folder = Path(os.environ.get("HISTONB_WEIGHTS", "weights"))
-    for suffix in (*SUFFIXES, ""):
+    for suffix in (*WEIGHT_SUFFIXES, ""):
         if (folder / f"{name}{suffix}").exists():
             return folder / f"{name}{suffix}"
     known = entry(name)
@@ -210,12 +210,12 @@ def load_published(
     "Rebuild a published encoder from its file. A file of another model is a `BadInput` that tells the difference."
     known = entry(name)
     path = Path(path) if path else find_weights(name, hub)
-    state = known.names(flat(read_state(path)))
+    state = known.names(flatten_state(read_state(path)))
     with torch.device("meta"):
         empty = known.build({})
     body, prefix = find_network(state, empty.state_dict(), path)
     body = _merge_class_position(empty, body)
-    model, report = build_filled(lambda: known.build(body), body, path, name, strict)
+    model, report = build_with_weights(lambda: known.build(body), body, path, name, strict)
     set_positions(model, positions)
     head = find_head(state, prefix, path)
     fits = head is not None and head.mlp[0].in_features == model.num_features

@@ -21,7 +21,7 @@ from ..datasets.readers import read_sets
 from ..datasets.regions import Fields, at_mpp
 from ..metrics.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
 from ..models import cerberus
-from ..models.cerberus import MPP, Cerberus
+from ..models.cerberus import CERBERUS_MPP, Cerberus
 from .instances import majority_types, separate
 from .targets import UNKNOWN
 from .tiled_inference import predict
@@ -30,7 +30,7 @@ from .tiled_inference import predict
 def objects_of(
     probs: dict,  # task -> (C, h, w) probabilities, float32
     tasks: dict,  # name -> `Task`
-    mpp: float = MPP,  # um per pixel
+    mpp: float = CERBERUS_MPP,  # um per pixel
 ) -> dict:  # instances: (h, w) int32 ids; types: (n+1,) uint8 type of each id; patches: (rows, columns) uint8 classes
     "What the probabilities of all tasks say."
     found = {}
@@ -72,7 +72,7 @@ def score_fields(
     annotators: dict,  # name -> function as `annotator` gives it; one that lacks a task leaves it out of its answer
     fields: Fields,  # to score on: test fields
     names,  # of tasks
-    mpp: float = MPP,  # um per pixel
+    mpp: float = CERBERUS_MPP,  # um per pixel
 ) -> list:  # records: annotator, set, field, case, task, pairs; with types also truth_types, predicted_types
     "Objects found against objects there, field by field."
     names = [
@@ -167,7 +167,7 @@ def score_run(
     "Score a run's network, in fp32, on the test fields of its own division."
     c = read_record(Path(folder) / "config.json", "sets", "tasks", "val_share", "test_share", "split_seed", "mpp")
     sets, tasks = read_sets(c["sets"], c["tasks"], c["val_share"], c["test_share"], c["split_seed"])
-    annotators = {name: annotator(cerberus.load(folder)[0]), **(others or {})}
+    annotators = {name: annotator(cerberus.load_cerberus(folder)[0]), **(others or {})}
     tests = [fields.take((fields.table["split"] == "test").to_numpy()) for fields in sets]
     return write_scores(
         [

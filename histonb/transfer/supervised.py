@@ -22,7 +22,7 @@ from ..core.errors import BadInput
 from ..core.files import append_jsonl, read_json, read_jsonl, write_json
 from ..core.parameters import check_ranges
 from ..core.progress import progress
-from ..models.weights import fill, read_state, write_tensors
+from ..models.weights import load_weights, read_state, write_tensors
 from histonb.training.running import (
     Stopped,
     checkpoints,
@@ -202,7 +202,7 @@ def fit(
             kept_rows(folder / "log.jsonl", fitter.epoch * fitter.per_epoch)
             _epochs(fitter, pictures, select, at_epoch, asked)
             _finish(fitter, select)
-    fill(net, read_state(folder / "weights.safetensors"), folder, type(net).__name__)
+    load_weights(net, read_state(folder / "weights.safetensors"), folder, type(net).__name__)
     net.to(c.device).eval()
     return read_jsonl(folder / "log.jsonl")
 
