@@ -25,7 +25,7 @@ from histonb.datasets.example import example_tiles
 from histonb.models.decoders import MLPClassifier
 from histonb.probe.encoders import load_encoder
 from histonb.probe.features import extract
-from histonb.probe.probes import fit_linear, fit_mlp, sweep
+from histonb.probe.probes import fit_linear, fit_linear_path, fit_mlp
 from histonb.slides.tile_store import TileShards
 
 NANO = "xcit_nano_12_p16_224"
@@ -146,7 +146,7 @@ def logistic(n=100_000, dim=512):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 5, n)
     x = (0.15 * rng.normal(size=(5, dim)).astype(np.float32))[y] + rng.normal(size=(n, dim)).astype(np.float32)
-    one, path = timed(lambda: fit_linear(x, y, l2=0.01)), timed(lambda: list(sweep(x, y)))
+    one, path = timed(lambda: fit_linear(x, y, l2=0.01)), timed(lambda: list(fit_linear_path(x, y)))
     print(f"\nLogistic probe on {n:,} x {dim}: {one:.1f} s with one strength, {path:.1f} s along six")
     return {"one": one, "six": path}
 

@@ -18,15 +18,15 @@ from histonb.models.xcit import xcit
 from histonb.probe.attention import (
     View,
     attention_maps,
-    keep,
-    on_grid,
-    on_target,
+    available_maps,
+    overlap_vs_shifts,
     overlay,
+    patch_fractions,
     plot_maps,
     plot_slide,
-    possible,
     slide_map,
     to_tile,
+    top_mass_mask,
     views,
 )
 from histonb.probe.encoders import Encoder, EncoderSpec, load_encoder
@@ -225,7 +225,7 @@ def test_what_is_not_there_is_refused():
         (lambda: attention_maps(ours, noise(1, 32, 32)[0]), "uint8 of shape"),
         (lambda: attention_maps(ours, noise(1, 8, 32)), "smaller than a patch"),
         (lambda: views(load_encoder("random:vit_little_patch16_reg1_gap_256")), "has no class token"),
-        (lambda: keep(np.ones((2, 2)), 60), "Give a number above 0"),
+        (lambda: top_mass_mask(np.ones((2, 2)), 60), "Give a number above 0"),
         (lambda: class_attention(theirs.model, torch.zeros(1, 3, 32, 32), 12), "from 0 to 11"),
         (
             lambda: forward_with_attention(vit("vit_small_patch16_18x2_224", depth=1), torch.zeros(1, 3, 32, 32)),
@@ -237,8 +237,8 @@ def test_what_is_not_there_is_refused():
             call()
         assert message in str(error.value)
     assert (
-        possible(load_encoder("random:vit_little_patch16_reg1_gap_256")).keys() == {"token_norm"}
-        and possible(load_encoder("random:resnet18")) == {}
+        available_maps(load_encoder("random:vit_little_patch16_reg1_gap_256")).keys() == {"token_norm"}
+        and available_maps(load_encoder("random:resnet18")) == {}
     )
 
 
@@ -255,12 +255,12 @@ def smallest(value, share):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.6, 0.95, 1.0])
 def test_masks_are_the_smallest_sets(share):
     values = np.random.default_rng(0).random((4, 2, 4)) ** 4
-    for value, mask in zip(values, keep(values, share), strict=True):
+    for value, mask in zip(values, top_mass_mask(values, share), strict=True):
         assert mask.sum() == smallest(value, share) and value[mask].sum() >= share * value.sum() * (1 - 1e-12)
 
 
 def test_masks_of_zeros():
-    assert keep(np.eye(3), 1.0).sum() == 3 and keep(np.zeros((2, 2))).sum() == 0
+    assert top_mass_mask(np.eye(3), 1.0).sum() == 3 and top_mass_mask(np.zeros((2, 2))).sum() == 0
 
 
 def test_at_the_size_of_the_tile():
@@ -273,7 +273,7 @@ def test_at_the_size_of_the_tile():
         and np.isnan(large[..., 40:]).all()
         and not np.isnan(large[..., :32, :40]).any()
     )
-    assert not mask[..., 32:, :].any() and np.array_equal(on_grid(mask, (4, 5), 8), values > 0.5)
+    assert not mask[..., 32:, :].any() and np.array_equal(patch_fractions(mask, (4, 5), 8), values > 0.5)
     assert np.allclose(large[..., :32, :40].mean((2, 3)), values.mean((2, 3)), atol=1e-5)
     drawn = overlay(noise(35, 47), large[0, 0])
     assert np.array_equal(drawn[32:], noise(35, 47)[32:]) and not np.array_equal(drawn[:32], noise(35, 47)[:32])
@@ -293,10 +293,10 @@ def test_patches_over_the_edge_are_cut_there(shape):
     mask = to_tile(values > 0.5, shape, 8)
     assert np.array_equal(large, to_tile(values, (40, 48), 8)[:, : shape[0], : shape[1]]) and not np.isnan(large).any()
     assert np.array_equal(mask, np.kron(values > 0.5, np.ones((8, 8), bool))[:, : shape[0], : shape[1]])
-    shares = on_grid(pixels, (5, 6), 8)
+    shares = patch_fractions(pixels, (5, 6), 8)
     for y, x in itertools.product(range(5), range(6)):
         assert np.allclose(shares[:, y, x], pixels[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean((1, 2)))
-    assert np.array_equal(on_grid(mask, (5, 6), 8), values > 0.5)
+    assert np.array_equal(patch_fractions(mask, (5, 6), 8), values > 0.5)
     with pytest.raises(BadInput, match="does not fit"):
         to_tile(values, (48, 48), 8)
 
@@ -443,7 +443,7 @@ def test_chance_is_the_mean_of_all_shifts():
     rng = np.random.default_rng(0)
     kept = rng.random((5, 3, 4)) < 0.4
     target = rng.random((5, 3, 4))
-    found = on_target(kept, target, draws=4000)
+    found = overlap_vs_shifts(kept, target, draws=4000)
     shifts = [
         sum((np.roll(k, s, (0, 1)) * t).sum() for k, t in zip(kept, target, strict=True)) / kept.sum()
         for s in itertools.product(range(3), range(4))
@@ -457,4 +457,4 @@ def test_chance_is_the_mean_of_all_shifts():
         for _ in range(4000)
     ]
     assert np.allclose([found["low"], found["high"]], np.quantile(drawn, [0.025, 0.975]), atol=0.02)
-    assert on_target(np.zeros((1, 2, 2)), np.ones((1, 2, 2)))["observed"] == 0
+    assert overlap_vs_shifts(np.zeros((1, 2, 2)), np.ones((1, 2, 2)))["observed"] == 0

@@ -10,7 +10,7 @@ import pytest
 from histonb.core.errors import BadInput
 from histonb.metrics import classification as metrics
 from histonb.probe import cross_validation as crossval
-from histonb.probe.cross_validation import case_folds, cross_validate, tuned
+from histonb.probe.cross_validation import case_folds, cross_validate, predict_tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,12 +77,12 @@ def test_out_of_fold_equals_a_probe_that_never_saw_the_fold(probe, monkeypatch):
     p = cross_validate(probe, x, y, case, folds, 3)
     assert p.shape == (2, len(y), 3) and np.allclose(p.sum(-1), 1, atol=1e-4)
     test = folds[1] == 2
-    assert np.array_equal(p[1, test], tuned(probe, x[~test], y[~test], case[~test], x[test], 3, seed=1))
+    assert np.array_equal(p[1, test], predict_tuned(probe, x[~test], y[~test], case[~test], x[test], 3, seed=1))
     if probe == "linear":  # other features and labels in the test fold change nothing of the probe
         spoilt = x.copy()
         other = y.copy()
         spoilt[test], other[test] = 1e3, 0
-        again = tuned(probe, spoilt[~test], other[~test], case[~test], x[test], 3, seed=1)
+        again = predict_tuned(probe, spoilt[~test], other[~test], case[~test], x[test], 3, seed=1)
         assert np.array_equal(p[1, test], again)
 
 
@@ -92,7 +92,7 @@ def test_scale_and_strength_come_from_the_training_cases(monkeypatch):
     row = {tuple(v): c for v, c in zip(x.tolist(), case)}
     seen = []
     held = []
-    sweep = crossval.sweep
+    sweep = crossval.fit_linear_path
 
     def spy(x_train, y_train, *options, **more):
         seen.append({row[tuple(v)] for v in x_train.tolist()})
@@ -109,12 +109,12 @@ def test_scale_and_strength_come_from_the_training_cases(monkeypatch):
         call.l2 = probe.l2
         return call
 
-    monkeypatch.setattr(crossval, "sweep", spy)
+    monkeypatch.setattr(crossval, "fit_linear_path", spy)
     fold = case_folds(y, case, 3, 1)
     cross_validate("linear", x, y, case, fold, 3)
-    assert len(seen) == 3 * crossval.INNER and len(held) == len(seen) * len(crossval.STRENGTHS)
+    assert len(seen) == 3 * crossval.INNER_FOLDS and len(held) == len(seen) * len(crossval.STRENGTHS)
     for i, cases in enumerate(seen):
-        assert cases | held[i * len(crossval.STRENGTHS)] == set(case[fold[0] != i // crossval.INNER])
+        assert cases | held[i * len(crossval.STRENGTHS)] == set(case[fold[0] != i // crossval.INNER_FOLDS])
 
 
 @pytest.mark.parametrize("probe, trials", [("knn", 8), ("linear", 2)])

@@ -12,7 +12,7 @@ from histonb.core.errors import BadInput
 from histonb.models.decoders import MaskDecoder, MLPClassifier, PatchSegmenter
 from histonb.probe import decoder_scores as scoring
 from histonb.probe import dense_probes as decoding
-from histonb.probe.decoder_scores import MASK_FIGURES, Constant, mask_counts, mask_figures
+from histonb.probe.decoder_scores import MASK_METRICS, Constant, mask_counts, mask_scores
 from histonb.probe.encoders import load_encoder
 from histonb.probe.features import cache_paths, extract, load_features
 from histonb.slides.labels import IGNORE, LABELS
@@ -144,14 +144,14 @@ def test_the_trap():
     zero = torch.zeros(4, 1, 8, 8)
     for top in range(1, 5):
         ids = torch.from_numpy(rng.integers(0, top + 1, (4, 8, 8)).astype(np.uint8))
-        assert 0 < decoding.study_mse(zero, ids) <= (top / 255) ** 2 <= decoding.ZERO_BOUND < 2.5e-4
-    assert decoding.study_mse(zero, torch.full((4, 8, 8), 4, dtype=torch.uint8)).item() == pytest.approx(
+        assert 0 < decoding.code_mse(zero, ids) <= (top / 255) ** 2 <= decoding.ZERO_BOUND < 2.5e-4
+    assert decoding.code_mse(zero, torch.full((4, 8, 8), 4, dtype=torch.uint8)).item() == pytest.approx(
         decoding.ZERO_BOUND
     )
     half = torch.full((1, 1, 1, 4), 3 / 255)
     ids = torch.tensor([[[3, 1, IGNORE, IGNORE]]], dtype=torch.uint8)
-    assert decoding.study_mse(half, ids).item() == pytest.approx((2 / 255) ** 2 / 2)
-    assert decoding.study_mse(half, torch.full((1, 1, 4), IGNORE)).item() == 0
+    assert decoding.code_mse(half, ids).item() == pytest.approx((2 / 255) ** 2 / 2)
+    assert decoding.code_mse(half, torch.full((1, 1, 4), IGNORE)).item() == 0
 
 
 def test_soft_dice_by_hand():
@@ -199,7 +199,7 @@ def scored():
 
 def test_dice_and_iou_against_scikit_learn(scored):
     model, x, masks, called, slide = scored
-    result = mask_figures(mask_counts(model, x, masks, range(18), batch_size=5), slide)
+    result = mask_scores(mask_counts(model, x, masks, range(18), batch_size=5), slide)
     keep = masks != IGNORE
     for figure, theirs in {"dice": f1_score, "iou": jaccard_score}.items():
         want = theirs(masks[keep], called[keep], average=None, labels=range(5), zero_division=0)
@@ -213,7 +213,7 @@ def test_dice_and_iou_against_scikit_learn(scored):
 def test_figures_by_tile(scored):
     model, x, masks, called, slide = scored
     counts = mask_counts(model, x, masks, range(18))
-    result = mask_figures(counts, slide)
+    result = mask_scores(counts, slide)
     per_tile = []
     per_class = {c: [] for c in range(4)}
     for m, k in zip(masks, called):
@@ -223,14 +223,14 @@ def test_figures_by_tile(scored):
         per_tile.append(dice.mean())
         for c, d in zip(there, dice):
             per_class[c].append(d)
-    assert np.allclose(scoring.tile_scores(counts), per_tile)
+    assert np.allclose(scoring.tile_dice(counts), per_tile)
     assert result["tile_dice"]["value"] == pytest.approx(np.mean(per_tile))
     for c in range(4):
         assert result["class_tile_dice"][LABELS[c]]["value"] == pytest.approx(np.mean(per_class[c]))
 
 
 def test_by_hand():
-    dice, iou = scoring.overlap([[6, 2], [1, 3]])
+    dice, iou = scoring.dice_and_iou([[6, 2], [1, 3]])
     assert np.allclose(dice, [12 / 15, 6 / 9]) and np.allclose(iou, [6 / 9, 3 / 6])
 
 
@@ -238,17 +238,17 @@ def test_intervals_draw_slides(scored):
     "The interval is that of whole slides: the middle 95% of figures of resampled slides, worked out apart."
     model, x, masks, _, slide = scored
     counts = mask_counts(model, x, masks, range(18))
-    result = mask_figures(counts, slide, n_boot=300, seed=5)
+    result = mask_scores(counts, slide, n_boot=300, seed=5)
     times = np.random.default_rng(5).multinomial(6, np.full(6, 1 / 6), size=300)
     by_slide = counts["confusion"].reshape(6, 3, 5, 5).sum(1)
-    draws = [np.nanmean(scoring.overlap((t[:, None, None] * by_slide).sum(0))[0]) for t in times]
+    draws = [np.nanmean(scoring.dice_and_iou((t[:, None, None] * by_slide).sum(0))[0]) for t in times]
     low, high = np.quantile(draws, [0.025, 0.975])
     assert (result["dice"]["low"], result["dice"]["high"]) == (pytest.approx(low), pytest.approx(high))
     twice = {
         k: np.repeat(v, 4, 0) for k, v in counts.items()
     }  # the same tiles four times, in the same slides: no more certain
-    again = mask_figures(twice, np.repeat(slide, 4), n_boot=300, seed=5)
-    for m in MASK_FIGURES:
+    again = mask_scores(twice, np.repeat(slide, 4), n_boot=300, seed=5)
+    for m in MASK_METRICS:
         assert again[m]["low"] == pytest.approx(result[m]["low"]) and again[m]["high"] == pytest.approx(
             result[m]["high"]
         )
@@ -256,9 +256,9 @@ def test_intervals_draw_slides(scored):
 
 def test_one_slide_has_no_interval(scored):
     model, x, masks, _, _ = scored
-    result = mask_figures(mask_counts(model, x, masks, range(18)), ["s"] * 18)
+    result = mask_scores(mask_counts(model, x, masks, range(18)), ["s"] * 18)
     assert np.isfinite(result["dice"]["value"]) and np.isnan(result["dice"]["low"]) and "no interval" in result["note"]
-    assert "[" not in scoring.table({"x": result})["dice"]["x"]
+    assert "[" not in scoring.score_table({"x": result})["dice"]["x"]
 
 
 def test_complete_resamples():
@@ -267,7 +267,7 @@ def test_complete_resamples():
     confusion[:, 0] = [2, 8]
     confusion[0, 1] = [0, 30]
     counts = {"confusion": confusion, "error": np.zeros(10)}
-    loose, strict = (mask_figures(counts, np.arange(10), ["a", "b"], complete=c)["dice"] for c in (False, True))
+    loose, strict = (mask_scores(counts, np.arange(10), ["a", "b"], complete=c)["dice"] for c in (False, True))
     assert loose["value"] == strict["value"] == pytest.approx((40 / 120 + 60 / 140) / 2)
     assert loose["low"] == pytest.approx(1 / 3) and strict["low"] == pytest.approx(strict["value"])
 
@@ -278,18 +278,16 @@ def test_repeats(scored):
     other = mask_counts(
         Constant(np.eye(5, dtype=np.float32)[0][:, None, None].repeat(12, 1).repeat(12, 2)), x, masks, range(18)
     )
-    both = mask_figures([one, other], slide)
-    assert (
-        both["repeats"]["dice"] == [mask_figures(c, slide)["dice"]["value"] for c in (one, other)] and both["n"] == 18
-    )
+    both = mask_scores([one, other], slide)
+    assert both["repeats"]["dice"] == [mask_scores(c, slide)["dice"]["value"] for c in (one, other)] and both["n"] == 18
     assert min(both["repeats"]["dice"]) < both["dice"]["value"] < max(both["repeats"]["dice"])
-    same = mask_figures([one, one, one], slide)
-    for m in MASK_FIGURES:
-        assert same[m] == pytest.approx(mask_figures(one, slide)[m])
+    same = mask_scores([one, one, one], slide)
+    for m in MASK_METRICS:
+        assert same[m] == pytest.approx(mask_scores(one, slide)[m])
 
 
 def test_one_channel_calls_the_nearest_class():
-    values, ids = scoring.read_out(np.array([0, 1.4, 1.6, 4.2, 200], np.float32).reshape(1, 1, 1, 5) / 255)
+    values, ids = scoring.decode_output(np.array([0, 1.4, 1.6, 4.2, 200], np.float32).reshape(1, 1, 1, 5) / 255)
     assert ids.ravel().tolist() == [0, 1, 2, 4, 4] and values.ravel()[1] == pytest.approx(1.4 / 255)
 
 
@@ -308,16 +306,16 @@ def test_images_against_scikit_image():
         assert ssim == pytest.approx(
             structural_similarity(image, d.astype(float), channel_axis=-1, data_range=1), abs=1e-4
         )
-    result = scoring.image_figures(errors, list("aabbb"))
-    assert [result[k]["value"] for k in scoring.IMAGE_FIGURES] == pytest.approx(errors.mean(0).tolist())
+    result = scoring.image_scores(errors, list("aabbb"))
+    assert [result[k]["value"] for k in scoring.IMAGE_METRICS] == pytest.approx(errors.mean(0).tolist())
     assert result["psnr"]["low"] <= result["psnr"]["value"] <= result["psnr"]["high"] and result["n_groups"] == 2
 
 
 def test_blur():
     tile = np.zeros((33, 33, 3), np.uint8)
     tile[16, 16] = 255
-    assert np.array_equal(scoring.blurred(tile, 0), tile)
-    soft = scoring.blurred(tile, 2.0)
+    assert np.array_equal(scoring.blur_tile(tile, 0), tile)
+    soft = scoring.blur_tile(tile, 2.0)
     assert soft[16, 16, 0] == pytest.approx(255 / (2 * np.pi * 4), abs=1.5) and np.array_equal(
         soft, soft.transpose(1, 0, 2)
     )
@@ -336,7 +334,7 @@ def test_baselines():
     )
     assert np.array_equal(found["majority by pixel"].output.argmax(0), votes)
     errors = {
-        name: mask_figures(mask_counts(m, vectors, masks, TRAIN), TRAIN)["mse"]["value"] for name, m in found.items()
+        name: mask_scores(mask_counts(m, vectors, masks, TRAIN), TRAIN)["mse"]["value"] for name, m in found.items()
     }
     assert errors["train mean"] < errors["zero"] < decoding.ZERO_BOUND  # the mean is the best constant
     assert np.allclose(
@@ -361,9 +359,9 @@ def test_counts_leave_out_what_is_to_be_ignored():
 def test_features_that_show_the_mask_are_read():
     masks, tokens, vectors, images, slide = toy()
     fitted = decoding.fit_segmenter(tokens, masks, TRAIN, VAL, epochs=20, batch_size=4, lr=5e-3)
-    dice = mask_figures(mask_counts(fitted, tokens, masks, TEST), slide[TEST])["dice"]["value"]
+    dice = mask_scores(mask_counts(fitted, tokens, masks, TEST), slide[TEST])["dice"]["value"]
     lost = scoring.mask_baselines(decoding.class_counts(masks, TRAIN))["majority by pixel"]
-    assert dice > 0.7 > 0.4 > mask_figures(mask_counts(lost, tokens, masks, TEST), slide[TEST])["dice"]["value"]
+    assert dice > 0.7 > 0.4 > mask_scores(mask_counts(lost, tokens, masks, TEST), slide[TEST])["dice"]["value"]
     drawn = decoding.fit_reconstructor(tokens, images, TRAIN, VAL, epochs=15, batch_size=4, lr=5e-3)
     errors = {
         name: scoring.image_errors(m, tokens, images, TEST)[:, 0].mean()
@@ -396,7 +394,7 @@ def test_stops_early_with_the_best_weights():
     assert len(losses) == fitted.best_epoch + 4 < 60 and np.argmin(losses) == fitted.best_epoch
     total = sum(
         decoding.ce_dice(torch.from_numpy(fitted(x.numpy())), y).item() * len(y)
-        for x, y in decoding.batches(noise, masks, VAL, 4)
+        for x, y in decoding.feature_batches(noise, masks, VAL, 4)
     )
     assert total / len(VAL) == pytest.approx(losses[fitted.best_epoch], rel=1e-4)
 
@@ -449,7 +447,7 @@ def test_memory_is_that_of_a_batch(tmp_path):
     mean, std = decoding._scale(x, np.arange(n))
     assert mean.shape == (3200,) and (std == 1).all() and x.most < 8e6 < big.nbytes / 30
     x.most = 0
-    batch = next(iter(decoding.batches(x, y, np.arange(n)[::-1], batch_size=4)))
+    batch = next(iter(decoding.feature_batches(x, y, np.arange(n)[::-1], batch_size=4)))
     assert batch[0].shape == (4, *shape) and x.most == 2 * np.prod(shape) and y.most == 32 * 32
     mask_counts(lambda f: np.zeros((len(f), 1, 32, 32), np.float32), x, y, np.arange(40), batch_size=4)
     assert x.most == 2 * np.prod(shape)
@@ -497,9 +495,9 @@ def test_others_refuse():
         fitted(vectors[:, :9])
     counts = mask_counts(fitted, vectors, masks, TEST)
     with pytest.raises(BadInput, match="5 groups for 12 scored tiles"):
-        mask_figures(counts, slide[:5])
+        mask_scores(counts, slide[:5])
     with pytest.raises(BadInput, match="without a group"):
-        mask_figures(counts, [None, *slide[TEST][1:]])
+        mask_scores(counts, [None, *slide[TEST][1:]])
     with pytest.raises(BadInput, match="scored: this part has no tile"):
         mask_counts(fitted, vectors, masks, [])
     with pytest.raises(BadInput, match="which test has"):
@@ -542,8 +540,8 @@ def test_features_of_other_tiles(tmp_path):
 
 
 def test_pictures():
-    assert scoring.extremes(np.linspace(1, 0, 11)) == {"best": [0, 1], "median": [4, 5], "worst": [9, 10]}
-    assert scoring.extremes([np.nan, 0.5, 0.7]) == {"best": [2]}
+    assert scoring.best_median_worst(np.linspace(1, 0, 11)) == {"best": [0, 1], "median": [4, 5], "worst": [9, 10]}
+    assert scoring.best_median_worst([np.nan, 0.5, 0.7]) == {"best": [2]}
     for n in range(3, 9):
-        found = [i for at in scoring.extremes(np.arange(n)).values() for i in at]
+        found = [i for at in scoring.best_median_worst(np.arange(n)).values() for i in at]
         assert len(found) == len({*found})

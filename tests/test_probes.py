@@ -85,7 +85,7 @@ def test_knn_equals_sklearn(splits, monkeypatch, k, temperature):
     theirs = KNeighborsClassifier(
         min(k, len(x)), metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
     )
-    monkeypatch.setattr(probes, "BLOCK", 7 * len(x))  # many blocks
+    monkeypatch.setattr(probes, "MAX_SIMILARITIES", 7 * len(x))  # many blocks
     assert np.allclose(probes.knn(x, y, x_test, k, temperature), theirs.fit(x, y).predict_proba(x_test), atol=1e-5)
 
 

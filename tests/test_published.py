@@ -477,7 +477,7 @@ def test_positions_are_an_option_of_the_loader(tmp_path, trained):
     model, _, _ = load_published(VIT, tmp_path / "vit.pth", positions="dino")
     with torch.no_grad():
         assert np.allclose(model(prepared(TILES, dino.spec.mean, dino.spec.std)), dino(TILES), atol=1e-5)
-    with pytest.raises(BadInput, match="`dino` for Pooled|`dino` for XCiT"):
+    with pytest.raises(BadInput, match="`dino` for PooledBackbone|`dino` for XCiT"):
         load_encoder("random:xcit_nano_12_p16_224", positions="dino")
 
 
