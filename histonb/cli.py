@@ -441,7 +441,7 @@ def pretrain(
         raise BadInput(config, "no `out`", "Name the folder of the run, and parameters of `PretrainConfig`.")
     c = as_config(values, config)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(memory_text(c, ranks.announced()), flush=True)
+        print(memory_text(c, ranks.launched_world_size()), flush=True)
     try:
         trainer.pretrain(c, restart=restart, elastic=elastic)
     except trainer.Stopped as e:

@@ -636,9 +636,9 @@ def test_an_annotation_is_overwritten_or_left_as_it_is_where_that_is_asked_for(f
 
 
 def test_a_processor_computes_in_fp32_unless_asked_and_a_slide_ends_as_it_was_begun(tmp_path, monkeypatch):
-    from histonb.training import running
+    from histonb.training import device as devices
 
-    monkeypatch.setattr(running, "best_precision", lambda device: "bf16")
+    monkeypatch.setattr(devices, "best_precision", lambda device: "bf16")
     net = network(tasks=("nucleus",))
     assert [Scorer(net, device="cpu", precision=p).precision for p in ("auto", "fp32", "bf16")] == [
         "fp32",

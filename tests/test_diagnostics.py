@@ -22,7 +22,7 @@ from histonb.pretrain.online import OnlineKNN, voters_and_asked
 from histonb.pretrain.trainer import Trainer
 from histonb.segment import validation as watching
 from histonb.slides.tile_store import ShardWriter, record
-from histonb.training import running
+from histonb.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -406,7 +406,7 @@ def test_curves_of_damaged_records_say_so(tmp_path, name, text):
 def test_records_of_a_run_that_are_none(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(BadInput, match="holds no names and values"):
-        running.same_run(tmp_path, {"lr": 1})
+        checkpoint.same_run(tmp_path, {"lr": 1})
     (tmp_path / "log.jsonl").write_text('{"step": null}\n')
     with pytest.raises(BadInput, match="`None` is not a step"):
-        running.kept_rows(tmp_path / "log.jsonl", 3)
+        checkpoint.truncate_log(tmp_path / "log.jsonl", 3)

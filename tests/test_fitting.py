@@ -20,8 +20,9 @@ from histonb.core.errors import BadInput
 from histonb.core.files import read_jsonl
 from histonb.datasets.ebhi import CLASSES, ebhi_seg
 from histonb.models import backbones, cerberus
+from histonb.training.checkpoint import checkpoints
+from histonb.training.loop import Stopped
 from histonb.training.pair_augmentation import EBHIAugment
-from histonb.training.running import Stopped, checkpoints
 from histonb.transfer.ebhi_dataset import Pictures, batches, example, parts
 from histonb.transfer.encoders import INPUTS, Trunk, trunk
 from histonb.transfer.supervised import FitConfig, answers, fit

@@ -31,7 +31,7 @@ from histonb.segment import validation as watching
 from histonb.segment.scoring import score_run
 from histonb.segment.tiled_inference import find_scorer
 from histonb.segment.training import TrainConfig, Trainer, _loader, settle, train
-from histonb.training.running import checkpoints
+from histonb.training.checkpoint import checkpoints
 from histonb.transfer.encoders import trunk
 
 REAL = Path(__file__).parents[2] / "shared/data"

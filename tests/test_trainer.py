@@ -25,9 +25,9 @@ from histonb.datasets.example import example_tiles
 from histonb.pretrain.config import PretrainConfig, as_config, preset, settle
 from histonb.pretrain.loading import Batches, crop_loader
 from histonb.pretrain.trainer import Diverged, Stopped, Trainer, load_backbone, pretrain
+from histonb.training import device as devices
 from histonb.training import distributed as ranks
-from histonb.training import running
-from histonb.training.running import checkpoints, read_checkpoint
+from histonb.training.checkpoint import checkpoints, read_checkpoint
 
 TINY = dict(
     out_dim=32,
@@ -370,10 +370,10 @@ def test_a_run_goes_on_where_its_tiles_have_moved_and_not_where_they_are_others(
 
 def test_what_auto_chose_stays_chosen(tmp_path, monkeypatch):
     "A node that has bf16 in hardware, then one that has not."
-    monkeypatch.setattr(running, "best_precision", lambda device: "bf16")
+    monkeypatch.setattr(devices, "best_precision", lambda device: "bf16")
     with pytest.raises(Stopped):
         pretrain(config(tmp_path, precision="auto"), Tiles(), on_epoch=stop_after(3))
-    monkeypatch.setattr(running, "best_precision", lambda device: "fp32")
+    monkeypatch.setattr(devices, "best_precision", lambda device: "fp32")
     pretrain(config(tmp_path, precision="auto"), Tiles())
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16" and len(losses(tmp_path)) == 6
     with pytest.raises(BadInput, match="precision 'bf16' -> 'fp32'.*pass elastic .`--elastic`"):
@@ -537,7 +537,7 @@ def test_impossible_parameters(tmp_path, changes, message):
 
 
 def test_batch_that_processes_cannot_share(monkeypatch, tmp_path):
-    monkeypatch.setattr(ranks, "announced", lambda: 3)
+    monkeypatch.setattr(ranks, "launched_world_size", lambda: 3)
     with pytest.raises(BadInput, match="4 tiles cannot be shared by 3 processes. Choose 3 or 6"):
         pretrain(config(tmp_path), Tiles())
 

@@ -15,7 +15,7 @@ from ..core.errors import BadInput, nearest
 from ..core.parameters import build, check_ranges
 from .dino import cosine_schedule, linear_schedule
 from ..training.augmentation import MEAN, STD
-from ..training.running import find_device, find_precision
+from ..training.device import find_device, find_precision
 
 # %% ../../nbs/08_pretrain/04_config.ipynb #cell-005
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .dino import stack_crops
 from .ibot import draw_masks
 from ..training import distributed as ranks
 from ..training.augmentation import MultiCrop
-from ..training.running import loader
+from ..training.loading import loader
 
 # %% ../../nbs/08_pretrain/06_loading.ipynb #cell-005
 class Views(Dataset):

@@ -24,10 +24,10 @@ def sinkhorn(
     "Even assignment of the crops of all processes to prototypes."
     log_q = scores.float() / temp
     q = (
-        log_q - ranks.largest(log_q.max() if len(log_q) else log_q.new_tensor(-math.inf))
+        log_q - ranks.all_reduce_max(log_q.max() if len(log_q) else log_q.new_tensor(-math.inf))
     ).exp()  # one factor for all: it goes with the first scaling
     for _ in range(iterations):
-        q = q / ranks.total(q.sum(0)).clamp_min(1e-30)
+        q = q / ranks.all_reduce_sum(q.sum(0)).clamp_min(1e-30)
         q = q / q.sum(1, keepdim=True).clamp_min(1e-30)
     return q
 

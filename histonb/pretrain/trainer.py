@@ -37,22 +37,19 @@ from ..slides.tile_store import TileShards
 from ..training import distributed as ranks
 
 # %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-002-2
-from histonb.training.running import (
-    Stopped,
+from histonb.training.checkpoint import (
     checkpoints,
-    claim,
-    draw_seed,
-    find_device,
-    hold_signals,
     keep_precision,
-    kept_rows,
     latest_checkpoint,
-    memory_used,
+    open_run,
     read_checkpoint,
     same_run,
-    timed,
+    truncate_log,
     write_checkpoint,
 )
+from ..training.device import find_device, memory_used
+from ..training.loading import measure_wait
+from ..training.loop import Stopped, defer_signals, derive_seed
 
 # %% ../../nbs/08_pretrain/08_trainer.ipynb #cell-005
 class Diverged(ArithmeticError):
@@ -206,7 +203,7 @@ class Trainer:
     def _accumulate(self, t, part):
         "Add a micro-batch's gradient; returns (3K + 6,): mean score, mean answer, sum and number of the patches' scores, teacher entropy, feature std, losses."
         c = self.config
-        torch.manual_seed(draw_seed(c.seed, self.step, part, ranks.rank()))
+        torch.manual_seed(derive_seed(c.seed, self.step, part, ranks.rank()))
         losses = torch.zeros(3, device=self.device)
         weights = torch.tensor([1.0, c.patch_weight, c.spread_weight], device=self.device)
         seen = passes(c, self.loss.skip, t.crops, t.masks)
@@ -251,7 +248,7 @@ class Trainer:
                 group["weight_decay"] = now["weight_decay"]
         self.optimiser.zero_grad()
         sums = sum(self._accumulate(t, part) for part, t in enumerate(self._taught(batches, now["teacher_temp"])))
-        scores, answers, patches, n, figures = (ranks.total(sums) / (self.parts * self.world)).split(
+        scores, answers, patches, n, figures = (ranks.all_reduce_sum(sums) / (self.parts * self.world)).split(
             [c.out_dim] * 3 + [1, 5]
         )
         norm = clip_student(self.student, c.clip, c.clip_how)
@@ -265,7 +262,7 @@ class Trainer:
             self.patch_loss.update_center(patches / n)
         if c.sync_bn == "no":
             nets = [self.student, self.teacher][: 1 + (c.teacher_bn == "own")]
-            ranks.average([b for net in nets for b in net.buffers() if b.is_floating_point()])
+            ranks.all_reduce_mean([b for net in nets for b in net.buffers() if b.is_floating_point()])
         ema_update(self.teacher, self.student, now["momentum"], c.teacher_bn)
         self.step += 1
         h, std, loss, patch, apart = figures.tolist()
@@ -383,7 +380,7 @@ def _finished(c, identity):
 def _resume(trainer, folder, elastic):
     "Continue from the latest whole checkpoint, the same on all processes."
     state, step = ranks.first_does(lambda: latest_checkpoint(folder), trainer.device) or (None, -1)
-    step = ranks.first_says(step, trainer.device)
+    step = ranks.broadcast(step, trainer.device)
     if step < 0:
         return
     if state is None:
@@ -428,7 +425,7 @@ class _Log:
         self.trainer = trainer
         self.on_epoch = on_epoch
         self.path = Path(c.out) / "log.jsonl"
-        self.rows = kept_rows(self.path, trainer.step)
+        self.rows = truncate_log(self.path, trainer.step)
         self.online = (
             OnlineKNN(c.knn_tiles, c.global_size, c.mean, c.std, pool=c.pool, seed=c.seed) if c.knn_tiles else None
         )
@@ -504,20 +501,18 @@ def pretrain(
         if config.split:
             dataset = TileShards(config.tiles, table=dataset.table[dataset.table["split"] == config.split])
     find_device(config.device)  # refuses one that this machine lacks
-    c = settle(keep_precision(config, restart), len(dataset), ranks.announced())
+    c = settle(keep_precision(config, restart), len(dataset), ranks.launched_world_size())
     folder = Path(config.out)
     identity = _identity(c, dataset, elastic)
     with contextlib.ExitStack() as stack:
-        device = stack.enter_context(ranks.joined(c.device))
-        asked = stack.enter_context(hold_signals())
+        device = stack.enter_context(ranks.process_group(c.device))
+        asked = stack.enter_context(defer_signals())
         ranks.all_equal(len(dataset), "numbers of tiles", device)
         ranks.all_equal(int(digest(identity[0])[:12], 16), "tiles or parameters", device)
-        if ranks.first_says(
-            int(bool(ranks.first_does(lambda: not restart and _finished(c, identity), device))), device
-        ):
+        if ranks.broadcast(int(bool(ranks.first_does(lambda: not restart and _finished(c, identity), device))), device):
             return folder
         made = "backbone.json", "backbone.safetensors"
-        ranks.first_does(lambda: stack.enter_context(claim(folder, *identity[:2], made, restart, ELASTIC)), device)
+        ranks.first_does(lambda: stack.enter_context(open_run(folder, *identity[:2], made, restart, ELASTIC)), device)
         trainer = Trainer(c, len(dataset), device)
         _resume(trainer, folder, elastic)
         first = ranks.rank() == 0
@@ -532,7 +527,7 @@ def _loop(trainer, dataset, log, asked):
     c = trainer.config
     stop = Path(trainer.config.out) / "stop"
     clock = log.clock if log else {"wait": 0.0}
-    batches = timed(crop_loader(dataset, c, trainer.step), clock)
+    batches = measure_wait(crop_loader(dataset, c, trainer.step), clock)
     with (
         progress(desc="pre-training", total=c.steps - trainer.step, unit="step")
         if log
@@ -543,7 +538,7 @@ def _loop(trainer, dataset, log, asked):
             trainer.window.append(row)
             last = trainer.step == c.steps
             step = trainer.step
-            halt = ranks.anybody(bool(asked) or (log is not None and stop.exists()), trainer.device)
+            halt = ranks.any_rank(bool(asked) or (log is not None and stop.exists()), trainer.device)
             if log is not None:
                 clock["steps"] += 1
                 if step % c.log_every == 0 or last:

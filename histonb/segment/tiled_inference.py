@@ -41,7 +41,7 @@ from histonb.segment.baselines import (
     stain_nuclei,
 )
 from .targets import instance_target
-from ..training.running import find_device, find_precision
+from ..training.device import find_device, find_precision
 
 # %% ../../nbs/10_segment/08_tiled_inference.ipynb #cell-005
 class Resampled:

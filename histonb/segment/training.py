@@ -27,23 +27,17 @@ from ..models.cerberus import Cerberus
 from .losses import task_loss
 from .samples import Batches, Samples, collate
 from .validation import curves, draw_progress, validate
-from histonb.training.running import (
-    Stopped,
-    claim,
-    draw_seed,
-    find_device,
-    find_precision,
-    hold_signals,
+from histonb.training.checkpoint import (
     keep_precision,
-    kept_rows,
     latest_checkpoint,
-    loader,
-    memory_layout,
-    memory_used,
+    open_run,
     same_run,
-    timed,
+    truncate_log,
     write_checkpoint,
 )
+from ..training.device import find_device, find_precision, memory_layout, memory_used
+from ..training.loading import loader, measure_wait
+from ..training.loop import Stopped, defer_signals, derive_seed
 
 # %% ../../nbs/10_segment/05_training.ipynb #cell-005
 @dataclasses.dataclass
@@ -199,7 +193,7 @@ class Trainer:
     ) -> dict:  # loss of each task, their weighted sum
         "Take one step."
         c, (images, truth) = self.config, batch
-        torch.manual_seed(draw_seed(c.seed, self.step))  # for dropout
+        torch.manual_seed(derive_seed(c.seed, self.step))  # for dropout
         self.net.train()
         for module in self.held:
             module.eval()
@@ -290,7 +284,10 @@ def train(
     )  # whose rate of a step does not depend on how many follow
     if not restart and same_run(folder, parameters, free) and _finished(folder, c):
         return folder
-    with claim(folder, parameters, free, ("cerberus.json", "cerberus.safetensors"), restart), hold_signals() as asked:
+    with (
+        open_run(folder, parameters, free, ("cerberus.json", "cerberus.safetensors"), restart),
+        defer_signals() as asked,
+    ):
         _write_fields(sets, folder)
         trainer = Trainer(c, tasks)
         if found := latest_checkpoint(folder):
@@ -356,7 +353,7 @@ def _loop(trainer, part, asked):
     tasks = list(trainer.tasks.values())
     folder = Path(trainer.config.out)
     per_epoch = max(round(epoch_steps(list(map(len, part["train"])), c.shares, c.batch_size)), 1)
-    kept_rows(folder / "log.jsonl", trainer.step)
+    truncate_log(folder / "log.jsonl", trainer.step)
     clock = {"wait": 0.0}
     watched = Samples(part["val"], tasks, c.mpp)
     if trainer.step == c.steps:
@@ -367,7 +364,7 @@ def _loop(trainer, part, asked):
 
     began = time.perf_counter()
     with progress(desc="training", total=c.steps - trainer.step, unit="step") as bar:
-        for batch in timed(_loader(c, part["train"], tasks, trainer.step), clock):
+        for batch in measure_wait(_loader(c, part["train"], tasks, trainer.step), clock):
             row = trainer.train_step(batch)
             trainer.window.append(row)
             last = trainer.step == c.steps

@@ -23,25 +23,19 @@ from ..core.files import append_jsonl, read_json, read_jsonl, write_json
 from ..core.parameters import check_ranges
 from ..core.progress import progress
 from ..models.weights import load_weights, read_state, write_tensors
-from histonb.training.running import (
-    Stopped,
+from histonb.training.checkpoint import (
     checkpoints,
-    claim,
-    draw_seed,
-    find_device,
-    find_precision,
-    hold_signals,
     keep_precision,
-    kept_rows,
     latest_checkpoint,
-    loader,
-    memory_layout,
-    memory_used,
+    open_run,
     read_checkpoint,
     same_run,
-    timed,
+    truncate_log,
     write_checkpoint,
 )
+from ..training.device import find_device, find_precision, memory_layout, memory_used
+from ..training.loading import loader, measure_wait
+from ..training.loop import Stopped, defer_signals, derive_seed
 from .ebhi_dataset import Pictures, batches
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-005
@@ -153,7 +147,7 @@ class _Fitter:
 
     def step(self, number, images, masks, classes):
         c = self.c
-        torch.manual_seed(draw_seed(c.seed, number))  # for dropout
+        torch.manual_seed(derive_seed(c.seed, number))  # for dropout
         scores = _call(self.net, images, c.precision, self.device, self.layout)
         loss = self.loss(scores, masks.to(self.device, non_blocking=True), classes.to(self.device, non_blocking=True))
         if not torch.isfinite(loss):
@@ -195,11 +189,14 @@ def fit(
     folder = Path(config.out)
     parameters = dataclasses.asdict(c) | _identity(net, pictures)
     if restart or not (same_run(folder, parameters, MACHINE) and (folder / "fit.json").exists()):
-        with claim(folder, parameters, MACHINE, ("fit.json", "weights.safetensors"), restart), hold_signals() as asked:
+        with (
+            open_run(folder, parameters, MACHINE, ("fit.json", "weights.safetensors"), restart),
+            defer_signals() as asked,
+        ):
             fitter = _Fitter(c, net, loss, len(batches(pictures, c.batch_size, 0)))
             if found := latest_checkpoint(folder):
                 fitter.go_on(found[0])
-            kept_rows(folder / "log.jsonl", fitter.epoch * fitter.per_epoch)
+            truncate_log(folder / "log.jsonl", fitter.epoch * fitter.per_epoch)
             _epochs(fitter, pictures, select, at_epoch, asked)
             _finish(fitter, select)
     load_weights(net, read_state(folder / "weights.safetensors"), folder, type(net).__name__)
@@ -214,7 +211,7 @@ def _epochs(fitter, pictures, select, at_epoch, asked):
     n = fitter.per_epoch
     clock = {"wait": 0.0}
     with progress(desc="training", total=(c.epochs - fitter.epoch) * n, unit="step") as bar:
-        source = timed(_loader(c, pictures, fitter.epoch), clock)
+        source = measure_wait(_loader(c, pictures, fitter.epoch), clock)
         while fitter.epoch < c.epochs:
             if at_epoch:
                 at_epoch(fitter.net, fitter.epoch)
