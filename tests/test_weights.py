@@ -24,7 +24,8 @@ from torch import nn
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
-from histonb.models.weights import check_tensors, find_network, flatten_state, load_weights, read_state, write_tensors
+from histonb.models.weight_files import read_state
+from histonb.models.weights import check_tensors, find_network, flatten_state, load_weights, write_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

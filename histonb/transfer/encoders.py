@@ -17,7 +17,8 @@ from ..core.errors import BadInput, nearest
 from ..core.files import read_json
 from ..datasets.readers import taught
 from ..models import backbones, cerberus
-from ..models.weights import find_network, flatten_state, load_weights, read_state
+from ..models.weight_files import read_state
+from ..models.weights import find_network, flatten_state, load_weights
 
 # %% ../../nbs/12_transfer/03_encoders.ipynb #cell-005
 LAYERS = (1, 2, 3, 4)
