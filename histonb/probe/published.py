@@ -25,7 +25,8 @@ from ..core.errors import BadInput, nearest
 from ..models.backbones import build_backbone
 from ..models.heads import DINOHead, find_head
 from ..models.vit import VIT, set_positions
-from ..models.weights import WEIGHT_SUFFIXES, build_with_weights, find_network, flatten_state, read_state
+from ..models.weight_files import WEIGHT_SUFFIXES, read_state
+from ..models.weights import build_with_weights, find_network, flatten_state
 from ..models.xcit import XCIT, rename_official
 
 # %% ../../nbs/07_probe/01_published.ipynb #cell-008

@@ -22,7 +22,8 @@ from ..core.errors import BadInput
 from ..core.files import append_jsonl, read_json, read_jsonl, write_json
 from ..core.parameters import check_ranges
 from ..core.progress import progress
-from ..models.weights import load_weights, read_state, write_tensors
+from ..models.weight_files import read_state
+from ..models.weights import load_weights, write_tensors
 from histonb.training.checkpoint import (
     checkpoints,
     keep_precision,
