@@ -19,7 +19,7 @@ import pytest
 from histonb.core import claims, digests, files
 from histonb.core.claims import hold, is_held
 from histonb.core.digests import content_key, folder_keys
-from histonb.core.errors import BadInput, Refused, refusal, refusals_told
+from histonb.core.errors import BadInput, Refused, explain_refusal, refusals_explained
 from histonb.core.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
 from histonb.core.parameters import RANGES, RENAMED, build, check_ranges
 from histonb.studies.study import parameter_types
@@ -95,7 +95,7 @@ def elsewhere(path):
 
 def test_another_machine_without_a_sign_of_life_is_succeeded(tmp_path, monkeypatch, capsys):
     """As after a node has died: the requeued job goes on by itself."""
-    monkeypatch.setattr(claims, "LEASE", 1.0)
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 1.0)
     elsewhere(tmp_path)
     with hold(tmp_path):
         pass
@@ -103,7 +103,7 @@ def test_another_machine_without_a_sign_of_life_is_succeeded(tmp_path, monkeypat
 
 
 def test_another_machine_with_signs_of_life_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "LEASE", 3.0)
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 3.0)
     elsewhere(tmp_path)
     touch = subprocess.Popen(
         [
@@ -123,7 +123,7 @@ def test_another_machine_with_signs_of_life_is_not(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"filelock/2\npid=", b"\xff\x00garbage", b"x" * 3000])
 def test_a_claim_that_cannot_be_read_is_succeeded(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(claims, "LEASE", 1.0)
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 1.0)
     (tmp_path / ".lock").write_bytes(content)
     with hold(tmp_path):
         assert is_held(tmp_path / ".lock")
@@ -170,16 +170,16 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG]
 )
 def test_refusals_are_one_sentence_and_still_errors_of_the_system(number):
-    with pytest.raises(BadInput) as caught, refusals_told("runs/x"):
+    with pytest.raises(BadInput) as caught, refusals_explained("runs/x"):
         raise OSError(number, os.strerror(number))
     assert isinstance(caught.value, OSError) and caught.value.errno == number and caught.value.path == "runs/x"
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again), again.errno) == (Refused, str(caught.value), number)
-    assert refusal(caught.value) is caught.value
+    assert explain_refusal(caught.value) is caught.value
 
 
 def test_other_errors_pass():
-    with pytest.raises(BlockingIOError), refusals_told("x"):
+    with pytest.raises(BlockingIOError), refusals_explained("x"):
         raise BlockingIOError(errno.EAGAIN, "busy")
 
 
@@ -258,7 +258,7 @@ def test_content_decides_and_not_the_date(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = tmp_path / "train.csv"
     large = tmp_path / "slide.tiff"
-    for path, size in ((small, 100), (large, digests.SMALL + 1)):
+    for path, size in ((small, 100), (large, digests.ALWAYS_READ_BYTES + 1)):
         path.write_bytes(b"1" * size)
         key = content_key(path)
         os.utime(path, (1, 1))
@@ -273,7 +273,7 @@ def test_content_decides_and_not_the_date(tmp_path, monkeypatch):
 
 def test_a_large_file_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "slide.tiff").write_bytes(bytes(digests.SMALL + 1))
+    (tmp_path / "slide.tiff").write_bytes(bytes(digests.ALWAYS_READ_BYTES + 1))
     read = []
     hashed = digests.hashlib.file_digest
     monkeypatch.setattr(digests.hashlib, "file_digest", lambda f, name: read.append(f.name) or hashed(f, name))

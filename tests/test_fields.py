@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 
 import histonb.datasets.regions as fields
 from histonb.core.errors import BadInput
-from histonb.core.tasks import REGIONS, TASKS, TISSUES
+from histonb.core.tasks import INSTANCE_CLASSES, TASKS, TISSUE_CLASSES
 from histonb.datasets.annotations import (
     NCT,
     crag,
@@ -76,7 +76,7 @@ def cut(path, share=0.5):
 
 def test_every_truth_with_classes_names_them():
     assert {task.kind for task in TASKS.values()} == {"instances", "types", "patch"}
-    assert all(task.classes == REGIONS for task in TASKS.values() if task.kind == "instances")
+    assert all(task.classes == INSTANCE_CLASSES for task in TASKS.values() if task.kind == "instances")
     assert TASKS["nucleus-type"].classes[1:] == (
         "neutrophil",
         "epithelial",
@@ -85,8 +85,8 @@ def test_every_truth_with_classes_names_them():
         "eosinophil",
         "connective",
     )
-    assert sorted(NCT.values()) == list(range(9)) and len(TISSUES) == 9
-    assert {folder: TISSUES[i] for folder, i in NCT.items()}["TUM"] == "abnormal epithelium"
+    assert sorted(NCT.values()) == list(range(9)) and len(TISSUE_CLASSES) == 9
+    assert {folder: TISSUE_CLASSES[i] for folder, i in NCT.items()}["TUM"] == "abnormal epithelium"
 
 
 def test_readers_are_found_by_name_and_wrong_names_get_the_right_one():

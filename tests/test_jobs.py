@@ -19,7 +19,7 @@ from histonb.core.parameters import RENAMED
 from histonb.pretrain.config import PretrainConfig
 from histonb.studies import states as states_module
 from histonb.studies.execution import StageFailed, run_study, status
-from histonb.studies.pages import duration_text, write_index, write_report
+from histonb.studies.pages import format_duration, write_index, write_report
 from histonb.studies.states import is_running
 from histonb.studies.study import RENAMED_REPORTS, load_study, parameter_types
 
@@ -596,7 +596,7 @@ def test_cells_that_are_none_are_no_notebook(root, cell):
     ],
 )
 def test_lengths_of_time(seconds, text):
-    assert duration_text(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -257,9 +257,9 @@ def test_what_is_declared_is_imported():
 
 
 def test_readme_is_the_index_notebook():
-    from histonb.studies.readme import render
+    from histonb.studies.readme import render_readme
 
-    assert (ROOT / "README.md").read_text() == render(ROOT / "nbs/index.ipynb"), "run `make readme`"
+    assert (ROOT / "README.md").read_text() == render_readme(ROOT / "nbs/index.ipynb"), "run `make readme`"
 
 
 def test_readme_names_the_test_command():

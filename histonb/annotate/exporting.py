@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import shapely
 
 from ..core.files import atomic_path, write_json
-from ..core.tasks import TISSUES
+from ..core.tasks import TISSUE_CLASSES
 from ..models.cerberus import PATCH
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-005
@@ -192,7 +192,7 @@ SCHEMA = pa.schema(
 def write_tissue(
     folder,  # gets tissue.png, tissue_colour.png and tissue.json
     ids: np.ndarray,  # (rows, columns) uint8, class of each square
-    classes=TISSUES,  # names of the classes
+    classes=TISSUE_CLASSES,  # names of the classes
     scale: float = 1.0,  # pixels of level 0 for each pixel of the scores
     mpp: float = 0.5,  # um per pixel of the scores
     zoom: int = 8,  # pixels of a side of a square in the coloured map

@@ -457,7 +457,7 @@ NCT = {
     "DEB": 6,
     "MUC": 7,
     "ADI": 8,
-}  # class folder -> its place in `TISSUES`
+}  # class folder -> its place in `TISSUE_CLASSES`
 
 
 def _read_patch(row):

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core.claims import hold, sweep
+from ..core.claims import hold, remove_partial_files
 from ..core.digests import content_key, digest, folder_keys
 from ..core.errors import BadInput
 from ..core.files import append_jsonl, as_json, read_json, read_record, repo_root, write_json
@@ -42,7 +42,7 @@ def input_digest(
     return digest(folder_keys(path))
 
 
-_TOLD = (".jsonl", ".ipynb", ".html", ".png", ".out", ".log")  # what tells of a run, and is no result of it
+_LOG_SUFFIXES = (".jsonl", ".ipynb", ".html", ".png", ".out", ".log")  # what tells of a run, and is no result of it
 _RECORDS = ("metrics.json", "provenance.json", "stage.json", "job.json", "stop", "stopped")
 
 
@@ -57,7 +57,7 @@ def _is_result(name):
     path = Path(name)
     if path.parts[0] == "ranks":
         return False  # how the processes of a stage agree, until after its end
-    return not path.name.startswith(".") and path.suffix not in _TOLD and path.name not in _RECORDS
+    return not path.name.startswith(".") and path.suffix not in _LOG_SUFFIXES and path.name not in _RECORDS
 
 
 def outputs_digest(
@@ -223,7 +223,7 @@ def start(
         held = contextlib.ExitStack()
         held.enter_context(hold(out, out / ".run.lock"))
         _HELD[out.resolve()] = held
-        sweep(out)
+        remove_partial_files(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)
     return Run(out, dict(parameters), records)
