@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.digests import digest
-from ..core.errors import BadInput, nearest, plain
+from ..core.errors import BadInput, nearest, one_line
 from ..core.files import read_json, write_json
 from .frontends import with_frontend
 from .vit import VIT, vit
@@ -27,10 +27,10 @@ def strip_tag(
     name: str,  # of `timm`, with or without a tag: vit_small_patch16_224.dino
 ) -> str:  # without it
     "The architecture alone. A tag names published weights; an unknown one is a `BadInput`."
-    plain, dot, _ = name.partition(".")
-    if dot and timm.is_model(plain) and not timm.is_model_pretrained(name):
-        raise BadInput(name, "no such weights of timm", nearest(name, timm.list_pretrained(f"{plain}.*") or [plain]))
-    return plain
+    base, dot, _ = name.partition(".")
+    if dot and timm.is_model(base) and not timm.is_model_pretrained(name):
+        raise BadInput(name, "no such weights of timm", nearest(name, timm.list_pretrained(f"{base}.*") or [base]))
+    return base
 
 
 def build_backbone(
@@ -186,21 +186,21 @@ def _fault(info):
         return type(value) in (int, float) and low <= value <= high  # which NaN is not
 
     name = info.get("name")
-    if not isinstance(name, str) or name != plain(name):
+    if not isinstance(name, str) or name != one_line(name):
         return "lacks the `name` of its network"
     channels = info.get("in_chans", 3)
     if type(channels) is not int or not 0 < channels <= 1000:
-        return f"`in_chans` is {plain(repr(channels), 40)}"
+        return f"`in_chans` is {one_line(repr(channels), 40)}"
     for key, low in (("mean", -1e3), ("std", 1e-6)):
         values = info.get(key)
         if not isinstance(values, list) or len(values) != channels or not all(number(v, low, 1e3) for v in values):
             return f"lacks `{key}`, a number for each of {channels} channels"
     for key, value in info.get("arguments", {}).items():
         if name not in VIT or key not in _HIGHEST:
-            return f"`{plain(key, 40)}` is not known here"
+            return f"`{one_line(key, 40)}` is not known here"
         usual = value is None or type(value) is bool or number(value, 0, _HIGHEST[key])
         if not usual:
-            return f"`{key}` is {plain(repr(value), 40)}"
+            return f"`{key}` is {one_line(repr(value), 40)}"
     return ""
 
 

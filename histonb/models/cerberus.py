@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.digests import digest
-from ..core.errors import BadInput, nearest, plain
+from ..core.errors import BadInput, nearest, one_line
 from ..core.files import read_json, write_json
 from ..core.parameters import build
 from ..core.tasks import TASKS, Task, find_tasks
@@ -300,7 +300,7 @@ def _read_about(path):
     if not isinstance(info["tasks"], list) or not all(is_task(task) for task in info["tasks"]):
         wrong.append("tasks")
     if wrong:
-        raise BadInput(path, f"`{wrong[0]}` is {plain(repr(info[wrong[0]]), 60)}", "Copy it again from the run.")
+        raise BadInput(path, f"`{wrong[0]}` is {one_line(repr(info[wrong[0]]), 60)}", "Copy it again from the run.")
     return info
 
 # %% ../../nbs/04_models/18_cerberus.ipynb #cell-025a-2

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..core.errors import BadInput, plain
+from ..core.errors import BadInput, one_line
 from ..core.files import read_json
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-005
@@ -161,7 +161,7 @@ def _refusal(error, protocol):
     "Why PyTorch's reader refuses a pickle, and what to do."
     refused = re.search(r"GLOBAL (\S+) (was|whose)", str(error))
     if refused:
-        return f"holds more than tensors: `{plain(refused[1])}`, whose code would have to run", _ALONE
+        return f"holds more than tensors: `{one_line(refused[1])}`, whose code would have to run", _ALONE
     if "persistent_load" in str(error):
         return "holds more than tensors: the class of a network", _ALONE
     if protocol > 2:
@@ -198,7 +198,7 @@ def _read_zip(path):
             raise BadInput(path, "would unpack to more than twenty times its size", _AGAIN)
         for record in records:
             if record.external_attr & 0x10 or record.is_dir():  # torch would leave the memory of a folder as it was
-                raise BadInput(path, f"not a whole torch file (`{plain(record.filename)}` is a folder)", _AGAIN)
+                raise BadInput(path, f"not a whole torch file (`{one_line(record.filename)}` is a folder)", _AGAIN)
             if not record.CRC:
                 del record.CRC  # written without checksums, and then not compared
             with archive.open(record) as f:
@@ -225,14 +225,14 @@ def _read_shards(index):
     held = {}
     for name in sorted({str(shard) for shard in places.values()}):
         shard = index.parent / name
-        if shard.name != name or name != plain(name, 255) or name.endswith(".json"):
-            raise BadInput(index, f"names `{plain(name)}`, which is no file beside it", "Put the shards beside it.")
+        if shard.name != name or name != one_line(name, 255) or name.endswith(".json"):
+            raise BadInput(index, f"names `{one_line(name)}`, which is no file beside it", "Put the shards beside it.")
         if not shard.is_file():
             raise BadInput(shard, "there is no such file", f"Copy all that {index.name} names.")
         held |= read_state(shard)
     absent = [name for name in places if name not in held]
     if absent:
-        raise BadInput(index, f"names tensors that no file holds, such as `{plain(absent[0])}`", _AGAIN)
+        raise BadInput(index, f"names tensors that no file holds, such as `{one_line(absent[0])}`", _AGAIN)
     return held
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-010b-2
@@ -280,11 +280,13 @@ def read_state(
     except BadInput:
         raise
     except OSError as e:
-        raise BadInput(path, f"cannot be read ({plain(e.strerror or e)})", "Check the file and its permissions.") from e
+        raise BadInput(
+            path, f"cannot be read ({one_line(e.strerror or e)})", "Check the file and its permissions."
+        ) from e
     except Exception as e:  # a damaged file can break its parser anywhere
-        raise BadInput(path, f"not a whole {kind} file ({plain(e) or type(e).__name__})", _AGAIN) from e
+        raise BadInput(path, f"not a whole {kind} file ({one_line(e) or type(e).__name__})", _AGAIN) from e
     if isinstance(held, Placeholder):
-        raise BadInput(path, f"an object of `{plain(held.name)}`, which only its own code can rebuild", _ALONE)
+        raise BadInput(path, f"an object of `{one_line(held.name)}`, which only its own code can rebuild", _ALONE)
     if not isinstance(held, dict):
         raise BadInput(path, f"a {type(held).__name__}, not tensors by name", _ALONE)
     return held

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core.errors import BadInput, plain, refusals_told
+from ..core.errors import BadInput, one_line, refusals_explained
 from ..core.files import atomic_path
 
 # %% ../../nbs/04_models/05_weights.ipynb #cell-016
@@ -76,7 +76,7 @@ def find_network(
     for other in likely[1:]:
         alike = (_rank(other), found[other]) == (_rank(likely[0]), found[likely[0]]) and 2 * most > len(own)
         if alike and any(t is not network.get(name) for name, t in under(other).items() if name in own):
-            both = f"`{plain(likely[0], 40)}` and `{plain(other, 40)}`"
+            both = f"`{one_line(likely[0], 40)}` and `{one_line(other, 40)}`"
             raise BadInput(source, f"holds several networks of this kind, under {both}", "Save one by itself.")
     return {name: t for name, t in network.items() if name in own or not _OTHER_PARTS.fullmatch(name)}, likely[0]
 
@@ -89,9 +89,11 @@ def check_tensors(
     for name, t in state.items():
         fault = _fault(t)
         if fault:
-            raise BadInput(source, f"`{plain(name, 60)}` {fault}", "Ask its makers for plain tensors.")
+            raise BadInput(source, f"`{one_line(name, 60)}` {fault}", "Ask its makers for plain tensors.")
         if not torch.isfinite(t.float()).all():  # as it is computed with
-            raise BadInput(source, f"`{plain(name, 60)}` holds NaN or infinite numbers", "Take an earlier checkpoint.")
+            raise BadInput(
+                source, f"`{one_line(name, 60)}` holds NaN or infinite numbers", "Take an earlier checkpoint."
+            )
 
 
 def _fault(t):
@@ -105,14 +107,14 @@ def _fault(t):
     if t.is_complex():
         return "is complex"
     if type(t) not in (torch.Tensor, nn.Parameter):
-        return f"is a {plain(type(t).__name__)}, not a plain tensor"
+        return f"is a {one_line(type(t).__name__)}, not a plain tensor"
     repeated = t.numel() * t.element_size() > t.untyped_storage().nbytes()
     if repeated and t.numel() > 2**20:
         return "claims more numbers than the file holds"
 
 
 def _listed(names):
-    return "; ".join(plain(name, 80) for name in names[:2]) + ("; ..." if len(names) > 2 else "")
+    return "; ".join(one_line(name, 80) for name in names[:2]) + ("; ..." if len(names) > 2 else "")
 
 # %% ../../nbs/04_models/05_weights.ipynb #cell-019-2
 def match_tensors(
@@ -179,7 +181,7 @@ def write_tensors(
 ):
     "Write tensors, atomically. What the file system refuses is `BadInput`."
     whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    with refusals_told(path), atomic_path(path) as p:
+    with refusals_explained(path), atomic_path(path) as p:
         try:
             save_file(whole, p, {"format": "pt"})
         except SafetensorError as e:  # it has an error of its own for a full disk

@@ -19,7 +19,7 @@ import torch
 
 import histonb
 from ..core.digests import digest
-from ..core.errors import BadInput, foreign_errors, refusals_told
+from ..core.errors import BadInput, foreign_errors, refusals_explained
 from ..core.files import read_json, read_jsonl, read_parquet, read_record, write_json
 from ..models import backbones
 from ..models.weights import write_tensors
@@ -273,7 +273,7 @@ def export(
         )
     settings = timm_config(model, info, config["global_size"])
     partial = out.with_name(f".{out.name[:40]}-{secrets.token_hex(4)}")
-    with refusals_told(out):
+    with refusals_explained(out):
         try:
             partial.mkdir(parents=True)
             write_tensors(model.state_dict(), partial / "model.safetensors")

@@ -20,7 +20,7 @@ import torch
 
 from ..core.claims import hold
 from ..core.digests import digest
-from ..core.errors import BadInput, refusal
+from ..core.errors import BadInput, explain_refusal
 from ..core.files import as_json, atomic_path, read_jsonl, read_record, write_json
 from ..core.parameters import with_present_names
 
@@ -64,7 +64,7 @@ def write_checkpoint(
         path = home / f"{'best-' if best else ''}{step:07d}-{digest(home / 'new.pt')}.pt"
         os.replace(home / "new.pt", path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        known = refusal(e, home) if isinstance(e, OSError) else None
+        known = explain_refusal(e, home) if isinstance(e, OSError) else None
         raise BadInput(
             home,
             f"the checkpoint of step {step} cannot be written ({known.fault if known else e})",
