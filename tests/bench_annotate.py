@@ -1,7 +1,7 @@
 """Annotating with the network in large tiles against the published scheme: `python tests/bench_annotate.py`.
 
 The same network, with random weights, on the same phantom slide and machine. Published: 448 pixels are read and the middle 144 kept, every task decoded on
-all 448, in batches as its authors run it. Ours: `stitching.Scorer` at its default tile. Windows of each are timed in interleaved rounds, from pixels in memory to
+all 448, in batches as its authors run it. Ours: `TilePredictor` at its default tile. Windows of each are timed in interleaved rounds, from pixels in memory to
 probabilities in memory. Then the difference of both from the whole picture, the peak of memory (each in a process of its own), and what a
 slide's annotation costs beside the network."""
 
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from histonb.annotate.slide import annotate_slide
 from histonb.core.files import read_json
 from histonb.models.cerberus import Cerberus
-from histonb.segment.tiled_inference import TILE, Scorer, as_input, margin_of, tile_scores
+from histonb.segment.tiled_inference import TILE, TilePredictor, inference_margin, score_tile, to_input
 from histonb.synthetic.phantom import draw_field, draw_slide
 from histonb.synthetic.writing import write_slide
 
@@ -37,14 +37,14 @@ def network(arch, width, tasks):
             torch.nn.init.uniform_(m.weight, 0.5, 1.5)
             m.momentum = 1.0
     with torch.no_grad():
-        net(torch.cat([as_input(draw_field(i, size=288).image) for i in range(3)]))
+        net(torch.cat([to_input(draw_field(i, size=288).image) for i in range(3)]))
     return net.eval()
 
 
 @torch.inference_mode()
 def published(net, images):
     "Probabilities of the middle of each picture."
-    scores = net(torch.cat([as_input(i) for i in images]))
+    scores = net(torch.cat([to_input(i) for i in images]))
     return {
         n: (s.softmax(1) if s.shape[-1] < READ else s[..., CUT:-CUT, CUT:-CUT].softmax(1)).numpy()
         for n, s in scores.items()
@@ -81,12 +81,12 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     net = network(args.arch, args.width, args.tasks.split(","))
-    margin = margin_of(net)
+    margin = inference_margin(net)
     tile = args.tile
     picture = np.random.default_rng(0).integers(0, 255, (tile + 2 * margin, tile + 2 * margin, 3), np.uint8)
     small = np.random.default_rng(0).integers(0, 255, (args.batch, READ, READ, 3), np.uint8)
     keep = margin, margin, margin + tile, margin + tile
-    scorer = Scorer(net, precision="fp32")
+    scorer = TilePredictor(net, precision="fp32")
     if args.only:
         if args.only == "published":
             published(net, small)
@@ -96,7 +96,7 @@ def main():
     print(f"{args.arch}, width {args.width}, {args.tasks}, {args.threads} threads, {torch.__version__}")
 
     theirs = counted(published, net, small) / len(small) / KEPT**2
-    ours = counted(lambda: list(tile_scores(net, as_input(picture), keep))) / tile**2
+    ours = counted(lambda: list(score_tile(net, to_input(picture), keep))) / tile**2
     print(
         f"multiply-adds a pixel: {theirs / 1e3:.0f} thousand as published, {ours / 1e3:.0f} thousand in tiles of {tile} with margins of {margin}: {theirs / ours:.2f} times fewer"
     )
@@ -107,8 +107,8 @@ def main():
         "published, channels last": (lambda: published(net, small), len(small) * KEPT**2),
         "ours, fp32": (lambda: dict(scorer(picture, keep)), tile**2),
     }
-    if Scorer(net).precision == "bf16":
-        half = Scorer(net, precision="bf16")
+    if TilePredictor(net).precision == "bf16":
+        half = TilePredictor(net, precision="bf16")
         ways["ours, bf16"] = lambda: dict(half(picture, keep)), tile**2
     seconds = {name: [] for name in ways}
     for i in range(args.rounds + 1):
@@ -126,7 +126,7 @@ def main():
 
     phantom = draw_slide(4, (1500, 1300), cover=(0.6, 0.7)).image
     with torch.inference_mode():
-        whole = {n: s[0].softmax(0).numpy() for n, s in net(as_input(phantom)).items() if s.shape[-1] == 1300}
+        whole = {n: s[0].softmax(0).numpy() for n, s in net(to_input(phantom)).items() if s.shape[-1] == 1300}
     # on the grid of the whole picture, so that only the margin makes a difference
     top = 10 * 16 + 64
     left = 12 * 16 + 64
@@ -147,13 +147,13 @@ def main():
         f"  its windows lie 8 pixels off the grid of 16, all alike; from the whole picture on the grid that differs by up to {max(g.max() for g in gap.values()):.1e}, on average {np.mean([g.mean() for g in gap.values()]):.1e}"
     )
     inner = (576, 432, 1008, 864)
-    t = margin_of(net)
+    t = inference_margin(net)
     outer = [max(inner[0] - t, 0), max(inner[1] - t, 0), min(inner[2] + t, 1500), min(inner[3] + t, 1300)]
     ours = {
         n: s[0].softmax(0).numpy()
-        for n, s in tile_scores(
+        for n, s in score_tile(
             net,
-            as_input(phantom[outer[0] : outer[2], outer[1] : outer[3]]),
+            to_input(phantom[outer[0] : outer[2], outer[1] : outer[3]]),
             (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1]),
         )
         if n in whole

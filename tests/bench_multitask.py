@@ -10,7 +10,7 @@ import torch
 from histonb.core.files import read_jsonl
 from histonb.datasets import readers as sets
 from histonb.segment import samples
-from histonb.segment.training import TrainConfig, Trainer, settle, train
+from histonb.segment.training import MultiTaskTrainer, TrainConfig, resolve_train_config, train
 
 SETS = tuple(
     {"reader": "phantom_fields", "n": 8, "seed": s, "size": 256, "truths": t}
@@ -34,9 +34,9 @@ def everywhere(trainer):
 def main():
     torch.set_num_threads(1)
     found, tasks = sets.read_sets(SETS)
-    config = settle(TrainConfig("run", **SIZE), [5, 5, 5])
-    seen = samples.Samples(found, tasks)
-    keys = [samples.Batches((False,) * 3, "mixed", 12, 192, 0, 8).batch(step) for step in range(8)]
+    config = resolve_train_config(TrainConfig("run", **SIZE), [5, 5, 5])
+    seen = samples.MultiTaskDataset(found, tasks)
+    keys = [samples.TaskBatchSampler((False,) * 3, "mixed", 12, 192, 0, 8).batch(step) for step in range(8)]
     for key in keys[0] + keys[1]:
         seen.field(key[0], 0)
     batches = [samples.collate([seen[k] for k in batch]) for batch in keys[:4]]
@@ -45,7 +45,10 @@ def main():
         samples.collate([seen[k] for k in batch])
     making = (time.process_time() - began) / 48
     seconds = {"where there is truth": [], "everywhere": []}
-    trainers = {"where there is truth": Trainer(config, tasks), "everywhere": everywhere(Trainer(config, tasks))}
+    trainers = {
+        "where there is truth": MultiTaskTrainer(config, tasks),
+        "everywhere": everywhere(MultiTaskTrainer(config, tasks)),
+    }
     for batch in batches:  # in turn, so that both have the same machine
         for name, trainer in trainers.items():
             began = time.process_time()

@@ -10,18 +10,18 @@ import torch
 from histonb.datasets.ebhi import ebhi_seg
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.transfer.classes import fine_tune
-from histonb.transfer.ebhi_dataset import Pictures, example, parts
-from histonb.transfer.encoders import trunk
-from histonb.transfer.masks import NETWORKS, Sizes, segment
+from histonb.transfer.ebhi_dataset import EBHIDataset, rows_by_split, write_example
+from histonb.transfer.encoders import load_freezable_encoder
+from histonb.transfer.masks import NETWORK_NAMES, NetworkConfig, train_mask_network
 from histonb.transfer.supervised import FitConfig
 
 
 def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        part = parts(ebhi_seg(example(folder, n_cases=10)).slides, masks=True)
-        train = Pictures(part["train"], 96, EBHIAugment(), masks=False)
-        val = Pictures(part["val"], 96, masks=False)
+        part = rows_by_split(ebhi_seg(write_example(folder, n_cases=10)).slides, masks=True)
+        train = EBHIDataset(part["train"], 96, EBHIAugment(), masks=False)
+        val = EBHIDataset(part["val"], 96, masks=False)
         began = time.process_time()
         for i in range(len(train)):
             train[0, i]
@@ -30,7 +30,7 @@ def main():
         wait = {}
         for depth in (1, 4):
             _, rows = fine_tune(
-                trunk("", "resnet18", 0.5),
+                load_freezable_encoder("", "resnet18", 0.5),
                 depth,
                 train,
                 val,
@@ -39,10 +39,10 @@ def main():
             speed[depth], wait[depth] = (
                 float(np.median([r[k] for r in rows[1:]])) for k in ("images_per_s", "data_wait")
             )
-        masked = {k: Pictures(part[k], 96, EBHIAugment() if k == "train" else None) for k in ("train", "val")}
-        sizes = Sizes(arch="resnet18", width=0.5, plain_width=16)
+        masked = {k: EBHIDataset(part[k], 96, EBHIAugment() if k == "train" else None) for k in ("train", "val")}
+        sizes = NetworkConfig(arch="resnet18", width=0.5, plain_width=16)
         for name in ("transferred", "unet", "segnet"):
-            _, rows = segment(
+            _, rows = train_mask_network(
                 name,
                 sizes,
                 masked["train"],
@@ -61,7 +61,7 @@ def main():
     )
     for name in ("transferred", "unet", "segnet"):
         print(
-            f"masks, {NETWORKS[name]}: {speed[name] / speed['unet']:.2f}x U-Net's pictures/s ({speed[name]:.0f}), {wait[name]:.1%} of the time waiting for data"
+            f"masks, {NETWORK_NAMES[name]}: {speed[name] / speed['unet']:.2f}x U-Net's pictures/s ({speed[name]:.0f}), {wait[name]:.1%} of the time waiting for data"
         )
 
 

@@ -15,26 +15,26 @@ import shapely
 import torch
 
 from histonb import cli
-from histonb.annotate.editing import EDITS, edits, pair_outlines, read_objects
-from histonb.annotate.exporting import on_slide, write_objects
-from histonb.annotate.slide import Parts, annotate_slide, tiles_with_tissue, tissue_squares
-from histonb.annotate.tile_merging import find_all, find_in_window, inside, outlines_of
+from histonb.annotate.editing import EDITS, count_edits, pair_outlines, read_objects
+from histonb.annotate.exporting import to_slide_coordinates, write_objects
+from histonb.annotate.slide import ProbabilityCache, annotate_slide, tiles_with_tissue, tissue_squares
+from histonb.annotate.tile_merging import instance_outlines, instances_in_window, instances_in_windows, lumens_in_glands
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
 from histonb.core.tasks import TASKS
 from histonb.metrics.objects import figures_of, object_sums, pair_counts
 from histonb.models.cerberus import Cerberus, save_cerberus
-from histonb.segment.instances import majority_types, object_table, separate
+from histonb.segment.instances import extract_instances, majority_types, object_table
 from histonb.segment.targets import instance_target
 from histonb.segment.tiled_inference import (
-    Resampled,
-    Scorer,
-    StainScorer,
-    as_input,
-    boxes,
-    find_scorer,
-    margin_of,
-    predict,
+    ResampledSlide,
+    StainPredictor,
+    TilePredictor,
+    inference_margin,
+    load_predictor,
+    predict_tiled,
+    tile_boxes,
+    to_input,
 )
 from histonb.slides.slides import Slide, open_slide
 from histonb.synthetic.phantom import draw_field, draw_slide
@@ -54,7 +54,7 @@ def network(arch="resnet18", width=0.125, tasks=("gland", "nucleus", "tissue"), 
             torch.nn.init.uniform_(m.weight, 0.5, 1.5)
             m.momentum = 1.0
     with torch.no_grad():
-        net(torch.cat([as_input(draw_field(i, size=288).image) for i in range(3)]))
+        net(torch.cat([to_input(draw_field(i, size=288).image) for i in range(3)]))
     return net.eval()
 
 
@@ -69,7 +69,7 @@ def cut(picture):
 
 def probabilities(net, picture):
     with torch.inference_mode():
-        return {k: v[0].softmax(0).numpy() for k, v in net(as_input(picture)).items()}
+        return {k: v[0].softmax(0).numpy() for k, v in net(to_input(picture)).items()}
 
 
 def soft(scores):
@@ -88,7 +88,7 @@ def test_tiles_say_what_the_whole_picture_says(arch, width, shape, tile, picture
     net = network(arch, width)
     picture = picture[: shape[0], : shape[1]]
     whole = probabilities(net, picture)
-    ours = soft(predict(net, cut(picture), shape, tile))
+    ours = soft(predict_tiled(net, cut(picture), shape, tile))
     for name in whole:
         assert ours[name].shape == whole[name].shape
         assert np.abs(ours[name] - whole[name]).max() < 1e-5, name
@@ -99,7 +99,7 @@ def test_a_margin_below_the_reach_is_wrong_and_this_would_be_seen(picture, one_t
     net = network()
     whole = probabilities(net, picture)["nucleus"]
     assert (
-        np.abs(soft(predict(net, cut(picture), picture.shape[:2], 288, 96, ["nucleus"]))["nucleus"] - whole).max()
+        np.abs(soft(predict_tiled(net, cut(picture), picture.shape[:2], 288, 96, ["nucleus"]))["nucleus"] - whole).max()
         > 1e-3
     )
 
@@ -109,7 +109,7 @@ def test_small_pictures_are_read_as_they_are(shape, picture, one_thread):
     net = network()
     small = picture[400 : 400 + shape[0], 400 : 400 + shape[1]]
     whole = probabilities(net, small)
-    ours = soft(predict(net, cut(small), shape, 144))
+    ours = soft(predict_tiled(net, cut(small), shape, 144))
     for name in whole:
         assert ours[name].shape == whole[name].shape and np.abs(ours[name] - whole[name]).max() < 1e-5
 
@@ -117,7 +117,7 @@ def test_small_pictures_are_read_as_they_are(shape, picture, one_thread):
 def test_a_scorer_says_what_its_network_says_in_steps_of_a_255th(picture, one_thread):
     net = network()
     whole = probabilities(net, picture)
-    found = dict(Scorer(net, ["tissue", "gland"], precision="fp32")(picture, (288, 288, 576, 432)))
+    found = dict(TilePredictor(net, ["tissue", "gland"], precision="fp32")(picture, (288, 288, 576, 432)))
     assert list(found) == ["tissue", "gland"]
     assert np.abs(found["gland"] / 255 - whole["gland"][:, 288:576, 288:432]).max() <= 0.5 / 255 + 1e-5
     assert np.abs(found["tissue"] / 255 - whole["tissue"][:, 2:4, 2:3]).max() <= 0.5 / 255 + 1e-5
@@ -126,10 +126,10 @@ def test_a_scorer_says_what_its_network_says_in_steps_of_a_255th(picture, one_th
 def test_weights_and_tasks_are_found_or_named(tmp_path):
     net = network(tasks=("gland", "gland-type", "nucleus", "nucleus-type", "nucleus-type-consep"))
     save_cerberus(net, tmp_path, mpp=0.4)
-    scorer = find_scorer(str(tmp_path))
-    assert scorer.mpp == 0.4 and find_scorer(tmp_path, mpp=0.5).mpp == 0.5
+    scorer = load_predictor(str(tmp_path))
+    assert scorer.mpp == 0.4 and load_predictor(tmp_path, mpp=0.5).mpp == 0.5
     assert list(scorer.tasks) == ["gland", "gland-type", "nucleus", "nucleus-type"]  # of two types of nuclei the first
-    assert scorer.digest == Scorer(net).digest != Scorer(network(seed=1)).digest
+    assert scorer.digest == TilePredictor(net).digest != TilePredictor(network(seed=1)).digest
     for names, says in (
         (["nuclei"], "Did you mean `nucleus`"),
         (["gland-type"], "Ask for `gland` too"),
@@ -137,30 +137,30 @@ def test_weights_and_tasks_are_found_or_named(tmp_path):
         ([], "none"),
     ):
         with pytest.raises(BadInput, match=says):
-            Scorer(net, names)
+            TilePredictor(net, names)
     with pytest.raises(BadInput, match="no such task"):
-        find_scorer("stain", ["lumen"])
+        load_predictor("stain", ["lumen"])
     with pytest.raises(BadInput, match="no such file"):
-        find_scorer(tmp_path / "absent")
+        load_predictor(tmp_path / "absent")
     with pytest.raises(BadInput, match="precision"):
-        find_scorer(net, precision="fp16")
+        load_predictor(net, precision="fp16")
     with pytest.raises(BadInput, match="multiple of 16"):
-        predict(net, None, (9, 9), margin=152)
+        predict_tiled(net, None, (9, 9), margin=152)
     with pytest.raises(BadInput, match="such as 432"):
-        boxes((9, 9), 448)
+        tile_boxes((9, 9), 448)
 
 
 def test_windows_of_a_resampled_slide_agree(tmp_path):
     image = draw_field(1, size=700).image
     write_slide(tmp_path / "a.tiff", image, mpp=0.48, compression="deflate")
     with open_slide(tmp_path / "a.tiff") as slide:
-        assert np.array_equal(Resampled(slide, 0.48, 64)(30, 100, 500, 333), image[100:433, 30:530])
-        read = Resampled(slide, 0.71, 128)
+        assert np.array_equal(ResampledSlide(slide, 0.48, 64)(30, 100, 500, 333), image[100:433, 30:530])
+        read = ResampledSlide(slide, 0.71, 128)
         whole = read(0, 0, *read.shape[::-1])
         for x, y, w, h in ((0, 0, 1, 1), (127, 100, 200, 300), (400, 1, 73, 472)):
             assert np.array_equal(read(x, y, w, h), whole[y : y + h, x : x + w])
         with pytest.raises(BadInput, match="but the slide has"):
-            Resampled(slide, 0.3)
+            ResampledSlide(slide, 0.3)
 
 
 # Objects
@@ -205,7 +205,9 @@ def scene(seed, side=720):
 def at_once(found, task):
     "What `42_instances` makes of the whole picture."
     probs = {k: v / np.float32(255) for k, v in found.items()}
-    ids = separate(probs[task], task, within=separate(probs["gland"], "gland") if task == "lumen" else None)
+    ids = extract_instances(
+        probs[task], task, within=extract_instances(probs["gland"], "gland") if task == "lumen" else None
+    )
     types = TYPES[task]
     kinds = (
         majority_types(ids, np.where(probs[types][1:].any(0), probs[types][1:].argmax(0) + 1, 0).astype(np.uint8))
@@ -217,8 +219,12 @@ def at_once(found, task):
 
 def in_windows(found, tile, **options):
     shape, read = found["gland"].shape[1:], lambda name, box: found[name][:, box[0] : box[2], box[1] : box[3]]
-    tables = {task: find_all(read, task, shape, tile, types=types, **options) for task, types in TYPES.items()}
-    return tables | {"lumen": inside(tables["lumen"], shapely.STRtree(shapely.from_wkb(tables["gland"]["outline"])))}
+    tables = {
+        task: instances_in_windows(read, task, shape, tile, types=types, **options) for task, types in TYPES.items()
+    }
+    return tables | {
+        "lumen": lumens_in_glands(tables["lumen"], shapely.STRtree(shapely.from_wkb(tables["gland"]["outline"])))
+    }
 
 
 def same(whole, windows, columns=("left", "top", "right", "bottom", "n", "type", "x", "y", "probability")):
@@ -268,11 +274,13 @@ def test_an_object_around_a_tile_of_glass_has_an_owner(turn):
     ids[40:210, 110:142] = ids[180:212, 110:250] = 1
     found = certain(np.ascontiguousarray(np.rot90(ids, turn)), "gland")
     has = np.rot90(np.array([[True, False], [True, True]]), turn)
-    for (t, l, b, r), there in zip(boxes((288, 288), 144), has.ravel(), strict=True):
+    for (t, l, b, r), there in zip(tile_boxes((288, 288), 144), has.ravel(), strict=True):
         if not there:
             found[:, t:b, l:r] = np.uint8([255, 0, 0])[:, None, None]
     read = lambda name, box: found[:, box[0] : box[2], box[1] : box[3]]
-    tables = [find_in_window(read, "gland", at, (288, 288), 144, has, halo=272)[0] for at in np.argwhere(has).tolist()]
+    tables = [
+        instances_in_window(read, "gland", at, (288, 288), 144, has, halo=272)[0] for at in np.argwhere(has).tolist()
+    ]
     assert sum(map(len, tables)) == 1
 
 
@@ -284,7 +292,9 @@ def test_long_objects_hang_together_by_a_neck_on_a_seam(task, turn):
     ids[146:186, 129:214] = ids[100:143, 206:307] = ids[128:160, 194:226] = 1
     found = certain(np.ascontiguousarray(np.rot90(ids, turn)), task)
     whole, windows = (
-        find_all(lambda name, box: found[:, box[0] : box[2], box[1] : box[3]], task, found.shape[1:], tile, halo=64)
+        instances_in_windows(
+            lambda name, box: found[:, box[0] : box[2], box[1] : box[3]], task, found.shape[1:], tile, halo=64
+        )
         for tile in (432, 144)
     )
     assert len(windows) == len(whole) == 1 and windows["n"][0] == whole["n"][0]
@@ -302,7 +312,9 @@ def test_long_objects_of_any_shape_are_those_of_one_window():
     found = np.uint8([255 - np.uint8(inner), inner, 0 * inner])
     for task in ("gland", "lumen", "nucleus"):
         whole, windows = (
-            find_all(lambda name, box: found[:, box[0] : box[2], box[1] : box[3]], task, found.shape[1:], tile)
+            instances_in_windows(
+                lambda name, box: found[:, box[0] : box[2], box[1] : box[3]], task, found.shape[1:], tile
+            )
             for tile in (576, 144)
         )
         same(whole, windows, ("left", "top", "right", "bottom", "n"))
@@ -314,9 +326,9 @@ def test_outlines_enclose_as_many_pixels_as_their_objects_have():
     for task, ids in (("gland", phantom.glands), ("lumen", phantom.lumens), ("nucleus", phantom.nuclei)):
         p = np.moveaxis(cv2.GaussianBlur(np.moveaxis(np.float32(certain(ids, task)), 0, -1), (0, 0), 1.0), -1, 0)
         p = np.clip(p * (1 + 0.5 * rng.standard_normal(p.shape, dtype=np.float32)), 1, None)
-        found = separate(p / p.sum(0), task)
+        found = extract_instances(p / p.sum(0), task)
         pixels = np.bincount(found.ravel())[1:]
-        assert np.abs(shapely.area(outlines_of(found)) / pixels - 1).max() < 0.01, task
+        assert np.abs(shapely.area(instance_outlines(found)) / pixels - 1).max() < 0.01, task
         assert len(pixels) > 3 and (task != "nucleus" or pixels.min() < 40)
 
 
@@ -329,7 +341,7 @@ def test_no_objects_are_a_table_too():
 
 
 def test_parts_refuse_what_is_damaged(tmp_path):
-    parts = Parts(tmp_path, (144, 144), 144, {"gland": TASKS["gland"]})
+    parts = ProbabilityCache(tmp_path, (144, 144), 144, {"gland": TASKS["gland"]})
     p = certain(np.eye(144, dtype=np.int32), "gland")
     parts.write(0, [("gland", p)])
     assert np.array_equal(parts("gland", (3, 5, 100, 99)), p[:, 3:100, 5:99])
@@ -341,11 +353,11 @@ def test_parts_refuse_what_is_damaged(tmp_path):
     for content in (b"", whole[:-30], whole[:100], *flipped):
         parts.path(0).write_bytes(content)
         with pytest.raises(BadInput, match="Delete this file"):
-            Parts(tmp_path, (144, 144), 144, parts.tasks)("gland", (0, 0, 9, 9))
+            ProbabilityCache(tmp_path, (144, 144), 144, parts.tasks)("gland", (0, 0, 9, 9))
     with open(parts.path(0), "wb") as f:
         np.save(f, np.zeros(3))  # an array in place of an archive
     with pytest.raises(BadInput, match="Delete this file"):
-        Parts(tmp_path, (144, 144), 144, parts.tasks)("gland", (0, 0, 9, 9))
+        ProbabilityCache(tmp_path, (144, 144), 144, parts.tasks)("gland", (0, 0, 9, 9))
 
 
 # Slides
@@ -438,7 +450,7 @@ def annotated(slide, tmp_path_factory):
 
 def test_a_slide_gives_the_objects_of_the_whole_picture_in_its_own_pixels(slide, annotated):
     with open_slide(slide[0]) as s:
-        read = Resampled(s, 0.5)
+        read = ResampledSlide(s, 0.5)
         found = dict(Painted()(read(0, 0, *read.shape[::-1]), (0, 0, *read.shape)))
     table = pd.read_parquet(annotated / "objects.parquet")
     assert (
@@ -533,7 +545,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(stop, slide, annotated
 def test_a_run_stopped_among_windows_or_while_writing_goes_on(slide, annotated, tmp_path, monkeypatch):
     from histonb.annotate import slide as module
 
-    real = module.find_in_window
+    real = module.instances_in_window
     calls = []
 
     def stopping(read, task, at, *args, **kwargs):
@@ -542,10 +554,10 @@ def test_a_run_stopped_among_windows_or_while_writing_goes_on(slide, annotated, 
             raise KeyboardInterrupt
         return real(read, task, at, *args, **kwargs)
 
-    monkeypatch.setattr(module, "find_in_window", stopping)
+    monkeypatch.setattr(module, "instances_in_window", stopping)
     with pytest.raises(KeyboardInterrupt):
         annotate_slide(slide[0], Painted(), tmp_path, tile=288)
-    monkeypatch.setattr(module, "on_slide", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "to_slide_coordinates", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         annotate_slide(slide[0], Painted(0), tmp_path, tile=288)  # no tile is scored again
     assert not (tmp_path / "painted/objects.geojson").exists() and not list((tmp_path / "painted").glob(".*"))
@@ -562,7 +574,7 @@ def test_a_folder_belongs_to_one_slide_one_network_and_one_set_of_settings(slide
     for scorer, options, says in (
         (Painted(digest="other"), {"tile": 288}, "weights painted -> other"),
         (Painted(), {"tile": 432}, "tile 288 -> 432"),
-        (StainScorer(), {"tile": 288}, "tasks"),
+        (StainPredictor(), {"tile": 288}, "tasks"),
     ):
         with pytest.raises(BadInput, match=says):
             annotate_slide(slide[0], scorer, out, **options)
@@ -640,22 +652,24 @@ def test_a_processor_computes_in_fp32_unless_asked_and_a_slide_ends_as_it_was_be
 
     monkeypatch.setattr(devices, "best_precision", lambda device: "bf16")
     net = network(tasks=("nucleus",))
-    assert [Scorer(net, device="cpu", precision=p).precision for p in ("auto", "fp32", "bf16")] == [
+    assert [TilePredictor(net, device="cpu", precision=p).precision for p in ("auto", "fp32", "bf16")] == [
         "fp32",
         "fp32",
         "bf16",
     ]
     write_slide(tmp_path / "a.tiff", draw_field(0, size=300).image, mpp=0.5)
     with pytest.raises(KeyboardInterrupt):
-        monkeypatch.setattr(Scorer, "__call__", lambda *_: exec("raise KeyboardInterrupt"))
-        annotate_slide(tmp_path / "a.tiff", Scorer(net, precision="bf16"), tmp_path / "out")
+        monkeypatch.setattr(TilePredictor, "__call__", lambda *_: exec("raise KeyboardInterrupt"))
+        annotate_slide(tmp_path / "a.tiff", TilePredictor(net, precision="bf16"), tmp_path / "out")
     monkeypatch.undo()
     assert (
-        read_json(annotate_slide(tmp_path / "a.tiff", Scorer(net), tmp_path / "out") / "annotation.json")["precision"]
+        read_json(annotate_slide(tmp_path / "a.tiff", TilePredictor(net), tmp_path / "out") / "annotation.json")[
+            "precision"
+        ]
         == "bf16"
     )
     with pytest.raises(BadInput, match="precision bf16 -> fp32"):
-        annotate_slide(tmp_path / "a.tiff", Scorer(net, precision="fp32"), tmp_path / "out")
+        annotate_slide(tmp_path / "a.tiff", TilePredictor(net, precision="fp32"), tmp_path / "out")
 
 
 def test_two_processes_do_not_share_a_folder(slide, tmp_path):
@@ -800,7 +814,7 @@ def test_an_object_table_without_groups_and_unknown_types_is_written(tmp_path):
             "outline": [shapely.to_wkb(shapely.box(0, 0, 9, 9))],
         }
     )
-    assert on_slide(table, "gland", ("none", "benign"))["type"].tolist() == [""]
+    assert to_slide_coordinates(table, "gland", ("none", "benign"))["type"].tolist() == [""]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real slide here: ../shared/data/slides")
@@ -887,7 +901,7 @@ def test_the_command_annotates_and_names_what_it_cannot(tmp_path, histonb):
 def test_the_command_looks_for_slides_before_weights(tmp_path, histonb, monkeypatch):
     from histonb.segment import tiled_inference as stitching
 
-    monkeypatch.setattr(stitching, "find_scorer", lambda *_: 1 / 0)
+    monkeypatch.setattr(stitching, "load_predictor", lambda *_: 1 / 0)
     for slides in (["nosuch.svs"], ["nosuch.svs", "nor_this.svs"]):
         code, _, faults = histonb("annotate", *slides, "--weights", "w.tar", "--out", tmp_path)
         assert code == 2 and "nosuch.svs: there is no such file" in faults and not list(tmp_path.iterdir())
@@ -917,7 +931,7 @@ def test_the_command_is_stopped_in_one_line(tmp_path, histonb, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(StainScorer, "__call__", stop)
+    monkeypatch.setattr(StainPredictor, "__call__", stop)
     code, _, faults = histonb("annotate", tmp_path / "a.tiff", "--weights", "stain", "--out", tmp_path / "out")
     assert code == 130 and "goes on from here" in faults
 
@@ -928,7 +942,7 @@ def test_the_help_teaches():
 
 
 def test_a_margin_is_the_reach_on_the_grid_of_the_stride():
-    assert [margin_of(Cerberus(("gland",), arch, 0.0625)) for arch in ("resnet18", "resnet34")] == [176, 288]
+    assert [inference_margin(Cerberus(("gland",), arch, 0.0625)) for arch in ("resnet18", "resnet34")] == [176, 288]
 
 
 # What is left to correct
@@ -937,22 +951,27 @@ def test_a_margin_is_the_reach_on_the_grid_of_the_stride():
 def test_outlines_give_the_pairs_of_maps():
     phantom = draw_field(5, size=500)
     found = np.roll(phantom.nuclei, (3, 2), (0, 1))
-    by_outline = pair_outlines(outlines_of(phantom.nuclei), outlines_of(found))
+    by_outline = pair_outlines(instance_outlines(phantom.nuclei), instance_outlines(found))
     by_pixel = pair_counts(phantom.nuclei, found)
     a, b = (figures_of(object_sums(p)) for p in (by_outline, by_pixel))
     for figure in ("pq", "dq", "sq", "aji", "object_dice"):
         assert a[figure] == pytest.approx(b[figure], abs=0.02)
-    assert edits(by_outline)["kept"] == pytest.approx(edits(by_pixel)["kept"], rel=0.05)
+    assert count_edits(by_outline)["kept"] == pytest.approx(count_edits(by_pixel)["kept"], rel=0.05)
 
 
 def test_edits_of_a_right_annotation_are_none_and_each_fault_is_one():
     squares = [shapely.box(x, y, x + 10, y + 10) for y in range(0, 200, 20) for x in range(0, 200, 20)]
-    assert edits(pair_outlines(squares, squares)) == {"kept": 100, **dict.fromkeys(EDITS, 0), "sum": 0, "truth": 100}
+    assert count_edits(pair_outlines(squares, squares)) == {
+        "kept": 100,
+        **dict.fromkeys(EDITS, 0),
+        "sum": 0,
+        "truth": 100,
+    }
     halves = [shapely.box(x, 0, x + 4.9, 10) for x in (0, 5.1)]
     thirds = [shapely.box(20, y, 30, y + 3) for y in (0, 3.5, 7)]
     both = [shapely.box(40, 0, 70, 10)]
     found = halves + thirds + both + [shapely.box(81, 1, 84, 4), shapely.box(0, 300, 9, 309)] + squares[6:]
-    assert {k: v for k, v in edits(pair_outlines(squares, found)).items() if k in EDITS} == {
+    assert {k: v for k, v in count_edits(pair_outlines(squares, found)).items() if k in EDITS} == {
         "split": 1,
         "merge": 3,
         "add": 1,
@@ -962,7 +981,7 @@ def test_edits_of_a_right_annotation_are_none_and_each_fault_is_one():
     for seed in range(5):
         rng = np.random.default_rng(seed)
         some = [shapely.box(x, y, x + w, y + h) for x, y, w, h in rng.uniform(3, 20, (60, 4)) * [9, 9, 1, 1]]
-        other = edits(pair_outlines(squares, some))
+        other = count_edits(pair_outlines(squares, some))
         assert (
             min(other.values()) >= 0
             and other["kept"] + other["add"] + other["redraw"] <= 100

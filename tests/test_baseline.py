@@ -7,9 +7,17 @@ import pandas as pd
 import pytest
 
 from histonb.core.errors import BadInput
-from histonb.datasets.regions import at_mpp, folders, glas
+from histonb.datasets.annotations import folders, glas
+from histonb.datasets.regions import at_mpp
 from histonb.metrics.objects import FIGURES, object_figures, pair_counts
-from histonb.segment.baselines import BASELINES, UNTRAINED, set_numbers, stain_glands, stain_nuclei, threshold_glands
+from histonb.segment.baselines import (
+    CLASSICAL,
+    STAIN_RECIPES,
+    is_tuning_case,
+    stain_glands,
+    stain_nuclei,
+    threshold_glands,
+)
 from histonb.synthetic.phantom import draw_field
 
 REAL = Path(__file__).parents[2] / "shared/data"
@@ -23,7 +31,7 @@ def figures(maps, drawn, groups):
     }
 
 
-RECIPES = {f"{who}, {task}": recipe for who, recipes in UNTRAINED.items() for task, recipe in recipes.items()}
+RECIPES = {f"{who}, {task}": recipe for who, recipes in CLASSICAL.items() for task, recipe in recipes.items()}
 
 
 def measure(fields, task, recipe):
@@ -71,7 +79,7 @@ def test_dark_rings_are_glands_with_what_they_enclose_and_a_waist_divides_them()
         and found[400, 400] != found[400, 720]
         and not found[60, 60]
     )
-    assert {*BASELINES.values()} < {*RECIPES.values()}
+    assert {*STAIN_RECIPES.values()} < {*RECIPES.values()}
 
 
 def test_cases_that_set_numbers_are_known():
@@ -85,7 +93,7 @@ def test_cases_that_set_numbers_are_known():
         ],
         columns=["set", "case"],
     )
-    assert set_numbers(scores).tolist() == [True, False, True, False, False]
+    assert is_tuning_case(scores).tolist() == [True, False, True, False, False]
 
 
 @pytest.mark.slow

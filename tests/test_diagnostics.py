@@ -400,7 +400,7 @@ def test_curves_of_damaged_records_say_so(tmp_path, name, text):
         curves(tmp_path, Figure())
     if name == "log.jsonl":
         with pytest.raises(BadInput, match=name):
-            watching.curves(tmp_path, Figure())
+            watching.plot_task_curves(tmp_path, Figure())
 
 
 def test_records_of_a_run_that_are_none(tmp_path):

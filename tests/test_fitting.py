@@ -23,9 +23,9 @@ from histonb.models import backbones, cerberus
 from histonb.training.checkpoint import checkpoints
 from histonb.training.loop import Stopped
 from histonb.training.pair_augmentation import EBHIAugment
-from histonb.transfer.ebhi_dataset import Pictures, batches, example, parts
-from histonb.transfer.encoders import INPUTS, Trunk, trunk
-from histonb.transfer.supervised import FitConfig, answers, fit
+from histonb.transfer.ebhi_dataset import EBHIDataset, epoch_batches, rows_by_split, write_example
+from histonb.transfer.encoders import INPUT_RANGES, FreezableEncoder, load_freezable_encoder
+from histonb.transfer.supervised import FitConfig, fit_network, predict_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = ("seconds", "images_per_s", "data_wait", "memory")
@@ -33,7 +33,7 @@ TIMES = ("seconds", "images_per_s", "data_wait", "memory")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return example(tmp_path_factory.mktemp("ebhi"), n_cases=4, n_pictures=2)
+    return write_example(tmp_path_factory.mktemp("ebhi"), n_cases=4, n_pictures=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def slides(root):
 
 @pytest.fixture(scope="module")
 def train(slides):
-    return Pictures(parts(slides, masks=True)["train"], 32, EBHIAugment())
+    return EBHIDataset(rows_by_split(slides, masks=True)["train"], 32, EBHIAugment())
 
 
 class Net(nn.Module):
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
     def __init__(self, depth=1, source=""):
         super().__init__()
-        self.trunk = trunk(source, "resnet18", 0.125).freeze(depth)
+        self.trunk = load_freezable_encoder(source, "resnet18", 0.125).freeze(depth)
         torch.manual_seed(3)
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(self.trunk.num_features, 6))
 
@@ -81,8 +81,8 @@ def equal(a, b):
 
 
 def test_pictures_are_what_the_files_hold(slides):
-    part = parts(slides, masks=True)["val"]
-    seen = Pictures(part)
+    part = rows_by_split(slides, masks=True)["val"]
+    seen = EBHIDataset(part)
     for i, row in part.iterrows():
         image, mask, cls = seen[i]
         assert np.array_equal(image.movedim(0, -1).numpy(), np.asarray(Image.open(row["image"])))
@@ -98,27 +98,29 @@ def test_smaller_pictures_are_means_over_areas_and_masks_stay_masks(train):
 
 
 def test_augmentation_follows_from_seed_epoch_and_picture(slides):
-    part = parts(slides, masks=True)["train"]
-    one, again, other = (Pictures(part, 32, EBHIAugment(), seed) for seed in (0, 0, 1))
+    part = rows_by_split(slides, masks=True)["train"]
+    one, again, other = (EBHIDataset(part, 32, EBHIAugment(), seed) for seed in (0, 0, 1))
     assert one[2, 5][0].equal(again[2, 5][0]) and one[2, 5][1].equal(again[2, 5][1])
     different = [
         not one[key][0].equal(b) for key in ((2, 0), (2, 5)) for b in (one[key[1]][0], one[3, key[1]][0], other[key][0])
     ]
     assert sum(different) >= 5
-    assert Pictures(part, 32)[1, 0][0].equal(Pictures(part, 32)[0][0])  # without augmentation an epoch changes nothing
+    assert EBHIDataset(part, 32)[1, 0][0].equal(
+        EBHIDataset(part, 32)[0][0]
+    )  # without augmentation an epoch changes nothing
 
 
 def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own(train):
     n = len(train)
-    shown = [[i for b in batches(train, 2, epoch) for _, i in b] for epoch in range(3)]
+    shown = [[i for b in epoch_batches(train, 2, epoch) for _, i in b] for epoch in range(3)]
     assert all(len(s) == n // 2 * 2 == len(set(s)) for s in shown) and shown[0] != shown[1] != shown[2]
-    assert {epoch for b in batches(train, 4, 7) for epoch, _ in b} == {7}
-    assert [len(b) for b in batches(train, n + 5, 0)] == [n]
+    assert {epoch for b in epoch_batches(train, 4, 7) for epoch, _ in b} == {7}
+    assert [len(b) for b in epoch_batches(train, n + 5, 0)] == [n]
 
 
 @pytest.mark.parametrize("change", ["no mask", "size of mask", "lost picture"])
 def test_pictures_that_cannot_be_used(slides, tmp_path, change):
-    part = parts(slides)["train"].head(3).copy()
+    part = rows_by_split(slides)["train"].head(3).copy()
     if change == "no mask":
         part.loc[1, "label"] = ""
     if change == "size of mask":
@@ -130,23 +132,23 @@ def test_pictures_that_cannot_be_used(slides, tmp_path, change):
         change
     ]
     with pytest.raises(BadInput, match=message):
-        Pictures(part)
+        EBHIDataset(part)
     if change == "no mask":
-        assert Pictures(part, masks=False)[1][1].sum() == 0
+        assert EBHIDataset(part, masks=False)[1][1].sum() == 0
 
 
 def test_parts_that_cannot_be_learnt(slides):
     with pytest.raises(BadInput, match="test: no picture"):
-        parts(slides[slides["split"] != "test"])
+        rows_by_split(slides[slides["split"] != "test"])
     one = slides[(slides["class"] != "Polyp") | (slides["case"] == slides["case"][slides["class"] == "Polyp"].iloc[0])]
     with pytest.raises(BadInput, match="Polyp: it has one case, and that is not in training"):
-        parts(one.assign(split=one["split"].where(one["class"] != "Polyp", "val")))
+        rows_by_split(one.assign(split=one["split"].where(one["class"] != "Polyp", "val")))
     with pytest.raises(BadInput, match="none of its 4 cases is in training"):
-        parts(slides.assign(split=slides["split"].where(slides["class"] != "Polyp", "val")))
+        rows_by_split(slides.assign(split=slides["split"].where(slides["class"] != "Polyp", "val")))
     with pytest.raises(BadInput, match="there is no picture"):
-        Pictures(slides[:0])
+        EBHIDataset(slides[:0])
     with pytest.raises(BadInput, match="Batch norm"):
-        batches(Pictures(slides[:1], masks=False), 8, 0)
+        epoch_batches(EBHIDataset(slides[:1], masks=False), 8, 0)
 
 
 # --- encoders
@@ -167,9 +169,9 @@ def moved(net, images):
 @pytest.mark.parametrize("depth", [1, 3, 4])
 def test_layers_before_the_depth_get_neither_gradient_nor_statistics(arch, depth):
     torch.manual_seed(0)
-    net = Trunk(cerberus.resnet_encoder(arch, 0.125) if arch == "resnet18" else backbones.build_backbone(arch)).freeze(
-        depth
-    )
+    net = FreezableEncoder(
+        cerberus.resnet_encoder(arch, 0.125) if arch == "resnet18" else backbones.build_backbone(arch)
+    ).freeze(depth)
     assert moved(net, torch.rand(4, 3, 32, 32)) == set(range(depth, 5))
 
 
@@ -192,13 +194,13 @@ def test_encoders_of_all_sources_see_what_their_networks_see(tmp_path):
     cerberus.save_cerberus(net, tmp_path / "c")
     want = cerberus.feature_maps(net.encoder, images)
     for path in (tmp_path / "c", tmp_path / "c" / "cerberus.safetensors"):
-        got = trunk(path).eval()
+        got = load_freezable_encoder(path).eval()
         assert all(a.equal(b) for a, b in zip(got.pyramid(images), want, strict=True)) and got.features(images).equal(
             want[-1].mean((2, 3))
         )
     net = backbones.build_backbone("resnet18").eval()
     backbones.save_backbone(net, tmp_path / "d", "resnet18", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    got = trunk(tmp_path / "d").eval()
+    got = load_freezable_encoder(tmp_path / "d").eval()
     got.net.conv1.stride = net.conv1.stride  # stepping again, it is timm's network
     assert torch.allclose(got(images), net((images - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / 0.2), atol=1e-4)
     assert got.layer_of("layer2.0") == 2 and len(got.widths) == 5
@@ -233,7 +235,7 @@ def test_weights_of_another_encoder_are_refused(tmp_path, fault):
         "lost": "no such file",
     }[fault]
     with pytest.raises(BadInput, match=message):
-        trunk(path, arch, width)
+        load_freezable_encoder(path, arch, width)
 
 
 @pytest.mark.parametrize(
@@ -260,13 +262,13 @@ def test_a_resnet_tells_which_pictures_it_has_seen_or_is_asked(tmp_path, name, w
     )
 
     def features(**said):
-        got = trunk(tmp_path / name, "resnet18", **said).eval()
+        got = load_freezable_encoder(tmp_path / name, "resnet18", **said).eval()
         got.net.conv1.stride = net.conv1.stride
         return got(torch.full((1, 3, 64, 64), 0.7))
 
     unit, standardised = (
         net((torch.full((1, 3, 64, 64), 0.7) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
-        for mean, std in (INPUTS["0..1"], INPUTS["imagenet"])
+        for mean, std in (INPUT_RANGES["0..1"], INPUT_RANGES["imagenet"])
     )
     assert torch.allclose(features(inputs="0..1"), unit, atol=1e-4) and not torch.allclose(
         unit, standardised, atol=1e-2
@@ -285,16 +287,16 @@ def test_inputs_are_asked_of_files_of_resnets_only(tmp_path):
     cerberus.save_cerberus(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path)
     for source in ("", tmp_path):
         with pytest.raises(BadInput, match="Leave it empty"):
-            trunk(source, inputs="0..1")
+            load_freezable_encoder(source, inputs="0..1")
     with pytest.raises(BadInput, match="Did you mean `imagenet`"):
-        trunk("w.pth", inputs="image-net")
+        load_freezable_encoder("w.pth", inputs="image-net")
 
 
 def test_a_transformer_has_no_maps(tmp_path):
     backbones.save_backbone(
         backbones.build_backbone("xcit_nano_12_p16_224"), tmp_path, "xcit_nano_12_p16_224", (0.5,) * 3, (0.2,) * 3
     )
-    net = trunk(tmp_path)
+    net = load_freezable_encoder(tmp_path)
     with pytest.raises(BadInput, match="Give weights of Cerberus"):
         net.pyramid(torch.rand(1, 3, 32, 32))
     with pytest.raises(BadInput, match="no maps"):
@@ -308,7 +310,7 @@ def test_a_transformer_has_no_maps(tmp_path):
 
 def test_equal_parameters_give_equal_runs_and_other_seeds_do_not(train, tmp_path):
     nets = [Net() for _ in range(3)]
-    rows = [fit(net, loss, train, config(tmp_path / str(i), seed=i == 2)) for i, net in enumerate(nets)]
+    rows = [fit_network(net, loss, train, config(tmp_path / str(i), seed=i == 2)) for i, net in enumerate(nets)]
     assert bare(rows[0]) == bare(rows[1]) and equal(nets[0], nets[1])
     assert not equal(nets[0], nets[2])
 
@@ -316,17 +318,19 @@ def test_equal_parameters_give_equal_runs_and_other_seeds_do_not(train, tmp_path
 def test_processes_that_augment_change_nothing(train, tmp_path):
     nets = [Net(), Net()]
     for net, workers in zip(nets, (0, 2), strict=True):
-        fit(net, loss, train, config(tmp_path / str(workers), workers=workers, epochs=2))
+        fit_network(net, loss, train, config(tmp_path / str(workers), workers=workers, epochs=2))
     assert equal(*nets)
 
 
 @pytest.mark.parametrize("how", ["file", "signal"])
 def test_a_run_that_is_stopped_goes_on_exactly(train, tmp_path, how):
     def right(net):
-        return {"accuracy": float((torch.cat(list(answers(net, train))).argmax(1).numpy() == train.classes).mean())}
+        return {
+            "accuracy": float((torch.cat(list(predict_batches(net, train))).argmax(1).numpy() == train.classes).mean())
+        }
 
     whole = Net()
-    rows = fit(whole, loss, train, config(tmp_path / "whole"), right)
+    rows = fit_network(whole, loss, train, config(tmp_path / "whole"), right)
     asked = []
 
     def stop(net, epoch):
@@ -340,10 +344,10 @@ def test_a_run_that_is_stopped_goes_on_exactly(train, tmp_path, how):
 
     for _ in range(2):
         with pytest.raises(Stopped):
-            fit(Net(), loss, train, config(tmp_path / "halves"), right, stop)
+            fit_network(Net(), loss, train, config(tmp_path / "halves"), right, stop)
         assert (tmp_path / "halves" / "stopped").exists() and not (tmp_path / "halves" / "weights.safetensors").exists()
     halves = Net()
-    again = fit(halves, loss, train, config(tmp_path / "halves"), right, stop)
+    again = fit_network(halves, loss, train, config(tmp_path / "halves"), right, stop)
     assert (
         asked == [1, 2] and bare(again) == bare(rows) and equal(whole, halves) and not checkpoints(tmp_path / "halves")
     )
@@ -356,13 +360,13 @@ def test_a_crash_between_epochs_loses_no_epoch_twice(train, tmp_path):
             raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(Net(), loss, train, config(tmp_path / "a"), at_epoch=crash)
+        fit_network(Net(), loss, train, config(tmp_path / "a"), at_epoch=crash)
     with open(tmp_path / "a" / "log.jsonl", "a") as f:
         f.write(json.dumps({"step": 10**6, "epoch": 9}) + "\n")  # of an epoch that has no checkpoint
     net = Net()
     want = Net()
-    rows = fit(net, loss, train, config(tmp_path / "a"))
-    assert bare(rows) == bare(fit(want, loss, train, config(tmp_path / "b"))) and equal(net, want)
+    rows = fit_network(net, loss, train, config(tmp_path / "a"))
+    assert bare(rows) == bare(fit_network(want, loss, train, config(tmp_path / "b"))) and equal(net, want)
 
 
 def test_the_best_epoch_is_kept_and_ties_are_told_by_the_next_figure(train, tmp_path):
@@ -374,13 +378,15 @@ def test_the_best_epoch_is_kept_and_ties_are_told_by_the_next_figure(train, tmp_
         return dict(zip(("accuracy", "likelihood"), next(figures), strict=True))
 
     net = Net()
-    rows = fit(net, loss, train, config(tmp_path / "best", epochs=4), select)
+    rows = fit_network(net, loss, train, config(tmp_path / "best", epochs=4), select)
     assert json.loads((tmp_path / "best" / "fit.json").read_text())["epoch"] == 3
     assert all(v.equal(seen[2][k]) for k, v in net.state_dict().items()) and not net.training
     assert [r["val_accuracy"] for r in rows] == [0.5, 0.7, 0.7, 0.6]
     last = Net()
     numbers = iter([(0.5, 0.0), (0.4, 0.0), (0.3, 0.0), (0.2, 0.0)])
-    fit(last, loss, train, config(tmp_path / "last", epochs=4, keep="last"), lambda net: {"accuracy": next(numbers)[0]})
+    fit_network(
+        last, loss, train, config(tmp_path / "last", epochs=4, keep="last"), lambda net: {"accuracy": next(numbers)[0]}
+    )
     assert json.loads((tmp_path / "last" / "fit.json").read_text())["epoch"] == 4 and all(
         v.equal(seen[3][k]) for k, v in last.state_dict().items()
     )
@@ -389,7 +395,7 @@ def test_the_best_epoch_is_kept_and_ties_are_told_by_the_next_figure(train, tmp_
 def test_a_frozen_encoder_is_untouched_by_a_whole_run(train, tmp_path):
     net = Net(depth=3)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    fit(net, loss, train, config(tmp_path, lr=0.01, weight_decay=0.1))
+    fit_network(net, loss, train, config(tmp_path, lr=0.01, weight_decay=0.1))
     changed = {k for k, v in net.state_dict().items() if not v.equal(before[k])}
     held = {k for k in before if k.startswith("trunk.net") and net.trunk.layer_of(k.removeprefix("trunk.net.")) < 3}
     assert not changed & held and any(k.startswith("trunk.net.layer3") for k in changed) and "head.1.weight" in changed
@@ -403,7 +409,7 @@ def test_what_begins_later_begins_in_its_epoch(train, tmp_path):
         net.head[1].bias.requires_grad_(epoch >= 2)
         seen.append((epoch, net.head[1].bias.detach().clone()))
 
-    fit(net, loss, train, config(tmp_path, weight_decay=0.1), at_epoch=late)
+    fit_network(net, loss, train, config(tmp_path, weight_decay=0.1), at_epoch=late)
     assert [e for e, _ in seen] == [0, 1, 2] and seen[0][1].equal(seen[2][1]) and not seen[2][1].equal(net.head[1].bias)
 
 
@@ -412,24 +418,26 @@ def test_what_begins_later_begins_in_its_epoch(train, tmp_path):
     [({"lr": 0.5}, "lr 0.001 -> 0.5"), ({"epochs": 9}, "epochs 3 -> 9"), ({"seed": 4}, "seed 0 -> 4")],
 )
 def test_a_run_of_other_parameters_does_not_go_on(train, tmp_path, changes, message):
-    fit(Net(), loss, train, config(tmp_path))
+    fit_network(Net(), loss, train, config(tmp_path))
     with pytest.raises(BadInput, match=message):
-        fit(Net(), loss, train, config(tmp_path, **changes))
-    assert len(fit(Net(), loss, train, config(tmp_path, **changes), restart=True)) == changes.get("epochs", 3)
+        fit_network(Net(), loss, train, config(tmp_path, **changes))
+    assert len(fit_network(Net(), loss, train, config(tmp_path, **changes), restart=True)) == changes.get("epochs", 3)
 
 
 def test_a_run_of_other_weights_layers_or_pictures_does_not_go_on(train, slides, tmp_path):
-    fit(Net(), loss, train, config(tmp_path))
+    fit_network(Net(), loss, train, config(tmp_path))
     other = Net()
     nn.init.zeros_(other.head[1].bias)
     with pytest.raises(BadInput, match="start"):
-        fit(other, loss, train, config(tmp_path))
+        fit_network(other, loss, train, config(tmp_path))
     with pytest.raises(BadInput, match="learns"):
-        fit(Net(depth=2), loss, train, config(tmp_path))
+        fit_network(Net(depth=2), loss, train, config(tmp_path))
     with pytest.raises(BadInput, match="pictures"):
-        fit(Net(), loss, Pictures(parts(slides, masks=True)["val"], 32, EBHIAugment()), config(tmp_path))
+        fit_network(
+            Net(), loss, EBHIDataset(rows_by_split(slides, masks=True)["val"], 32, EBHIAugment()), config(tmp_path)
+        )
     with pytest.raises(BadInput, match="augment"):
-        fit(Net(), loss, Pictures(parts(slides, masks=True)["train"], 32), config(tmp_path))
+        fit_network(Net(), loss, EBHIDataset(rows_by_split(slides, masks=True)["train"], 32), config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -437,18 +445,18 @@ def test_a_run_of_other_weights_layers_or_pictures_does_not_go_on(train, slides,
 )
 def test_parameters_that_cannot_work(train, tmp_path, changes, message):
     with pytest.raises(BadInput, match=message):
-        fit(Net(), loss, train, config(tmp_path, **changes))
+        fit_network(Net(), loss, train, config(tmp_path, **changes))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(train, tmp_path):
     with pytest.raises(ArithmeticError, match="Lower lr"):
-        fit(Net(), lambda s, m, c: s.sum() / 0.0, train, config(tmp_path))
+        fit_network(Net(), lambda s, m, c: s.sum() / 0.0, train, config(tmp_path))
     assert not (tmp_path / "weights.safetensors").exists()
 
 
 def test_two_on_one_folder(train, tmp_path):
     with hold(tmp_path), pytest.raises(BadInput, match="another process is writing here"):
-        fit(Net(), loss, train, config(tmp_path))
+        fit_network(Net(), loss, train, config(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
@@ -457,15 +465,15 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
             (tmp_path / "stop").touch()
 
     with pytest.raises(Stopped):
-        fit(Net(), loss, train, config(tmp_path), lambda net: {"a": 1.0 - 1e-9}, stop)
+        fit_network(Net(), loss, train, config(tmp_path), lambda net: {"a": 1.0 - 1e-9}, stop)
     step, path, best = checkpoints(tmp_path)[0]
     assert not best
     path.write_bytes(path.read_bytes()[:-10])
     net = Net()
     want = Net()
     with pytest.warns(UserWarning, match="passed over"):
-        fit(net, loss, train, config(tmp_path), lambda net: {"a": 1.0 - 1e-9})
-    fit(want, loss, train, config(tmp_path / "whole"), lambda net: {"a": 1.0 - 1e-9})
+        fit_network(net, loss, train, config(tmp_path), lambda net: {"a": 1.0 - 1e-9})
+    fit_network(want, loss, train, config(tmp_path / "whole"), lambda net: {"a": 1.0 - 1e-9})
     assert equal(net, want)
 
 
@@ -485,9 +493,9 @@ def test_masks_are_learnt_by_the_same_loop_and_answers_come_in_order(train, tmp_
         return F.binary_cross_entropy_with_logits(found["mask"], masks.float())
 
     net = Pixels()
-    rows = fit(net, cross, train, config(tmp_path, epochs=12, lr=0.02))
+    rows = fit_network(net, cross, train, config(tmp_path, epochs=12, lr=0.02))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    found = torch.cat([a["mask"] for a in answers(net, train, 5)])
+    found = torch.cat([a["mask"] for a in predict_batches(net, train, 5)])
     assert found.shape == (len(train), 32, 32) and found.dtype == torch.float32
     alone = net(train[7][0][None].float() / 255)["mask"][0]
     assert torch.allclose(found[7], alone, atol=1e-4)
@@ -496,7 +504,7 @@ def test_masks_are_learnt_by_the_same_loop_and_answers_come_in_order(train, tmp_
 
 
 def test_the_log_tells_speed_and_waiting(train, tmp_path):
-    rows = fit(Net(), loss, train, config(tmp_path))
+    rows = fit_network(Net(), loss, train, config(tmp_path))
     assert rows == read_jsonl(tmp_path / "log.jsonl") and [r["epoch"] for r in rows] == [1, 2, 3]
     assert all(0 <= r["data_wait"] <= 1 and r["images_per_s"] > 0 and r["memory"] > 0 for r in rows)
     assert rows[0]["lr"] > rows[1]["lr"] > rows[2]["lr"] > 0
@@ -504,7 +512,7 @@ def test_the_log_tells_speed_and_waiting(train, tmp_path):
 
 def test_training_in_another_thread_needs_no_signals(train, tmp_path):
     done = []
-    thread = threading.Thread(target=lambda: done.append(fit(Net(), loss, train, config(tmp_path, epochs=1))))
+    thread = threading.Thread(target=lambda: done.append(fit_network(Net(), loss, train, config(tmp_path, epochs=1))))
     thread.start()
     thread.join(60)
     assert len(done[0]) == 1
@@ -521,8 +529,8 @@ def test_the_best_epoch_survives_a_stop(train, tmp_path):
             (tmp_path / "stop").touch()
 
     with pytest.raises(Stopped):
-        fit(Net(), loss, train, config(tmp_path), select, stop)
-    fit(Net(), loss, train, config(tmp_path), select)
+        fit_network(Net(), loss, train, config(tmp_path), select, stop)
+    fit_network(Net(), loss, train, config(tmp_path), select)
     assert json.loads((tmp_path / "fit.json").read_text()) == {
         "epoch": 1,
         "epochs": 3,

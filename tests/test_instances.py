@@ -38,7 +38,7 @@ def pq(truth, found):
 @pytest.mark.parametrize("touching", [False, True])
 def test_objects_come_back(task, radius, touching):
     truth = discs((300, 400), radius, 2 * radius - (2 if touching else -14))
-    found = s.separate(certain(truth, task), task)
+    found = s.extract_instances(certain(truth, task), task)
     assert found.dtype == np.int32 and np.array_equal(np.unique(found), np.arange(found.max() + 1))
     assert found.max() == len(np.unique(truth)) - 1
     assert pq(truth, found) > (0.95 if touching else 0.99)
@@ -47,9 +47,11 @@ def test_objects_come_back(task, radius, touching):
 @pytest.mark.parametrize("task", KINDS)
 def test_numbers_and_place_do_not_matter(task):
     truth = discs((140, 200), {"gland": 26, "lumen": 10, "nucleus": 5}[task], 60)
-    found = s.separate(certain(truth, task), task)
-    assert np.array_equal(found > 0, s.separate(certain(np.where(truth > 0, truth * 13 + 1000, 0), task), task) > 0)
-    turned = s.separate(np.ascontiguousarray(certain(truth, task)[:, :, ::-1]), task)
+    found = s.extract_instances(certain(truth, task), task)
+    assert np.array_equal(
+        found > 0, s.extract_instances(certain(np.where(truth > 0, truth * 13 + 1000, 0), task), task) > 0
+    )
+    turned = s.extract_instances(np.ascontiguousarray(certain(truth, task)[:, :, ::-1]), task)
     assert pq(found, turned[:, ::-1]) > 0.99
 
 
@@ -59,7 +61,7 @@ def test_odd_pictures(task, shape):
     "Smaller than the kernels, nothing there, and nothing but one object."
     for inside in (0.0, 1.0):
         probs = np.stack([np.full(shape, 1 - inside), np.full(shape, inside), np.zeros(shape)])
-        found = s.separate(probs, task)
+        found = s.extract_instances(probs, task)
         assert found.shape == shape and found.max() == int(
             inside > 0 and np.prod(shape) >= {"gland": 1000, "lumen": 150, "nucleus": 8}[task]
         )
@@ -69,7 +71,7 @@ def test_odd_pictures(task, shape):
 def test_one_object_may_fill_the_picture(task):
     probs = np.zeros((3, 50, 60), np.float32)
     probs[1] = 1
-    assert (s.separate(probs, task) == 1).all()
+    assert (s.extract_instances(probs, task) == 1).all()
 
 
 def test_least_sizes_scale_with_the_resolution():
@@ -130,7 +132,7 @@ def test_nuclei_that_meet_at_corners_stay_apart():
         0, 3.0, (3, *truth.shape)
     ).astype(np.float32)
     scores = np.exp(np.stack([cv2.GaussianBlur(channel, (0, 0), 1.0) for channel in scores]))
-    found = s.separate(scores / scores.sum(0), "nucleus")
+    found = s.extract_instances(scores / scores.sum(0), "nucleus")
     assert (found.max(), round(pq(truth, found), 3)) == (169, 0.895)
     corner = np.zeros((3, 20, 20))
     corner[0] = 1
@@ -156,11 +158,11 @@ def test_lumens_outside_of_glands_go():
     glands[:, :70] = 4
     glands[:, 92:108] = 9  # all of the first, a band of the second
     probs = certain(truth, "lumen")
-    assert s.separate(probs, "lumen").max() == 3
-    kept = s.separate(probs, "lumen", within=glands)
+    assert s.extract_instances(probs, "lumen").max() == 3
+    kept = s.extract_instances(probs, "lumen", within=glands)
     assert kept.max() == 2 and (kept[truth == 3] == 0).all()  # the band holds more than half
-    assert s.separate(probs, "lumen", within=glands == 4).max() == 1
-    assert s.separate(probs, "lumen", within=0 * glands).max() == 0
+    assert s.extract_instances(probs, "lumen", within=glands == 4).max() == 1
+    assert s.extract_instances(probs, "lumen", within=0 * glands).max() == 0
 
 
 def test_half_precision_does():
@@ -181,19 +183,19 @@ def test_half_precision_does():
 )
 def test_what_is_no_probability_is_refused(probs, fault):
     with pytest.raises(BadInput, match=fault):
-        s.separate(probs, "gland")
+        s.extract_instances(probs, "gland")
 
 
 def test_wrong_requests_are_refused():
     probs = np.zeros((3, 5, 5))
     with pytest.raises(BadInput, match="Did you mean `nucleus`"):
-        s.separate(probs, "nuclei")
+        s.extract_instances(probs, "nuclei")
     with pytest.raises(BadInput, match="Only lumens"):
-        s.separate(probs, "gland", within=np.zeros((5, 5)))
+        s.extract_instances(probs, "gland", within=np.zeros((5, 5)))
     with pytest.raises(BadInput, match="glands of the same picture"):
-        s.separate(probs, "lumen", within=np.zeros((5, 6)))
+        s.extract_instances(probs, "lumen", within=np.zeros((5, 6)))
     with pytest.raises(BadInput, match="um/px"):
-        s.separate(probs, "gland", mpp=0)
+        s.extract_instances(probs, "gland", mpp=0)
 
 
 def test_types_are_those_of_most_pixels():

@@ -29,10 +29,10 @@ from histonb.models.cerberus import Cerberus
 from histonb.segment import losses, samples, targets, training
 from histonb.segment import validation as watching
 from histonb.segment.scoring import score_run
-from histonb.segment.tiled_inference import find_scorer
-from histonb.segment.training import TrainConfig, Trainer, _loader, settle, train
+from histonb.segment.tiled_inference import load_predictor
+from histonb.segment.training import MultiTaskTrainer, TrainConfig, _loader, resolve_train_config, train
 from histonb.training.checkpoint import checkpoints
-from histonb.transfer.encoders import trunk
+from histonb.transfer.encoders import load_freezable_encoder
 
 REAL = Path(__file__).parents[2] / "shared/data"
 needs_real = pytest.mark.skipif(not (REAL / "GlaS").exists(), reason="no ../shared/data/GlaS")
@@ -176,9 +176,9 @@ def test_published_weights_under_any_name_and_wrapper(tmp_path, ending):
         "bin": {"net": plain, "best": np.float64(0.5)},
     }.get(ending, plain)
     save_file(plain, path) if ending == "safetensors" else torch.save(held, path)
-    for found in (cerberus.load_cerberus(path)[0], find_scorer(path).net):
+    for found in (cerberus.load_cerberus(path)[0], load_predictor(path).net):
         assert all(a.equal(b) for a, b in zip(net.state_dict().values(), found.state_dict().values(), strict=True))
-    assert trunk(path).net.conv1.weight.equal(net.encoder.conv1.weight)
+    assert load_freezable_encoder(path).net.conv1.weight.equal(net.encoder.conv1.weight)
 
 
 def test_weights_that_are_not_finite(tmp_path):
@@ -186,7 +186,7 @@ def test_weights_that_are_not_finite(tmp_path):
     with torch.no_grad():
         net.decoders["gland"].head[3].bias[1] = torch.nan
     cerberus.save_cerberus(net, tmp_path)
-    for load in (cerberus.load_cerberus, find_scorer, trunk):
+    for load in (cerberus.load_cerberus, load_predictor, load_freezable_encoder):
         with pytest.raises(BadInput, match="`decoders.gland.head.3.bias` holds NaN"):
             load(tmp_path)
 
@@ -336,7 +336,7 @@ def test_samples_are_the_same_in_any_process():
     found, tasks = sets.read_sets([PHANTOMS])
 
     def batches(workers):
-        c = settle(TrainConfig("run", **TINY | {"workers": workers, "steps": 3}), [5])
+        c = resolve_train_config(TrainConfig("run", **TINY | {"workers": workers, "steps": 3}), [5])
         return list(training._loader(c, found, tasks, 0))
 
     for (a, s), (b, t) in zip(batches(0), batches(2), strict=True):
@@ -347,8 +347,8 @@ def test_samples_are_the_same_in_any_process():
 
 def test_a_set_is_seen_whole_before_anything_comes_again():
     found, tasks = sets.read_sets([PHANTOMS])
-    seen = samples.Samples(found, tasks)
-    seen.field = lambda number, row: rows.append(row) or samples.Samples.field(seen, number, row)
+    seen = samples.MultiTaskDataset(found, tasks)
+    seen.field = lambda number, row: rows.append(row) or samples.MultiTaskDataset.field(seen, number, row)
     rows = []
     for k in range(2 * len(found[0])):
         seen[0, k, 32]
@@ -358,11 +358,11 @@ def test_a_set_is_seen_whole_before_anything_comes_again():
 
 def test_kept_fields_stay_within_their_limit():
     found, tasks = sets.read_sets([PHANTOMS])
-    seen = samples.Samples(found, tasks, keep=2e-4)
+    seen = samples.MultiTaskDataset(found, tasks, keep=2e-4)
     for row in range(4):
         seen.field(0, row)
     assert len(seen.kept) == 1 and np.array_equal(
-        seen.field(0, 0).image, samples.Samples(found, tasks).field(0, 0).image
+        seen.field(0, 0).image, samples.MultiTaskDataset(found, tasks).field(0, 0).image
     )
 
 
@@ -540,7 +540,9 @@ def test_patches_and_fields_in_one_run(tmp_path, sampling):
 
 def test_a_set_has_its_share_of_every_step():
     found, tasks = sets.read_sets([PHANTOMS | {"truths": [name]} for name in ("gland", "lumen")])
-    c = settle(TrainConfig("run", **TINY | {"shares": (2, 1), "batch_size": 6, "workers": 0}), list(map(len, found)))
+    c = resolve_train_config(
+        TrainConfig("run", **TINY | {"shares": (2, 1), "batch_size": 6, "workers": 0}), list(map(len, found))
+    )
     for _, truth in _loader(c, found, tasks, 0):
         assert {name: len(rows) for name, (rows, *_) in truth.items()} == {"gland": 4, "lumen": 2}
 
@@ -585,16 +587,16 @@ def test_a_task_without_data(tmp_path):
 
 def test_a_task_without_truth_in_a_batch_is_no_loss():
     found, tasks = sets.read_sets([PHANTOMS | {"truths": ["gland"]}])
-    trainer = Trainer(settle(TrainConfig("run", **TINY), [4]), find_tasks(["gland", "lumen"]))
-    seen = samples.Samples(found, tasks)
+    trainer = MultiTaskTrainer(resolve_train_config(TrainConfig("run", **TINY), [4]), find_tasks(["gland", "lumen"]))
+    seen = samples.MultiTaskDataset(found, tasks)
     row = trainer.train_step(samples.collate([seen[0, k, 64] for k in range(4)]))
     assert "loss_lumen" not in row and all(p.grad is None for p in trainer.net.decoders["lumen"].parameters())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     found, tasks = sets.read_sets([PHANTOMS | {"truths": ["gland"]}])
-    trainer = Trainer(settle(TrainConfig("run", **TINY), [4]), tasks)
-    seen = samples.Samples(found, tasks)
+    trainer = MultiTaskTrainer(resolve_train_config(TrainConfig("run", **TINY), [4]), tasks)
+    seen = samples.MultiTaskDataset(found, tasks)
     with torch.no_grad():
         next(trainer.net.parameters()).fill_(torch.nan)
     with pytest.raises(ArithmeticError, match="step 1: the loss is not finite .gland nan"):
@@ -644,7 +646,7 @@ class Patches:
 
 
 def test_fields_side_by_side_keep_all_their_objects_apart():
-    found = samples.mosaic([Patches(9)[i] for i in (3, 0, 5, 8)])
+    found = samples.tile_regions([Patches(9)[i] for i in (3, 0, 5, 8)])
     assert found.image.shape == (64, 64, 3) and found.mpp == 0.25
     assert sorted(np.unique(found.truth["nucleus"])) == list(range(4 + 1 + 6 + 9 + 1))
     for (y, x), i, first in (((0, 0), 3, 0), ((0, 32), 0, 4), ((32, 0), 5, 5), ((32, 32), 8, 11)):
@@ -655,10 +657,10 @@ def test_fields_side_by_side_keep_all_their_objects_apart():
 
 
 def test_a_crop_larger_than_the_fields_shows_several_of_them():
-    seen = samples.Samples([Patches(9)], find_tasks(["nucleus"]))
+    seen = samples.MultiTaskDataset([Patches(9)], find_tasks(["nucleus"]))
     image, truth = seen.sample(0, 4, 48)  # 96 pixels of a field: three by three
     assert len(np.unique(cv2.medianBlur(image[..., 0], 5) // 8)) > 3 and truth["nucleus"].max() > 9
-    again = samples.Samples([Patches(9)], find_tasks(["nucleus"])).sample(0, 4, 48)
+    again = samples.MultiTaskDataset([Patches(9)], find_tasks(["nucleus"])).sample(0, 4, 48)
     assert np.array_equal(image, again[0]) and np.array_equal(truth["nucleus"], again[1]["nucleus"])
 
 
@@ -668,7 +670,7 @@ def test_glass_is_empty_in_every_map_and_never_in_a_patch_with_one_class():
     truth = {"gland": np.ones((96, 96), np.int32), "gland-type": np.full((96, 96), 2, np.uint8)}
     shares = []
     for _ in range(40):
-        ended, left = samples.end_tissue(rng, image, truth)
+        ended, left = samples.cut_tissue(rng, image, truth)
         glass = ended[..., 0] > 140  # halfway
         assert np.mean(glass == (left["gland"] == 0)) > 0.99 and np.array_equal(
             left["gland"] == 0, left["gland-type"] == 0

@@ -19,17 +19,17 @@ from histonb.models import cerberus
 from histonb.transfer.classes import (
     Classifier,
     class_loss,
+    class_metrics,
+    class_probabilities,
     class_weights,
-    figures,
     fine_tune,
     fit_svm,
     frozen_features,
-    gap,
-    probabilities,
-    transfer,
+    transfer_classes,
+    unpaired_difference,
 )
-from histonb.transfer.ebhi_dataset import Pictures, example, parts
-from histonb.transfer.encoders import trunk
+from histonb.transfer.ebhi_dataset import EBHIDataset, rows_by_split, write_example
+from histonb.transfer.encoders import load_freezable_encoder
 from histonb.transfer.supervised import FitConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return example(tmp_path_factory.mktemp("ebhi"), n_cases=5, n_pictures=2)
+    return write_example(tmp_path_factory.mktemp("ebhi"), n_cases=5, n_pictures=2)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def pictures(root):
 
 
 def read(root, split="grouped", side=32):
-    return {k: Pictures(rows, side, masks=False) for k, rows in parts(ebhi_seg(root, split).slides).items()}
+    return {k: EBHIDataset(rows, side, masks=False) for k, rows in rows_by_split(ebhi_seg(root, split).slides).items()}
 
 
 def config(folder, **changes):
@@ -76,7 +76,7 @@ def test_the_head_is_a_function_of_its_seed_and_leaves_the_generator_alone():
     torch.manual_seed(0)
     want = torch.rand(1)
     torch.manual_seed(0)
-    a, b, c = (Classifier(trunk("", "resnet18", 0.125), seed=s) for s in (0, 0, 1))
+    a, b, c = (Classifier(load_freezable_encoder("", "resnet18", 0.125), seed=s) for s in (0, 0, 1))
     assert (
         torch.rand(1) == want
         and a.head[0].weight.equal(b.head[0].weight)
@@ -86,9 +86,13 @@ def test_the_head_is_a_function_of_its_seed_and_leaves_the_generator_alone():
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 def test_fine_tuning_changes_the_layers_it_names_and_no_other(pictures, tmp_path, depth):
-    before = trunk("", "resnet18", 0.125)
+    before = load_freezable_encoder("", "resnet18", 0.125)
     net, _ = fine_tune(
-        trunk("", "resnet18", 0.125), depth, pictures["train"], pictures["val"], config(tmp_path, keep="last")
+        load_freezable_encoder("", "resnet18", 0.125),
+        depth,
+        pictures["train"],
+        pictures["val"],
+        config(tmp_path, keep="last"),
     )
     changed = {
         before.layer_of(k) for k, v in net.trunk.net.state_dict().items() if not v.equal(before.net.state_dict()[k])
@@ -99,7 +103,7 @@ def test_fine_tuning_changes_the_layers_it_names_and_no_other(pictures, tmp_path
 def test_the_kept_epoch_is_the_best_on_validation(pictures, tmp_path):
     for balanced, figure in ((False, "val_accuracy"), (True, "val_balanced_accuracy")):
         net, rows = fine_tune(
-            trunk("", "resnet18", 0.125),
+            load_freezable_encoder("", "resnet18", 0.125),
             1,
             pictures["train"],
             pictures["val"],
@@ -108,7 +112,7 @@ def test_the_kept_epoch_is_the_best_on_validation(pictures, tmp_path):
         )
         epoch = json.loads((tmp_path / figure / "fit.json").read_text())["epoch"]
         assert rows[epoch - 1][figure] == max(r[figure] for r in rows)
-        p = probabilities(net, pictures["val"])
+        p = class_probabilities(net, pictures["val"])
         assert np.isclose(
             (p.argmax(1) == pictures["val"].classes).mean(), rows[epoch - 1]["val_accuracy"]
         ) and np.allclose(p.sum(1), 1, atol=1e-5)
@@ -148,7 +152,7 @@ def test_svm_that_cannot_be():
 
 
 def test_frozen_features_are_those_of_the_encoder_as_it_is(pictures):
-    net = trunk("", "resnet18", 0.125)
+    net = load_freezable_encoder("", "resnet18", 0.125)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x = frozen_features(net, pictures["val"])
     want = net(torch.stack([pictures["val"][i][0] for i in range(len(x))]).float() / 255)
@@ -162,8 +166,8 @@ def test_frozen_features_are_those_of_the_encoder_as_it_is(pictures):
 
 def test_the_table_is_equal_when_it_is_made_again_and_test_pictures_choose_nothing(pictures, tmp_path):
     ways = dict(arch="resnet18", width=0.125, depths=(1, 4), kernels=("rbf",), seeds=(0, 1))
-    calls, runs, logs = transfer(pictures, "", config(tmp_path / "a"), **ways)
-    again, _, _ = transfer(pictures, "", config(tmp_path / "b"), **ways)
+    calls, runs, logs = transfer_classes(pictures, "", config(tmp_path / "a"), **ways)
+    again, _, _ = transfer_classes(pictures, "", config(tmp_path / "b"), **ways)
     pd.testing.assert_frame_equal(calls, again)
     counts = calls.groupby("method", sort=False)["seed"].nunique()
     assert (
@@ -177,9 +181,9 @@ def test_the_table_is_equal_when_it_is_made_again_and_test_pictures_choose_nothi
     )
     turned = {
         **pictures,
-        "test": Pictures(pictures["test"].slides.assign(cls=(pictures["test"].classes + 1) % 6), 32, masks=False),
+        "test": EBHIDataset(pictures["test"].slides.assign(cls=(pictures["test"].classes + 1) % 6), 32, masks=False),
     }
-    blind, other, _ = transfer(turned, "", config(tmp_path / "c"), **ways)
+    blind, other, _ = transfer_classes(turned, "", config(tmp_path / "c"), **ways)
     assert (
         (blind["called"] == calls["called"]).all()
         and (other["val_accuracy"] == runs["val_accuracy"]).all()
@@ -189,7 +193,7 @@ def test_the_table_is_equal_when_it_is_made_again_and_test_pictures_choose_nothi
 
 def test_a_given_encoder_brings_its_arch_and_its_svm_has_one_seed(pictures, tmp_path):
     cerberus.save_cerberus(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path / "c")
-    calls, runs, _ = transfer(
+    calls, runs, _ = transfer_classes(
         pictures, str(tmp_path / "c"), config(tmp_path / "a", epochs=1), depths=(4,), kernels=("linear",), seeds=(0, 1)
     )
     assert calls.groupby("method")["seed"].nunique().to_dict() == {"layer 4": 2, "majority": 1, "svm linear": 1}
@@ -208,7 +212,7 @@ def test_figures_of_several_seeds_are_their_mean_and_intervals_are_of_cases():
             "p": 0.5,
         }
     )
-    r = figures(calls, 500)["layer 1"]
+    r = class_metrics(calls, 500)["layer 1"]
     assert (
         r["accuracy"]["value"] == 0.75 and r["repeats"]["accuracy"] == [1.0, 0.5] and r["n_groups"] == 4 and r["n"] == 8
     )
@@ -225,12 +229,12 @@ def test_gap_is_the_difference_of_independent_divisions():
 
     a = calls(0.9)
     b = calls(0.5)
-    found = gap(a, b)["accuracy"]
+    found = unpaired_difference(a, b)["accuracy"]
     assert found["value"] == pytest.approx((a["cls"] == a["called"]).mean() - (b["cls"] == b["called"]).mean())
     assert found["low"] < found["value"] < found["high"] and 0.05 < found["high"] - found["low"] < 0.35
-    back = gap(b, a)["accuracy"]
+    back = unpaired_difference(b, a)["accuracy"]
     assert back["value"] == -found["value"] and back["high"] == pytest.approx(-found["low"], abs=0.03)
-    assert np.isnan(gap(a[a["case"] == 0], b)["accuracy"]["low"])
+    assert np.isnan(unpaired_difference(a[a["case"] == 0], b)["accuracy"]["low"])
 
 
 # --- report
@@ -275,7 +279,7 @@ def test_real_pictures_are_divided_by_case_and_random_division_leaks():
     grouped = ebhi_seg(REAL, "grouped").slides
     leaky = ebhi_seg(REAL, "random").slides
     assert check_leak(grouped)["leaking_cases"] == 0 and check_leak(leaky, strict=False)["leaking_cases"] > 50
-    assert all(set(p["class"]) == set(CLASSES) for s in (grouped, leaky) for p in parts(s).values())
+    assert all(set(p["class"]) == set(CLASSES) for s in (grouped, leaky) for p in rows_by_split(s).values())
 
 
 @pytest.mark.slow
@@ -294,10 +298,14 @@ def test_real_pictures_are_told_better_than_by_the_majority(tmp_path):
 
 def test_budget_is_part_of_a_run(pictures, tmp_path):
     c = config(tmp_path)
-    fine_tune(trunk("", "resnet18", 0.125), 1, pictures["train"], pictures["val"], c)
+    fine_tune(load_freezable_encoder("", "resnet18", 0.125), 1, pictures["train"], pictures["val"], c)
     with pytest.raises(BadInput, match="batch_size 8 -> 16"):
         fine_tune(
-            trunk("", "resnet18", 0.125), 1, pictures["train"], pictures["val"], dataclasses.replace(c, batch_size=16)
+            load_freezable_encoder("", "resnet18", 0.125),
+            1,
+            pictures["train"],
+            pictures["val"],
+            dataclasses.replace(c, batch_size=16),
         )
     with pytest.raises(BadInput, match="start"):
-        fine_tune(trunk("", "resnet18", 0.125, seed=5), 1, pictures["train"], pictures["val"], c)
+        fine_tune(load_freezable_encoder("", "resnet18", 0.125, seed=5), 1, pictures["train"], pictures["val"], c)

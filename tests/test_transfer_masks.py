@@ -18,27 +18,27 @@ from histonb.models import backbones, cerberus
 from histonb.models.medt import MedT
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.transfer import masks as t
-from histonb.transfer.ebhi_dataset import Pictures, example, parts
-from histonb.transfer.encoders import trunk
+from histonb.transfer.ebhi_dataset import EBHIDataset, rows_by_split, write_example
+from histonb.transfer.encoders import load_freezable_encoder
 from histonb.transfer.supervised import FitConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared/data/EBHI-SEG"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="no ../shared/data/EBHI-SEG")
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = t.Sizes(arch="resnet18", width=0.125, plain_width=4, medt_width=4, medt_heads=2)
+SMALL = t.NetworkConfig(arch="resnet18", width=0.125, plain_width=4, medt_width=4, medt_heads=2)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return example(tmp_path_factory.mktemp("ebhi"), n_cases=5, n_pictures=2)
+    return write_example(tmp_path_factory.mktemp("ebhi"), n_cases=5, n_pictures=2)
 
 
 @pytest.fixture(scope="module")
 def pictures(root):
     return {
-        k: Pictures(v, 32, EBHIAugment() if k == "train" else None)
-        for k, v in parts(ebhi_seg(root).slides, masks=True).items()
+        k: EBHIDataset(v, 32, EBHIAugment() if k == "train" else None)
+        for k, v in rows_by_split(ebhi_seg(root).slides, masks=True).items()
     }
 
 
@@ -90,8 +90,8 @@ def test_the_transferred_encoder_has_the_source_s_weights_and_the_other_one_its_
 
 def test_frozen_layers_do_not_learn(tmp_path, pictures, weights):
     sizes = dataclasses.replace(SMALL, source=str(weights), depth=3)
-    before = {k: v.clone() for k, v in trunk(str(weights)).net.state_dict().items()}
-    net, _ = t.segment("transferred", sizes, pictures["train"], pictures["val"], config(tmp_path / "run"))
+    before = {k: v.clone() for k, v in load_freezable_encoder(str(weights)).net.state_dict().items()}
+    net, _ = t.train_mask_network("transferred", sizes, pictures["train"], pictures["val"], config(tmp_path / "run"))
     after = net.trunk.net.state_dict()
     same = {k for k in before if torch.equal(before[k], after[k])}
     assert {
@@ -102,7 +102,7 @@ def test_frozen_layers_do_not_learn(tmp_path, pictures, weights):
 
 def test_medt_sees_its_own_side_and_its_gates_wait():
     net = t.mask_network("medt", SMALL)
-    keeper = t.gate_keeper(3)
+    keeper = t.unfreeze_gates(3)
     seen = []
     net.net.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[-1]))
     with torch.no_grad():
@@ -153,7 +153,7 @@ class Bright(torch.nn.Module):
 
 def test_masks_come_out_at_the_size_and_in_the_order_of_the_truth(pictures):
     test = pictures["test"]
-    masks, classes = t.predict(Bright(), test)
+    masks, classes = t.predict_masks(Bright(), test)
     assert (
         masks.shape == test.masks.shape
         and masks.dtype == np.uint8
@@ -167,11 +167,11 @@ def test_masks_come_out_at_the_size_and_in_the_order_of_the_truth(pictures):
 def test_closing_fills_narrow_gaps_and_takes_nothing():
     mask = np.ones((1, 40, 40), np.uint8)
     mask[0, :, 10:13], mask[0, :, 25:37] = 0, 0
-    out = t.closed(mask, 3)
+    out = t.close_masks(mask, 3)
     assert (out >= mask).all() and out[0, :, 10:13].all() and not out[0, :, 28:34].any()
-    assert np.array_equal(t.closed(mask, 0), mask)
+    assert np.array_equal(t.close_masks(mask, 0), mask)
     for same in (np.zeros((1, 9, 9), np.uint8), np.ones((1, 9, 9), np.uint8)):
-        assert np.array_equal(t.closed(same, 4), same)
+        assert np.array_equal(t.close_masks(same, 4), same)
 
 
 def test_baselines_draw_what_they_say():
@@ -190,7 +190,7 @@ def test_baselines_draw_what_they_say():
 def test_all_networks_get_one_budget(tmp_path, pictures):
     seen = {}
     for name in ("transferred", "unet", "segnet"):
-        _, log = t.segment(name, SMALL, pictures["train"], pictures["val"], config(tmp_path / name))
+        _, log = t.train_mask_network(name, SMALL, pictures["train"], pictures["val"], config(tmp_path / name))
         about = json.loads((tmp_path / name / "config.json").read_text())
         seen[name] = {k: v for k, v in about.items() if k not in ("out", "network", "start", "learns")} | {
             "steps": log[-1]["step"],
@@ -200,19 +200,19 @@ def test_all_networks_get_one_budget(tmp_path, pictures):
 
 
 def test_a_network_learns_and_the_best_epoch_is_kept(tmp_path, pictures):
-    plain = {k: Pictures(p.slides, 32) for k, p in pictures.items()}
+    plain = {k: EBHIDataset(p.slides, 32) for k, p in pictures.items()}
     c = config(tmp_path / "run", epochs=25, lr=5e-3)
-    net, log = t.segment("joint", SMALL, plain["train"], plain["train"], c)
-    dice = five_figures(mask_overlap(plain["train"].masks, t.predict(net, plain["train"])[0]))[:, 0].mean()
+    net, log = t.train_mask_network("joint", SMALL, plain["train"], plain["train"], c)
+    dice = five_figures(mask_overlap(plain["train"].masks, t.predict_masks(net, plain["train"])[0]))[:, 0].mean()
     share = plain["train"].masks.mean((1, 2))
     best = max(log, key=lambda r: r["val_both"])
     assert dice == pytest.approx(best["val_dice"], abs=1e-6) and dice > (2 * share / (1 + share)).mean() + 0.15
     assert (
         best["val_both"] == pytest.approx((best["val_dice"] + best["val_accuracy"]) / 2) and best["val_accuracy"] > 0.5
     )
-    assert t.segment("joint", SMALL, plain["train"], plain["train"], c)[1] == log
+    assert t.train_mask_network("joint", SMALL, plain["train"], plain["train"], c)[1] == log
     with pytest.raises(BadInput, match="other parameters"):
-        t.segment("unet", SMALL, plain["train"], plain["train"], c)
+        t.train_mask_network("unet", SMALL, plain["train"], plain["train"], c)
 
 
 # Scores --------------------------------------------------------------------------------------------------------------------
@@ -223,13 +223,13 @@ def test_the_table_of_scores_has_the_counts_of_each_picture(pictures):
     drawn = {"all": np.ones_like(test.masks), "none": np.zeros_like(test.masks), "truth": test.masks}
     scores = t.score_masks(drawn, test)
     assert list(scores) == ["slide", "case", "class", "network", "tp", "fp", "fn"] and len(scores) == 3 * len(test)
-    found = t.mask_figures(scores, 50)
+    found = t.network_metrics(scores, 50)
     assert all(found["truth"]["all"][f"image_{f}"]["value"] == 1 for f in FIVE) and found["none"]["all"][
         "failed"
     ] == len(test)
     for name, masks in drawn.items():
         assert np.array_equal(
-            t.counts_of(scores.sample(frac=1, random_state=0), name)[["tp", "fp", "fn"]],
+            t.network_counts(scores.sample(frac=1, random_state=0), name)[["tp", "fp", "fn"]],
             mask_overlap(test.masks, masks)[np.argsort(test.slides["slide"], kind="stable")],
         )
         mine = test.slides["class"] == "Polyp"
@@ -287,19 +287,19 @@ def test_networks_that_cannot_be_are_refused(tmp_path):
         t.mask_network("transferred", dataclasses.replace(SMALL, source=str(tmp_path)))
     torch.save(backbones.build_backbone("resnet18").state_dict(), tmp_path / "other.pth")
     with pytest.raises(BadInput, match="not the weights of resnet34"):
-        t.mask_network("transferred", t.Sizes(source=str(tmp_path / "other.pth"), arch="resnet34"))
+        t.mask_network("transferred", t.NetworkConfig(source=str(tmp_path / "other.pth"), arch="resnet34"))
 
 
 def test_sides_and_masks_that_do_not_fit_are_refused(tmp_path, pictures, root):
-    odd = {k: Pictures(p.slides, 48) for k, p in pictures.items()}
+    odd = {k: EBHIDataset(p.slides, 48) for k, p in pictures.items()}
     with pytest.raises(BadInput, match="multiples of 32"):
-        t.segment("segnet", SMALL, odd["train"], odd["val"], config(tmp_path / "odd"))
+        t.train_mask_network("segnet", SMALL, odd["train"], odd["val"], config(tmp_path / "odd"))
     with pytest.raises(BadInput, match="it has no mask"):
-        Pictures(t.unlabelled(ebhi_seg(root)), 32)
+        EBHIDataset(t.unlabelled(ebhi_seg(root)), 32)
     with pytest.raises(BadInput, match="Give a mask of each"):
         t.write_masks(np.zeros((1, 224, 224), np.uint8), pictures["test"].slides, tmp_path)
     with pytest.raises(BadInput, match="Give 0 or more"):
-        t.closed(pictures["test"].masks, -1)
+        t.close_masks(pictures["test"].masks, -1)
 
 
 # The report ------------------------------------------------------------------------------------------------------------------
@@ -355,10 +355,10 @@ def test_the_report_tells_what_its_files_say(tmp_path, root, weights):
 def test_the_stain_knows_less_than_it_costs_on_real_pictures():
     "All foreground beats a threshold, as the share of foreground says."
     slides = ebhi_seg(REAL).slides.sample(60, random_state=0).reset_index(drop=True)
-    p = Pictures(slides, 224)
+    p = EBHIDataset(slides, 224)
     dice = {
         name: five_figures(mask_overlap(p.masks, [draw(i) for i in p.images]))[:, 0].mean()
-        for name, draw in t.BASELINES.items()
+        for name, draw in t.MASK_BASELINES.items()
     }
     share = p.masks.mean((1, 2))
     assert (
