@@ -523,7 +523,7 @@ def annotate(
       histonb annotate scan.tif --slide-mpp 0.25 --weights stain --out annotated
     """
     from histonb.annotate.slide import annotate_slide
-    from histonb.segment.tiled_inference import find_scorer
+    from histonb.segment.tiled_inference import load_predictor
 
     names = [p.stem for p in slides]
     if twice := {n for n in names if names.count(n) > 1}:
@@ -532,7 +532,7 @@ def annotate(
         raise BadInput("--overwrite", "given beside --skip-existing", "Choose one.")
     if not any(slide.exists() for slide in slides):  # told before weights are read
         raise BadInput(slides[0], "there is no such file", "Correct the path.")
-    scorer = find_scorer(weights, [t.strip() for t in tasks.split(",")] if tasks else None, mpp, device, precision)
+    scorer = load_predictor(weights, [t.strip() for t in tasks.split(",")] if tasks else None, mpp, device, precision)
     lost = []
     try:
         for slide in slides:
