@@ -1,38 +1,48 @@
 "What several test files share."
 
+import atexit
+import functools
 import json
 import os
-import subprocess
-import sys
+import shutil
+import tempfile
+import unittest.mock
 from pathlib import Path
 
+import papermill
 import pytest
 import torch
-import yaml
+from kernel_pool import Pool
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
+def kernel_pool():
+    "The kernels of this test process: one that has loaded torch is forked for each report."
+    folder = tempfile.mkdtemp(prefix="kernels-")
+    pool = Pool(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(pool.close)
+    return pool
+
+
 def run_report(notebook, folder, **parameters):
-    "Run a report as a person would, papermill and a parameter file, into `folder/run`; its standard error, and its metrics where it came to its end."
+    "Run a report by papermill into `folder/run`; the error it ended with, and its metrics where there was none."
     folder.mkdir(exist_ok=True)
-    (folder / "p.yaml").write_text(yaml.safe_dump({"out": str(folder / "run"), **parameters}))
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "-k",
-        "python3",
-        "--no-progress-bar",
-        "--log-level",
-        "ERROR",
-        str(ROOT / f"nbs/reports/{notebook}.ipynb"),
-        str(folder / "out.ipynb"),
-        "-f",
-        str(folder / "p.yaml"),
-    ]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "HISTONB_BATCH": "1"}, capture_output=True, text=True)
-    return done.stderr, json.loads((folder / "run/metrics.json").read_text()) if done.returncode == 0 else None
+    with unittest.mock.patch.dict(os.environ, kernel_pool().environ):
+        try:
+            papermill.execute_notebook(
+                str(ROOT / f"nbs/reports/{notebook}.ipynb"),
+                str(folder / "out.ipynb"),
+                parameters={"out": str(folder / "run"), **parameters},
+                kernel_name="python3",
+                cwd=str(folder),
+                progress_bar=False,
+            )
+        except papermill.PapermillExecutionError as e:
+            return str(e), None
+    return "", json.loads((folder / "run/metrics.json").read_text())
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """The reports: by hand with their defaults, and chained as a study from slides to the table."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import run_report
 
+from histonb.core.files import read_json
 from histonb.datasets.example import example_tiles
 from histonb.studies.execution import run_study
 from histonb.studies.states import stage_states
@@ -39,11 +42,21 @@ stages:
 
 @pytest.mark.parametrize("notebook", [p.stem for p in REPORTS])
 def test_report_runs_by_hand(notebook, tmp_path):
-    """As a person would: papermill, a parameter file, any working folder."""
+    """With its defaults, in any working folder."""
     error, found = run_report(notebook, tmp_path)
     assert found, error[-3000:]
     assert found["headline"]
     assert json.loads((tmp_path / "run/provenance.json").read_text())["packages"]["torch"]
+
+
+def test_a_report_runs_by_the_command(tmp_path):
+    """As a person would: papermill and a parameter file."""
+    (tmp_path / "p.yaml").write_text(f"out: {tmp_path / 'run'}\nseed: 3\n")
+    command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", "-f", "p.yaml"]
+    command += [str(ROOT / "nbs/reports/join_stores.ipynb"), "out.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_json(tmp_path / "run/provenance.json")["parameters"]["seed"] == 3
 
 
 @pytest.mark.parametrize("arch, drawn", [("resnet18", False), ("vit_tiny_patch16_224.augreg_in21k", True)])
