@@ -16,8 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core.errors import BadInput
-from histonb.datasets.cohorts import ebhi_seg
-from histonb.datasets.ebhi import CLASSES, GLANDS, cases, ebhi_glands, listing, read
+from histonb.datasets.ebhi import CLASSES, GLANDS, cases, ebhi_glands, ebhi_seg, listing, read
 from histonb.datasets.regions import FIELD_COLUMNS
 from histonb.datasets.splits import SPLITS, check_leak
 from histonb.slides.cohort import QUARANTINE_COLUMNS

@@ -9,9 +9,8 @@ import tifffile
 from PIL import Image
 
 from histonb.core.errors import BadInput
-from histonb.datasets.cohorts import pairs
 from histonb.datasets.images import tile_images
-from histonb.datasets.pairs import mask_name
+from histonb.datasets.pairs import mask_name, pairs
 from histonb.datasets.splits import check_leak
 from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.slides.labels import IGNORE

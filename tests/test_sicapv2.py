@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from histonb.core.errors import BadInput
-from histonb.datasets.cohorts import sicapv2
 from histonb.datasets.images import KEEP_ALL, tile_images
-from histonb.datasets.sicapv2 import GRADES, apart, in_duplicate, places
+from histonb.datasets.sicapv2 import GRADES, apart, in_duplicate, places, sicapv2
 from histonb.datasets.splits import check_leak
 from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.slides.encodings import ENCODINGS, detect_codes, encoding_table, evidence

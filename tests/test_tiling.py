@@ -317,7 +317,7 @@ def test_killed_and_run_again(phantoms, tmp_path, name, workers):
     whole = tile_cohort(cohort, tmp_path / "whole")
     cohort.slides.to_parquet(tmp_path / "slides.parquet")
     code = (
-        "import sys, pandas as pd; from histonb.datasets.cohorts import Cohort; from histonb.slides.tiling import tile_cohort\n"
+        "import sys, pandas as pd; from histonb.slides.cohort import Cohort; from histonb.slides.tiling import tile_cohort\n"
         "if __name__ == '__main__':\n"
         "    slides = pd.read_parquet(sys.argv[1] + '/slides.parquet')\n"
         "    tile_cohort(Cohort('test', slides, pd.DataFrame(columns=['slide', 'path', 'fault', 'remedy'])), sys.argv[1] + '/killed', workers=int(sys.argv[2]))\n"
