@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from histonb.models.masking import token_grid
-from histonb.pretrain.config import preset, settle
+from histonb.pretrain.config import preset, resolve
 from histonb.pretrain.trainer import Trainer
 
 FRONTS = "", "haar2d-approx+", "haar2d+", "haar3d-approx+", "haar3d+", "scattering+"
@@ -25,7 +25,7 @@ for arch in args.arch:
     crops = [torch.randn(2, args.batch, 3, 224, 224), torch.randn(6, args.batch, 3, 96, 96)]
     trainers = {
         front: Trainer(
-            settle(
+            resolve(
                 preset("histology", out="", arch=front + arch, n_local=6, batch_size=args.batch, micro_batch=0), 10**4
             ),
             10**4,

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from histonb.core.files import repo_root, write_json
-from histonb.pretrain.trainer import PretrainConfig, Trainer, settle
+from histonb.pretrain.config import PretrainConfig, resolve
+from histonb.pretrain.trainer import Trainer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 K, TEACHER_TEMP, STUDENT_TEMP, MOMENTUM, LR, WEIGHT_DECAY, CLIP, DROP_PATH = (
@@ -146,7 +147,7 @@ class Ours:
             precision=precision,
             **kwargs,
         )
-        self.trainer = Trainer(settle(config, 100 * batch), 100 * batch)
+        self.trainer = Trainer(resolve(config, 100 * batch), 100 * batch)
 
     def step(self, crops):
         return self.trainer.train_step([crops])["loss"]

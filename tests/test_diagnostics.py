@@ -15,10 +15,10 @@ from torch import nn
 from histonb.core.errors import BadInput
 from histonb.core.files import append_jsonl, write_json
 from histonb.models.backbones import build_backbone
-from histonb.pretrain.config import PretrainConfig, settle
-from histonb.pretrain.diagnostics import LiveCurves, collapse, curves, suspect
+from histonb.pretrain.config import PretrainConfig, resolve
+from histonb.pretrain.diagnostics import LiveCurves, collapse, draw_curves, first_nonfinite
 from histonb.pretrain.loading import crop_loader
-from histonb.pretrain.online import OnlineKNN, voters_and_asked
+from histonb.pretrain.online import OnlineKNN, reference_and_query
 from histonb.pretrain.trainer import Trainer
 from histonb.segment import validation as watching
 from histonb.slides.tile_store import ShardWriter, record
@@ -168,7 +168,7 @@ class Waves:
 
 def run(**changes):
     "Rows of a short run, one a step."
-    c = settle(PretrainConfig("unused", **(TINY | changes)), 64)
+    c = resolve(PretrainConfig("unused", **(TINY | changes)), 64)
     with torch.random.fork_rng():
         trainer = Trainer(c, 64)
         batches = iter(crop_loader(Waves(), c))
@@ -218,7 +218,7 @@ def a_run(folder, log):
 def test_curves_of_any_log(tmp_path, log):
     from matplotlib.figure import Figure
 
-    fig = curves(a_run(tmp_path, log), Figure())
+    fig = draw_curves(a_run(tmp_path, log), Figure())
     fig.savefig(tmp_path / "x.png")
     empty = sum(any(t.get_text() == "not logged" for t in ax.texts) for ax in fig.axes)
     assert empty == len(fig.axes) - len({k for row in log for k in row} - {"step"})
@@ -226,7 +226,7 @@ def test_curves_of_any_log(tmp_path, log):
 
 def test_curves_of_no_run_say_so(tmp_path):
     with pytest.raises(BadInput, match="holds no log.jsonl"):
-        curves(tmp_path)
+        draw_curves(tmp_path)
 
 
 def test_live_curves_leave_pyplot_alone(tmp_path):
@@ -342,11 +342,11 @@ def test_online_knn_of_broken_features_is_no_number(tmp_path):
 
 def test_both_sides_share_no_case_and_are_bounded(tmp_path):
     table = pd.read_parquet(a_store(tmp_path / "tiles", LABELS) / "tiles.parquet")
-    voters, asked = voters_and_asked(table, 30)
+    voters, asked = reference_and_query(table, 30)
     assert not set(voters["case"]) & set(asked["case"])
     assert len(voters) == 30 and len(asked) <= 30 and voters["label"].value_counts().max() <= 10
     given = table.assign(split=np.where(table["case"] < "case5", "val", "train"))
-    voters, asked = voters_and_asked(given, 1000)
+    voters, asked = reference_and_query(given, 1000)
     assert (
         set(voters["split"]) == {"train"} and set(asked["split"]) == {"val"} and len(voters) + len(asked) == len(table)
     )
@@ -374,10 +374,10 @@ def test_suspect_names_a_parameter():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with torch.no_grad():
         model[1].weight[0, 0] = 3e20
-    assert suspect(model.named_parameters()) == "all finite so far, the largest value 3.0e+20 in 1.weight"
+    assert first_nonfinite(model.named_parameters()) == "all finite so far, the largest value 3.0e+20 in 1.weight"
     with torch.no_grad():
         model[1].bias[1] = math.inf
-    assert suspect([*model.named_parameters(), ("none", None)]) == "first not finite: 1.bias"
+    assert first_nonfinite([*model.named_parameters(), ("none", None)]) == "first not finite: 1.bias"
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_curves_of_damaged_records_say_so(tmp_path, name, text):
     append_jsonl(tmp_path / "log.jsonl", {"step": 1, "loss": 1.0})
     (tmp_path / name).write_text(text)
     with pytest.raises(BadInput, match=name):
-        curves(tmp_path, Figure())
+        draw_curves(tmp_path, Figure())
     if name == "log.jsonl":
         with pytest.raises(BadInput, match=name):
             watching.plot_task_curves(tmp_path, Figure())

@@ -14,7 +14,7 @@ from histonb.core.errors import BadInput
 from histonb.core.files import append_jsonl, read_json, write_json
 from histonb.models import backbones
 from histonb.pretrain.config import PRESETS, preset
-from histonb.pretrain.export import card, export, last_figures, nearest_preset, origin, timm_config
+from histonb.pretrain.export import card, export, last_metrics, nearest_preset, origin, timm_config
 from histonb.probe.encoders import load_encoder
 
 MEAN = (0.71, 0.58, 0.72)
@@ -184,7 +184,7 @@ def test_a_difference_in_timm_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_log_without_rows(tmp_path):
     run = finished(tmp_path / "run")
     (run / "log.jsonl").unlink()
-    assert last_figures(run) == {}
+    assert last_metrics(run) == {}
     assert "| figure at the end |" in card(
         run, backbones.load_backbone(run)[1], timm_config(*backbones.load_backbone(run))
     )

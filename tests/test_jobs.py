@@ -605,7 +605,7 @@ def test_lengths_of_time(seconds, text):
         ({"nn": 5}, "unknown parameter `nn`. Did you mean `n`"),
         ({"n": "many"}, "`n` is 'many', not of type int"),
         ({"workers": -1}, "`workers` is -1"),
-        ({"spread_weight": 0.2}, "`spread_weight` is now called `koleo_weight`"),
+        ({"spread_weight": 0.2}, "`spread_weight` is now called `regulariser_weight`"),
     ],
 )
 def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):

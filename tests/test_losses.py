@@ -23,22 +23,27 @@ from histonb.core.errors import BadInput
 from histonb.models.backbones import build_backbone
 from histonb.models.frontends import FRONTENDS, token_pixels
 from histonb.models.masking import mask_patches, token_grid
-from histonb.pretrain.config import PRESETS, preset, settle
+from histonb.pretrain.config import PRESETS, preset, resolve
 from histonb.pretrain.dino import clip_student
 from histonb.pretrain.loading import crop_loader
 from histonb.pretrain.memory import estimate_memory, measure_memory
-from histonb.pretrain.regularisers import sinkhorn, spread
-from histonb.pretrain.trainer import Stopped, Taught, Trainer, load_backbone, pretrain
+from histonb.pretrain.networks import StudentPass
+from histonb.pretrain.pretraining import load_frozen_backbone, pretrain
+from histonb.pretrain.regularisers import regulariser_loss, sinkhorn
+from histonb.pretrain.trainer import TeacherBatch, Trainer
+from histonb.training.loop import Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATCHES = dict(patch_weight=1.0)
-ALL = dict(patch_weight=1.0, spread_weight=0.1, spread_group=2, centering="sinkhorn", clip=0.1, clip_how="network")
+ALL = dict(
+    patch_weight=1.0, regulariser_weight=0.1, regulariser_group=2, centering="sinkhorn", clip=0.1, clip_how="network"
+)
 LOSSES = {
     "ibot": PATCHES,
     "shared head": dict(patch_weight=1.0, patch_head="shared"),
-    "koleo": dict(spread_weight=0.1, spread_group=2),
-    "kde": dict(spread_weight=0.1, spread="kde", spread_group=4),
+    "koleo": dict(regulariser_weight=0.1, regulariser_group=2),
+    "kde": dict(regulariser_weight=0.1, regulariser="kde", regulariser_group=4),
     "sinkhorn": dict(centering="sinkhorn"),
     "dinov2": ALL,
 }
@@ -63,7 +68,7 @@ def test_one_large_crop():
 
 
 @pytest.mark.parametrize(
-    "changes", [ALL, dict(**PATCHES, pool="mean", n_global=1, mask_chance=1.0)], ids=["dinov2", "one crop"]
+    "changes", [ALL, dict(**PATCHES, pool="mean", n_global=1, mask_probability=1.0)], ids=["dinov2", "one crop"]
 )
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, changes):
     changes = {**NO_BN, "steps": 8, "batch_size": 8, "checkpoint_every": 100, **changes}
@@ -86,24 +91,26 @@ def test_continued_run_equals_the_whole_one(tmp_path, arch):
     pretrain(config(tmp_path / "parts", workers=1, **changes), Tiles())
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert {"patch_loss", "spread_loss"} <= log(tmp_path / "whole")[0].keys()
-    assert load_backbone(tmp_path / "whole")(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    assert load_frozen_backbone(tmp_path / "whole")(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
 
 
 def test_centres_of_crops_and_patches_are_apart(tmp_path):
-    c = settle(config(tmp_path, patch_weight=1.0, patch_head="shared"), 12)
+    c = resolve(config(tmp_path, patch_weight=1.0, patch_head="shared"), 12)
     trainer = Trainer(c, 12)
     loader = iter(crop_loader(Tiles(), c))
-    taught = next(trainer._taught(iter(crop_loader(Tiles(), c)), 0.04))
-    assert len(taught.patches) == int(taught.masks.sum()) > 0
+    batch = next(trainer.teacher_batches(iter(crop_loader(Tiles(), c)), 0.04))
+    assert len(batch.patch_scores) == int(batch.masks.sum()) > 0
     trainer.train_step(loader)
-    assert torch.allclose(trainer.patch_loss.center, 0.1 * taught.patches.mean(0), atol=1e-5)
-    assert torch.allclose(trainer.loss.center, 0.1 * taught.scores.mean((0, 1)), atol=1e-5)
+    assert torch.allclose(trainer.patch_loss.center, 0.1 * batch.patch_scores.mean(0), atol=1e-5)
+    assert torch.allclose(trainer.loss.center, 0.1 * batch.scores.mean((0, 1)), atol=1e-5)
     assert not torch.allclose(trainer.patch_loss.center, trainer.loss.center, atol=1e-4)
 
 
 def test_masks_depend_on_tile_and_epoch_alone():
     def first(**changes):
-        return next(iter(crop_loader(Tiles(), settle(config("", patch_weight=1.0, global_size=96, **changes), 12))))[-1]
+        return next(iter(crop_loader(Tiles(), resolve(config("", patch_weight=1.0, global_size=96, **changes), 12))))[
+            -1
+        ]
 
     whole = first(batch_size=8)
     part = first(batch_size=8, micro_batch=2)
@@ -113,7 +120,7 @@ def test_masks_depend_on_tile_and_epoch_alone():
 
 
 def test_a_patch_head_alone_learns_nothing_of_frozen_prototypes():
-    c = settle(config("", patch_weight=1.0, freeze_last_epochs=1.0), 12)
+    c = resolve(config("", patch_weight=1.0, freeze_last_epochs=1.0), 12)
     trainer = Trainer(c, 12)
     before = [head.last_layer.weight.clone() for head in (trainer.student.head, trainer.student.patch_head)]
     trainer.train_step(iter(crop_loader(Tiles(), c)))
@@ -125,16 +132,18 @@ def test_a_patch_head_alone_learns_nothing_of_frozen_prototypes():
 
 
 def test_koleo_enters_as_dinov2_has_it():
-    "A tenth of the sum over both large crops. DINOv2's own class says .5539 and .5450 of these features, and its trainer adds .1099."
+    "A tenth of the sum over both large crops. DINOv2's own class gives .5539 and .5450."
     features = torch.sin(torch.arange(2 * 8 * 16.0)).view(2, 8, 16)
-    assert torch.allclose(spread(features), torch.tensor([0.5539072155952454, 0.5450376272201538]), atol=1e-6)
-    c = settle(config("", **NO_BN, batch_size=8, spread_weight=0.1), 12)
+    assert torch.allclose(regulariser_loss(features), torch.tensor([0.5539072155952454, 0.5450376272201538]), atol=1e-6)
+    c = resolve(config("", **NO_BN, batch_size=8, regulariser_weight=0.1), 12)
     trainer = Trainer(c, 12)
     trainer.parallel = lambda crops, masks, hidden: (features, torch.zeros(2, 8, c.out_dim))
     crops = [torch.zeros(2, 8, 3, 32, 32)]
     q = torch.full((2, 8, c.out_dim), 1 / c.out_dim)
-    apart = trainer._losses(Taught(crops, None, None, None, None, q), crops[0], 0, None, None)[2]
-    assert c.spread_weight * apart.item() == pytest.approx(0.10989449173212051, abs=1e-6)
+    batch = TeacherBatch(crops, None, None, None, None, q)
+    one = StudentPass(crops[0], first=0, large=True)
+    apart = trainer.student_losses(batch, one, None)["regulariser"]
+    assert c.regulariser_weight * apart.item() == pytest.approx(0.10989449173212051, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +152,13 @@ def test_koleo_enters_as_dinov2_has_it():
     ids=["two crops", "crop by crop", "one crop"],
 )
 def test_gradient_and_log_have_the_sum_over_large_crops(changes):
-    c = settle(config("", **NO_BN | dict(batch_size=4, spread_weight=0.7) | changes), 12)
+    c = resolve(config("", **NO_BN | dict(batch_size=4, regulariser_weight=0.7) | changes), 12)
     with_it = Trainer(c, 12)
-    without = Trainer(dataclasses.replace(c, spread_weight=0.0), 12)
+    without = Trainer(dataclasses.replace(c, regulariser_weight=0.0), 12)
     batch = next(iter(crop_loader(Tiles(), c)))
     for trainer in (with_it, without):
-        trainer._accumulate(next(trainer._taught([batch], 0.04)), 0)
-    apart = spread(with_it.student([batch[0]])[0]).sum()
+        trainer._accumulate(next(trainer.teacher_batches([batch], 0.04)), 0)
+    apart = regulariser_loss(with_it.student([batch[0]])[0]).sum()
     weights = [*with_it.student.backbone.parameters()]
     for p, q, g in zip(
         weights, without.student.backbone.parameters(), torch.autograd.grad(apart, weights), strict=True
@@ -164,7 +173,7 @@ def test_gradient_and_log_have_the_sum_over_large_crops(changes):
 )
 def test_backbone_and_heads_are_clipped_apart(changes):
     "As DINOv2's trainer does, which calls torch's `clip_grad_norm_` for each of its student's networks."
-    c = settle(config("", **dict(patch_weight=1.0, arch="vit_tiny_patch16_224") | changes), 12)
+    c = resolve(config("", **dict(patch_weight=1.0, arch="vit_tiny_patch16_224") | changes), 12)
     student = Trainer(c, 12).student
     reference = Trainer(c, 12).student
     for n, (p, q) in enumerate(zip(student.parameters(), reference.parameters(), strict=True)):
@@ -202,7 +211,7 @@ def test_sinkhorn_is_the_even_assignment_of_a_reference():
 def test_front_ends_train_hide_and_come_back(tmp_path, front, network):
     arch = f"{front}+{network}"
     run = pretrain(config(tmp_path, arch=arch, steps=2, global_size=64, local_size=32, patch_weight=1.0), Tiles())
-    model = load_backbone(run)
+    model = load_frozen_backbone(run)
     x = torch.rand(1, 3, 224, 224)
     tokens = model.forward_features(x)
     grid = token_grid(model, (224, 224))
@@ -238,7 +247,7 @@ def test_grids_and_masks_of_any_size(front, network):
 
 
 def test_crops_of_begun_patches_train_with_hidden_ones():
-    c = settle(config("", **PATCHES, global_size=40, local_size=24, steps=1), 12)
+    c = resolve(config("", **PATCHES, global_size=40, local_size=24, steps=1), 12)
     trainer = Trainer(c, 12)
     batch = next(iter(crop_loader(Tiles(), c)))
     assert batch[-1].shape[-2:] == (3, 3)
@@ -265,9 +274,9 @@ def test_an_estimate_leaves_nothing_behind_in_scattering():
     assert type(build_backbone("scattering+xcit_nano_12_p16_224").eval()(torch.rand(1, 3, 80, 80))) is torch.Tensor
 
 
-def test_presets_can_be_settled():
+def test_presets_can_be_resolved():
     for name in PRESETS:
-        settle(preset(name, out="run"), 10**6)
+        resolve(preset(name, out="run"), 10**6)
 
 
 def test_memory_of_a_patch_loss():

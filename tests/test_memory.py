@@ -11,7 +11,7 @@ from histonb.pretrain import memory
 from histonb.pretrain.config import preset
 from histonb.pretrain.memory import (
     PARTS,
-    Ledger,
+    MemoryTracker,
     estimate_memory,
     free_memory,
     largest_micro_batch,
@@ -45,7 +45,7 @@ def config(**changes):
 
 def test_ledger_by_hand():
     w = torch.ones(256, 256, requires_grad=True)  # 256 KiB, from before: not booked
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         ledger.part = "forward"
         x = torch.ones(64, 256)  # 64 KiB
         y = (x @ w).relu()  # relu keeps its result, the product is gone
@@ -63,7 +63,7 @@ def test_ledger_by_hand():
 
 
 def test_views_and_overwriting_cost_nothing():
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         x = torch.zeros(1024)
         x.view(32, 32)[3:, :5].add_(1)
     assert sum(ledger.peak.values()) == 4096
@@ -73,7 +73,7 @@ def test_views_and_overwriting_cost_nothing():
 def test_parts_add_up_and_weights_are_exact(arch):
     c = config(arch=arch)
     found = estimate_memory(c)
-    student, _ = memory.networks(c, torch.device("cpu"))
+    student, _ = memory.build_networks(c, torch.device("cpu"))
     stored = sum(x.numel() * x.element_size() for x in student.state_dict().values())
     assert found["total"] == sum(found[part] for part in PARTS) and min(found.values()) >= 0
     assert found["student"] == stored and 0 <= found["teacher"] - stored < 1024

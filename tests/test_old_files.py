@@ -14,7 +14,7 @@ from histonb.core.digests import content_key
 from histonb.core.files import read_json, read_jsonl
 from histonb.core.parameters import build
 from histonb.models import cerberus
-from histonb.pretrain import trainer
+from histonb.pretrain import pretraining
 from histonb.pretrain.config import as_config
 from histonb.probe.encoders import load_encoder
 from histonb.probe.features import extract
@@ -54,7 +54,7 @@ def test_a_pretraining_that_was_stopped_goes_on(old):
     for name in ("backbone.json", "backbone.safetensors", "checkpoints/0000004-d4e66aa8ac3d2e19.pt"):
         (run / name).unlink()
     config = as_config(read_json(run / "config.json"), run)
-    trainer.pretrain(config)
+    pretraining.pretrain(config)
     steps = [row["step"] for row in read_jsonl(run / "log.jsonl") if "loss" in row]
     assert steps == [1, 2, 3, 4] and (run / "backbone.safetensors").exists()
 
@@ -62,13 +62,13 @@ def test_a_pretraining_that_was_stopped_goes_on(old):
 def test_a_finished_pretraining_is_done(old):
     run = old / "run"
     before = content_key(run / "backbone.safetensors")
-    trainer.pretrain(as_config(read_json(run / "config.json"), run))
+    pretraining.pretrain(as_config(read_json(run / "config.json"), run))
     assert content_key(run / "backbone.safetensors") == before
 
 
 def test_a_cerberus_is_loaded_and_goes_on(old):
     run = old / "cerberus"
-    net, about = cerberus.load(run)
+    net, about = cerberus.load_cerberus(run)
     assert [*net.tasks] == ["gland", "nucleus"] and about["step"] == 4
     for path in [*run.glob("cerberus.*"), *run.glob("checkpoints/0000004-*.pt")]:
         path.unlink()

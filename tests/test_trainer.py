@@ -22,12 +22,14 @@ import torch
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets.example import example_tiles
-from histonb.pretrain.config import PretrainConfig, as_config, preset, settle
-from histonb.pretrain.loading import Batches, crop_loader
-from histonb.pretrain.trainer import Diverged, Stopped, Trainer, load_backbone, pretrain
+from histonb.pretrain.config import PretrainConfig, as_config, preset, resolve
+from histonb.pretrain.loading import ResumableBatchSampler, crop_loader
+from histonb.pretrain.pretraining import load_frozen_backbone, pretrain
+from histonb.pretrain.trainer import Diverged, Trainer
 from histonb.training import device as devices
 from histonb.training import distributed as ranks
 from histonb.training.checkpoint import checkpoints, read_checkpoint
+from histonb.training.loop import Stopped
 
 TINY = dict(
     out_dim=32,
@@ -160,7 +162,7 @@ def wait_for_steps(process, folder, steps):
 
 
 def trained(**changes):
-    c = settle(config("", **{**NO_BN, "steps": 20, "batch_size": 8, **changes}), 12)
+    c = resolve(config("", **{**NO_BN, "steps": 20, "batch_size": 8, **changes}), 12)
     trainer = Trainer(c, 12)
     loader = iter(crop_loader(Tiles(), c))
     rows = [trainer.train_step(loader) for _ in range(c.steps)]
@@ -203,7 +205,8 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
 
 
 def test_processes_share_an_epoch_without_overlap():
-    seen = [{key for batch in Batches(12, 4, 0, 0, 3, parts=2, rank=rank, world=2) for key in batch} for rank in (0, 1)]
+    samplers = [ResumableBatchSampler(12, 4, 0, 0, 3, accumulation_steps=2, rank=rank, world=2) for rank in (0, 1)]
+    seen = [{key for batch in sampler for key in batch} for sampler in samplers]
     assert not seen[0] & seen[1] and {index for _, index in seen[0] | seen[1]} == set(range(12))
 
 
@@ -219,7 +222,7 @@ def test_teacher_differs_from_student_and_keeps_its_own_statistics(tmp_path):
     state = last_state(pretrain(config(tmp_path), Tiles()))
     means = [k for k in state["student"] if k.endswith("running_mean")]
     assert means and not any(torch.equal(state["student"][k], state["teacher"][k]) for k in means)
-    ema = Trainer(settle(config(tmp_path, teacher_bn="ema"), 12), 12)
+    ema = Trainer(resolve(config(tmp_path, teacher_bn="ema"), 12), 12)
     assert not ema.teacher.training and ema.student.training
     before = {k: v.clone() for k, v in ema.teacher.state_dict().items() if k.endswith("running_mean")}
     student = {k: v.clone() for k, v in before.items()}
@@ -233,7 +236,7 @@ def test_teacher_differs_from_student_and_keeps_its_own_statistics(tmp_path):
 
 def test_activation_checkpointing_changes_nothing():
     def run(**changes):
-        c = settle(config("", drop_path=0.2, steps=3, **changes), 12)
+        c = resolve(config("", drop_path=0.2, steps=3, **changes), 12)
         trainer = Trainer(c, 12)
         loader = iter(crop_loader(Tiles(), c))
         return [trainer.train_step(loader)["loss"] for _ in range(3)], trainer.student.state_dict()
@@ -246,7 +249,7 @@ def test_activation_checkpointing_changes_nothing():
 def test_one_global_crop_trains(tmp_path):
     run = pretrain(config(tmp_path, n_global=1, n_local=5), Tiles())
     assert all(math.isfinite(x) for x in losses(run))
-    assert load_backbone(run)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    assert load_frozen_backbone(run)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
 
 
 # Stopped, killed, continued
@@ -306,7 +309,7 @@ def test_other_number_of_processes(tmp_path):
 
 
 def test_rows_after_the_checkpoint_are_not_logged_twice(tmp_path):
-    c = settle(config(tmp_path), 12)
+    c = resolve(config(tmp_path), 12)
     with pytest.raises(Stopped):
         pretrain(c, Tiles(), on_epoch=stop_after(3))
     with open(tmp_path / "log.jsonl", "a") as f:
@@ -343,7 +346,7 @@ def test_last_checkpoints_and_the_best_are_kept(tmp_path):
     scores = {3: 0.5, 6: 0.9, 9: 0.7, 12: 0.8}
     run = pretrain(config(tmp_path, steps=12, keep=2), Tiles(), on_epoch=lambda step, backbone: {"knn": scores[step]})
     assert [(step, best) for step, _, best in checkpoints(run)] == [(12, False), (10, False), (6, True)]
-    assert load_backbone(run / "best")(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    assert load_frozen_backbone(run / "best")(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
     assert json.loads((run / "best" / "backbone.json").read_text())["step"] == 6
 
 
@@ -493,13 +496,13 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 def test_checkpoint_of_another_network_is_named(tmp_path):
     run = pretrain(config(tmp_path / "a"), Tiles())
-    other = Trainer(settle(config("", out_dim=64, arch="vit_tiny_patch16_224"), 12), 12)
+    other = Trainer(resolve(config("", out_dim=64, arch="vit_tiny_patch16_224"), 12), 12)
     with pytest.raises(BadInput, match="(?s)Missing key.*backbone.cls_token|backbone.*vit_tiny"):
         other.load_state_dict(last_state(run))
 
 
 def test_not_finite_is_named():
-    c = settle(config("unused"), 12)
+    c = resolve(config("unused"), 12)
     trainer = Trainer(c, 12)
     crops = next(iter(crop_loader(Tiles(), c)))
     crops[1][0, 0] = math.nan

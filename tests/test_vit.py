@@ -16,8 +16,10 @@ from histonb.models.heads import DINOHead
 from histonb.models.vit import VIT, class_attention, set_positions, vit
 from histonb.models.xcit import xcit
 from histonb.pretrain import trainer
+from histonb.pretrain.config import PretrainConfig, resolve
 from histonb.pretrain.dino import MultiCropNet, param_groups
-from histonb.pretrain.trainer import PretrainConfig, Trainer, load_backbone, pretrain, settle
+from histonb.pretrain.pretraining import load_frozen_backbone, pretrain
+from histonb.pretrain.trainer import Trainer
 
 SMALL = "vit_tiny_patch16_224"
 
@@ -194,10 +196,10 @@ def test_it_trains(tmp_path, sizes, precision, monkeypatch):
         workers=0,
         log_every=1,
     )
-    start = {n: p.clone() for n, p in Trainer(settle(config, 8), 8).student.backbone.named_parameters()}
+    start = {n: p.clone() for n, p in Trainer(resolve(config, 8), 8).student.backbone.named_parameters()}
     run = pretrain(config, Tiles())
     assert all(math.isfinite(row["loss"]) for row in read_jsonl(run / "log.jsonl") if "loss" in row)
-    teacher = load_backbone(run)
+    teacher = load_frozen_backbone(run)
     assert not torch.equal(teacher.pos_embed, start["pos_embed"]) and teacher(torch.zeros(1, 3, 48, 32)).shape == (
         1,
         192,

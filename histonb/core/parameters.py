@@ -30,7 +30,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     "above 0": "lr student_temp teacher_temp teacher_temp_start width zoom sigma knn_every",
     "0 or more": """
         epochs min_lr weight_decay weight_decay_end clip warmup_epochs freeze_last_epochs teacher_temp_epochs
-        patch_weight spread_weight steps micro_batch spread_group n_local workers threads processes seed
+        patch_weight regulariser_weight steps micro_batch regulariser_group n_local workers threads processes seed
         seeds split_seed weights_seed watch_every val_fields level size mpp slide_mpp picture_mpp limit
         per_slide per_cluster duplicate leak target gates_from closing gpus cpus cpus_per_gpu max_damaged
     """,
@@ -41,7 +41,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     """,
     "2 or more": "out_dim folds",
     "from 0 to 1": """
-        momentum momentum_end center_momentum mask_chance mask_share global_scale local_scale glass
+        momentum momentum_end center_momentum mask_probability mask_ratio global_scale local_scale glass
         fractions max_emptiness min_edges max_homogeneity min_coverage background mean share
     """,
     "from 0 to below 1": "drop_path val_share test_share val_fraction test_fraction",
@@ -59,10 +59,10 @@ _COUNTS = {  # numbers in a list that is not empty
     "std": 3,
     "global_scale": 2,
     "local_scale": 2,
-    "mask_share": 2,
+    "mask_ratio": 2,
     "fractions": 3,
 }
-_RISING = ("global_scale", "local_scale", "mask_share")  # least and most
+_RISING = ("global_scale", "local_scale", "mask_ratio")  # least and most
 
 
 def _numbers(value):

@@ -43,15 +43,15 @@ def draw_masks(
     views: int,  # G, crops that both networks see
     grid: tuple[int, int],  # rows and columns of tokens of such a crop
     seed,  # the same seed, the same masks: an int or a tuple of ints
-    chance: float = 0.5,  # share of the crops in which anything is hidden
-    share: tuple = (0.1, 0.5),  # of the tokens of such a crop, least and most
+    probability: float = 0.5,  # share of the crops in which anything is hidden
+    ratio: tuple = (0.1, 0.5),  # of the tokens of such a crop, least and most
 ) -> np.ndarray:  # (G, rows, columns) bool
-    "Masks of a tile's large crops: of two crops at a chance of .5 one, at random which."
+    "Masks of a tile's large crops: of two crops at a probability of .5 one, at random which."
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(views) < int(chance * views + rng.random())
+    chosen = rng.permutation(views) < int(probability * views + rng.random())
     tokens = grid[0] * grid[1]
     return np.stack(
-        [block_mask(grid, max(1, round(rng.uniform(*share) * tokens)) if hidden else 0, rng) for hidden in chosen]
+        [block_mask(grid, max(1, round(rng.uniform(*ratio) * tokens)) if hidden else 0, rng) for hidden in chosen]
     )
 
 # %% ../../nbs/08_pretrain/02_ibot.ipynb #cell-010
