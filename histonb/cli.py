@@ -430,7 +430,7 @@ def pretrain(
       histonb pretrain runs/mine/config.json                          continue
       torchrun --nproc-per-node 4 -m histonb.cli pretrain mine.yaml   on four GPUs
     """
-    from histonb.pretrain import trainer
+    from histonb.pretrain import pretraining
     from histonb.pretrain.config import as_config
     from histonb.pretrain.memory import memory_text
     from histonb.studies.study import read_yaml
@@ -443,8 +443,8 @@ def pretrain(
     if int(os.environ.get("RANK", 0)) == 0:
         print(memory_text(c, ranks.launched_world_size()), flush=True)
     try:
-        trainer.pretrain(c, restart=restart, elastic=elastic)
-    except trainer.Stopped as e:
+        pretraining.pretrain(c, restart=restart, elastic=elastic)
+    except pretraining.Stopped as e:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{e}. The same command goes on from there.", flush=True)
 
