@@ -65,7 +65,7 @@ def test_first_order_is_the_beginning_of_both():
     x = image(64, 48)[None].repeat(2, 1, 1)
     both = Scattering(3)(x)
     assert torch.equal(Scattering(3, order=1)(x), both[:, :25])
-    assert torch.allclose(Scattering(3, together=1)(x), both, atol=1e-6)
+    assert torch.allclose(Scattering(3, chunk_size=1)(x), both, atol=1e-6)
     assert len(Scattering(3).paths) == both.shape[1]
 
 
@@ -148,7 +148,7 @@ def test_volume_moves_and_turns(height, width):
     for flip in (False, True):
         for turns in range(-1, 4):
             moved = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
-            order = module.renamed(turns, flip)
+            order = module.permutation(turns, flip)
             assert sorted(order) == list(range(len(module.paths)))
             assert np.abs(module(moved).numpy() - numbers[:, order].numpy()).max() < 1e-5
 

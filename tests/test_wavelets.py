@@ -27,9 +27,9 @@ def test_one_pixel():
 def test_more_levels_than_pixels():
     "Past one pixel it goes on with one pixel, and still comes back."
     x = torch.rand(2, 5, 7)
-    parts = WaveletTransform(levels=9)(x)
-    assert len(parts) == 10 and parts[0].shape == (2, 1, 1)
-    assert torch.allclose(InverseWaveletTransform(levels=9)(parts, (5, 7)), x, atol=1e-5)
+    coefficients = WaveletTransform(levels=9)(x)
+    assert len(coefficients) == 10 and coefficients[0].shape == (2, 1, 1)
+    assert torch.allclose(InverseWaveletTransform(levels=9)(coefficients, (5, 7)), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
@@ -42,9 +42,9 @@ def test_low_precision_stays_and_comes_back(dtype, tolerance):
             back = idwt(bands, wavelet=wavelet, size=(size, size))
             assert bands["dd"].dtype == back.dtype == dtype
             assert (back.float() - x.float()).abs().max() < tolerance
-            parts = WaveletTransform(levels=2, wavelet=wavelet)(x)
+            coefficients = WaveletTransform(levels=2, wavelet=wavelet)(x)
             assert (
-                InverseWaveletTransform(levels=2, wavelet=wavelet)(parts, (size, size)).float() - x.float()
+                InverseWaveletTransform(levels=2, wavelet=wavelet)(coefficients, (size, size)).float() - x.float()
             ).abs().max() < 2 * tolerance
 
 
