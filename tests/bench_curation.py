@@ -22,7 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from histonb.core.files import repo_root, write_json
 from histonb.core.progress import progress
 from histonb.curate.clusters import UnitRows, blocks, cluster_levels, hierarchy, kmeans, moments, neighbours
-from histonb.curate.curation import balance, cap_slides, curate, near_duplicates
+from histonb.curate.curation import balanced_sample, cap_slides, curate, near_duplicates
 
 
 def write(path, n, dim=512, kinds=2000, seed=0):
@@ -138,7 +138,7 @@ def main():
         )
         slide = kept % (n // 1000)
         part("slide caps", cap_slides, slide, member[0], 500, 20)
-        part("balance", balance, member, len(kept) // 2)
+        part("balance", balanced_sample, member, len(kept) // 2)
         total, cpu = (sum(r[i] for r in rows[2:]) for i in (1, 2))
         small = x[: args.small]  # float32, of length 1
         if n <= 100_000:

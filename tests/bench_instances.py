@@ -9,7 +9,7 @@ from skimage.measure import regionprops
 from skimage.segmentation import watershed
 
 from histonb.core.files import repo_root, write_json
-from histonb.metrics.objects import figures_of, object_sums, pair_counts
+from histonb.metrics.objects import metrics_from_sums, object_sums, pair_counts
 from histonb.segment.instances import glands, majority_types, nuclei, object_table
 from histonb.segment.targets import instance_target
 
@@ -110,10 +110,10 @@ def main():
         if name == "table":
             assert np.allclose(found["probability"], [r[-1] for r in theirs], atol=1e-5)
         if name in ("nuclei", "glands"):
-            assert (pq := figures_of(object_sums(pair_counts(theirs, found)))["pq"]) > 0.98, pq
+            assert (pq := metrics_from_sums(object_sums(pair_counts(theirs, found)))["pq"]) > 0.98, pq
         rows[name] = {"seconds": round(seconds, 3), "loop_seconds": round(slow, 2), "ratio": round(slow / seconds, 1)}
         print(f"{name}: {seconds:.2f} s; with loops {slow:.2f} s: {slow / seconds:.1f}x")
-    fit = figures_of(object_sums(pair_counts(truth, ids)))
+    fit = metrics_from_sums(object_sums(pair_counts(truth, ids)))
     print(
         f"{len(np.unique(truth)) - 1:,} nuclei on {truth.shape[0]} x {truth.shape[1]} px, {ids.max():,} found, PQ {fit['pq']:.3f}"
     )

@@ -13,7 +13,7 @@ from histonb.segment import samples
 from histonb.segment.training import MultiTaskTrainer, TrainConfig, resolve_train_config, train
 
 SETS = tuple(
-    {"reader": "phantom_fields", "n": 8, "seed": s, "size": 256, "truths": t}
+    {"reader": "phantom_regions", "n": 8, "seed": s, "size": 256, "labels": t}
     for s, t in ((1, ["gland"]), (2, ["lumen"]), (3, ["nucleus"]))
 )
 SIZE = dict(arch="resnet18", width=0.5, crop=192, batch_size=12, device="cpu")

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from histonb.core.files import repo_root, write_json
-from histonb.metrics.objects import figures_of, object_sums, pair_counts
+from histonb.metrics.objects import metrics_from_sums, object_sums, pair_counts
 
 
 def field(n, seed, step):
@@ -59,7 +59,7 @@ def main():
     for n, step in ((16, 16), (25, 40), (100, 20)):  # a patch, a picture of CoNSeP, many nuclei
         truth = field(n, 0, step)
         predicted = np.roll(field(n, 1, step), 3, 1)
-        ours, seconds = timed(lambda a, b: figures_of(object_sums(pair_counts(a, b))), truth, predicted)
+        ours, seconds = timed(lambda a, b: metrics_from_sums(object_sums(pair_counts(a, b))), truth, predicted)
         row = {"objects": n * n, "pixels": truth.size, "seconds": round(seconds, 4)}
         if n < 100:
             (aji, pq), loop = timed(double_loop, truth, predicted)

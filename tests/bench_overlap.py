@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
 from histonb.core.files import repo_root, write_json
-from histonb.metrics.overlap import five_figures, mask_overlap, overlap_figures
+from histonb.metrics.overlap import mask_overlap, overlap_by_category, overlap_metrics
 
 N, SIDE, N_CASES = 2228, 224, 353
 SHARE = 0.05  # of the masks that scikit-learn is timed on
@@ -32,7 +32,7 @@ def main():
     start = time.perf_counter()
     counts = mask_overlap(truth, predicted)
     counted = time.perf_counter() - start
-    found = overlap_figures(counts, categories, cases)
+    found = overlap_by_category(counts, categories, cases)
     seconds = time.perf_counter() - start
 
     n = int(SHARE * N)
@@ -46,7 +46,7 @@ def main():
             ]
         )
     theirs = (time.perf_counter() - start) / SHARE
-    assert np.abs(five_figures(counts[:n])[:, [3, 4, 0]] - plain).max() < 1e-12 and found["all"]["n"] == N
+    assert np.abs(overlap_metrics(counts[:n])[:, [3, 4, 0]] - plain).max() < 1e-12 and found["all"]["n"] == N
     result = {
         "masks": N,
         "side": SIDE,

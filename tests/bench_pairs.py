@@ -16,7 +16,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from histonb.core.files import repo_root, write_json
-from histonb.datasets.ebhi import THRESHOLD, read
+from histonb.datasets.ebhi import MASK_THRESHOLD, read_ebhi_pair
 from histonb.synthetic.phantom import draw_field
 from histonb.training.pair_augmentation import EBHIAugment
 
@@ -30,7 +30,10 @@ class Torchvision:
         self.elastic = elastic
 
     def __call__(self, row, seed):
-        image, mask = Image.open(row.image).convert("RGB"), Image.open(row.label).point(lambda v: 255 * (v > THRESHOLD))
+        image, mask = (
+            Image.open(row.image).convert("RGB"),
+            Image.open(row.label).point(lambda v: 255 * (v > MASK_THRESHOLD)),
+        )
         if random.random() < 0.5 and self.elastic:
             field = T.ElasticTransform.get_params([150.0, 150.0], [10.0, 10.0], [image.height, image.width])
             image = TF.elastic_transform(image, field, BILINEAR)
@@ -61,12 +64,12 @@ class Ours:
             self.augment.transforms.transforms[0].p = 0
 
     def __call__(self, row, seed):
-        return self.augment(*read(row), seed)
+        return self.augment(*read_ebhi_pair(row), seed)
 
 
 def plain(row, seed):
     "Reading alone, as one writes it with PIL."
-    return np.asarray(Image.open(row.image).convert("RGB")), np.asarray(Image.open(row.label)) > THRESHOLD
+    return np.asarray(Image.open(row.image).convert("RGB")), np.asarray(Image.open(row.label)) > MASK_THRESHOLD
 
 
 def write(folder, n=32):
@@ -101,7 +104,7 @@ def main():
     random.seed(0)
     torch.manual_seed(0)
     stages = {
-        "read": (plain, lambda row, seed: read(row)),
+        "read": (plain, lambda row, seed: read_ebhi_pair(row)),
         "read and augmented, but not bent": (Torchvision(elastic=False), Ours(elastic=False)),
         "read and augmented": (Torchvision(), Ours()),
     }

@@ -22,7 +22,7 @@ from histonb.annotate.tile_merging import instance_outlines, instances_in_window
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
 from histonb.core.tasks import TASKS
-from histonb.metrics.objects import figures_of, object_sums, pair_counts
+from histonb.metrics.objects import metrics_from_sums, object_sums, pair_counts
 from histonb.models.cerberus import Cerberus, save_cerberus
 from histonb.segment.instances import extract_instances, majority_types, object_table
 from histonb.segment.targets import instance_target
@@ -953,7 +953,7 @@ def test_outlines_give_the_pairs_of_maps():
     found = np.roll(phantom.nuclei, (3, 2), (0, 1))
     by_outline = pair_outlines(instance_outlines(phantom.nuclei), instance_outlines(found))
     by_pixel = pair_counts(phantom.nuclei, found)
-    a, b = (figures_of(object_sums(p)) for p in (by_outline, by_pixel))
+    a, b = (metrics_from_sums(object_sums(p)) for p in (by_outline, by_pixel))
     for figure in ("pq", "dq", "sq", "aji", "object_dice"):
         assert a[figure] == pytest.approx(b[figure], abs=0.02)
     assert count_edits(by_outline)["kept"] == pytest.approx(count_edits(by_pixel)["kept"], rel=0.05)

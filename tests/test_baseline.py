@@ -8,8 +8,8 @@ import pytest
 
 from histonb.core.errors import BadInput
 from histonb.datasets.annotations import folders, glas
-from histonb.datasets.regions import at_mpp
-from histonb.metrics.objects import FIGURES, object_figures, pair_counts
+from histonb.datasets.regions import resample
+from histonb.metrics.objects import OBJECT_METRICS, object_metrics, pair_counts
 from histonb.segment.baselines import (
     CLASSICAL,
     STAIN_RECIPES,
@@ -26,8 +26,8 @@ REAL = Path(__file__).parents[2] / "shared/data"
 def figures(maps, drawn, groups):
     return {
         k: r["value"]
-        for k, r in object_figures([pair_counts(*m) for m in zip(maps, drawn, strict=True)], groups).items()
-        if k in FIGURES
+        for k, r in object_metrics([pair_counts(*m) for m in zip(maps, drawn, strict=True)], groups).items()
+        if k in OBJECT_METRICS
     }
 
 
@@ -36,8 +36,8 @@ RECIPES = {f"{who}, {task}": recipe for who, recipes in CLASSICAL.items() for ta
 
 def measure(fields, task, recipe):
     "Figures on a data set, at 0.5 um/px."
-    some = [at_mpp(fields[i], 0.5) for i in range(len(fields))]
-    return object_figures([pair_counts(f.truth[task], recipe(f.image)) for f in some], fields.table["case"])
+    some = [resample(fields[i], 0.5) for i in range(len(fields))]
+    return object_metrics([pair_counts(f.labels[task], recipe(f.image)) for f in some], fields.table["case"])
 
 
 def test_phantom():

@@ -30,7 +30,9 @@ def probe(folder, name, skill, seed=0, out_dim=None):
     called["linear"] = np.where(right, called.label, (called.label + 1) % 3)
     folder.mkdir()
     called.to_parquet(folder / "predictions.parquet", index=False)
-    result = metrics.classification(called.label, called.linear, called.case, CLASSES, 200, repeat=called.repeat)
+    result = metrics.classification_metrics(
+        called.label, called.linear, called.case, CLASSES, 200, repeat=called.repeat
+    )
     write_json(
         folder / "metrics.json",
         {

@@ -125,11 +125,11 @@ def test_labels_shuffled_by_case_give_chance(probe, trials):
         number = np.unique(case, return_inverse=True)[1]
         y = np.random.default_rng(seed).permutation(np.arange(60) % 3)[number]
         p = cross_validate(probe, x, y, case, case_folds(y, case, 5, 1, seed), 3)[0]
-        values.append(metrics.classification(y, p, case, list("abc"), 2)["balanced_accuracy"]["value"])
+        values.append(metrics.classification_metrics(y, p, case, list("abc"), 2)["balanced_accuracy"]["value"])
     assert abs(np.mean(values) - 1 / 3) < 0.1
     tile = np.arange(len(y))  # the same question divided by tile: what a leak would look like
     leaky = cross_validate(probe, x, y, tile, case_folds(y, tile, 5, 1), 3)[0]
-    assert metrics.classification(y, leaky, case, list("abc"), 2)["balanced_accuracy"]["value"] > 0.6
+    assert metrics.classification_metrics(y, leaky, case, list("abc"), 2)["balanced_accuracy"]["value"] > 0.6
 
 
 def test_balanced_probe_serves_the_rare_class():
@@ -140,7 +140,7 @@ def test_balanced_probe_serves_the_rare_class():
     case = case[keep]
     folds = case_folds(y, case, 3, 1)
     recall = {
-        b: metrics.classification(
+        b: metrics.classification_metrics(
             y, cross_validate("linear", x, y, case, folds, 3, balanced=b)[0], case, list("abc"), 2
         )["recall"]["c"]["value"]
         for b in (False, True)
@@ -149,7 +149,7 @@ def test_balanced_probe_serves_the_rare_class():
 
 
 def repeated(y, p, case, **options):
-    return metrics.classification(
+    return metrics.classification_metrics(
         np.tile(y, len(p)),
         p.argmax(-1).ravel(),
         np.tile(case, len(p)),
@@ -163,18 +163,18 @@ def test_repeats_count_tiles_once_and_show_their_spread():
     x, y, case = cohort()
     p = cross_validate("knn", x, y, case, case_folds(y, case, 5, 4), 3)
     r = repeated(y, p, case, n_boot=200)
-    alone = [metrics.classification(y, v, case, list("abc"), 2)["balanced_accuracy"]["value"] for v in p]
+    alone = [metrics.classification_metrics(y, v, case, list("abc"), 2)["balanced_accuracy"]["value"] for v in p]
     assert r["n"] == len(y) and np.allclose(r["repeats"]["balanced_accuracy"], alone)
     assert np.isclose(r["balanced_accuracy"]["value"], np.mean(alone)) and np.isclose(
         np.sum(r["confusion"]), len(y), atol=0.1
     )
     json.dumps(r)
     same = repeated(y, np.stack([p[0]] * 4), case, n_boot=200)
-    once = metrics.classification(y, p[0], case, list("abc"), 200)
-    for m in metrics.METRICS:
+    once = metrics.classification_metrics(y, p[0], case, list("abc"), 200)
+    for m in metrics.CLASSIFICATION_METRICS:
         assert np.allclose(list(same[m].values()), list(once[m].values()))  # calls repeated are no more tiles
     with pytest.raises(BadInput, match="Each repeat must call every tile once"):
-        metrics.classification(y, p[0], case, list("abc"), repeat=np.arange(len(y)) > 2)
+        metrics.classification_metrics(y, p[0], case, list("abc"), repeat=np.arange(len(y)) > 2)
 
 
 def test_complete_resamples_have_every_class():
@@ -183,11 +183,11 @@ def test_complete_resamples_have_every_class():
     case = np.r_[np.arange(200) // 10, np.full(10, 20)]
     p = np.where((np.arange(210) % 2 == 0) | (y == 2), y, (y + 1) % 2)
     low = {
-        c: metrics.classification(y, p, case, list("abc"), 400, complete=c)["balanced_accuracy"]["low"]
+        c: metrics.classification_metrics(y, p, case, list("abc"), 400, complete=c)["balanced_accuracy"]["low"]
         for c in (False, True)
     }
     assert low[False] == 0.5 and np.isclose(low[True], 2 / 3)
-    gap = metrics.difference(y, p, np.where(y == 2, 0, p), case, 3, 400, complete=True)["balanced_accuracy"]
+    gap = metrics.paired_difference(y, p, np.where(y == 2, 0, p), case, 3, 400, complete=True)["balanced_accuracy"]
     assert np.allclose([gap["low"], gap["high"]], 1 / 3)
 
 
@@ -200,7 +200,7 @@ def test_interval_of_repeated_calls_holds_the_truth():
         y = (np.arange(60) % 3)[case]
         right = rng.random((3, len(case))) < rng.beta(6, 4, 60)[case]  # mean .6
         calls = np.where(right, y, (y + 1) % 3)
-        r = metrics.classification(
+        r = metrics.classification_metrics(
             np.tile(y, 3), calls.ravel(), np.tile(case, 3), list("abc"), 200, seed, np.repeat(range(3), len(y))
         )
         inside.append(r["balanced_accuracy"]["low"] <= 0.6 <= r["balanced_accuracy"]["high"])
@@ -214,9 +214,9 @@ def test_paired_difference_on_the_same_folds_sees_what_two_intervals_do_not():
     good, bad = (cross_validate("knn", f, y, case, folds, 3) for f in (x, x + noise))
     a = repeated(y, good, case)
     b = repeated(y, bad, case)
-    gap = metrics.difference(np.tile(y, 3), good.argmax(-1).ravel(), bad.argmax(-1).ravel(), np.tile(case, 3), 3)[
-        "balanced_accuracy"
-    ]
+    gap = metrics.paired_difference(
+        np.tile(y, 3), good.argmax(-1).ravel(), bad.argmax(-1).ravel(), np.tile(case, 3), 3
+    )["balanced_accuracy"]
     assert np.isclose(gap["value"], a["balanced_accuracy"]["value"] - b["balanced_accuracy"]["value"])
     width = lambda r: r["high"] - r["low"]
     assert width(gap) < width(a["balanced_accuracy"]) and gap["low"] > 0

@@ -7,7 +7,7 @@ import torch
 
 from histonb.core.errors import BadInput
 from histonb.curate.clusters import UnitRows, cluster_levels, hierarchy, kmeans, moments, neighbours
-from histonb.curate.curation import balance, cap_slides, components, curate, near_duplicates, turns
+from histonb.curate.curation import balanced_sample, cap_slides, components, curate, near_duplicates, rank_in_group
 from histonb.datasets.example import example_tiles
 from histonb.datasets.images import join_stores, store_with
 from histonb.slides.tile_store import TileShards
@@ -59,7 +59,7 @@ def test_many_equal_rows_take_blocks(monkeypatch):
     "Blocks of a few rows find what one block finds."
     x = planted(300, 40)
     whole = near_duplicates(x, 0.95)[0]
-    monkeypatch.setattr("histonb.curate.curation.PAIRS", 1000)
+    monkeypatch.setattr("histonb.curate.curation.MAX_COSINES", 1000)
     assert np.array_equal(near_duplicates(x, 0.95)[0], whole)
 
 
@@ -86,11 +86,11 @@ def test_clusters_are_whole_nested_and_even_at_odds():
 
 
 def test_turns_caps_and_balance_by_hand():
-    assert turns(np.array([1, 0, 1, 1, 0]), np.array([5, 1, 3, 4, 0])).tolist() == [2, 1, 0, 1, 0]
+    assert rank_in_group(np.array([1, 0, 1, 1, 0]), np.array([5, 1, 3, 4, 0])).tolist() == [2, 1, 0, 1, 0]
     three = np.repeat([0, 1, 2], [10, 4, 1])
-    assert np.bincount(three[balance([three], 7)]).tolist() == [3, 3, 1]
+    assert np.bincount(three[balanced_sample([three], 7)]).tolist() == [3, 3, 1]
     four = np.repeat([0, 1, 2, 3], 10)
-    assert np.bincount(four[balance([four, (four > 0).astype(int)], 12)]).tolist() == [6, 2, 2, 2]
+    assert np.bincount(four[balanced_sample([four, (four > 0).astype(int)], 12)]).tolist() == [6, 2, 2, 2]
     rng = np.random.default_rng(0)
     slide = rng.integers(0, 9, 2000)
     cluster = rng.integers(0, 30, 2000)
@@ -104,7 +104,7 @@ def test_balance_is_flatter_than_chance():
     rng = np.random.default_rng(0)
     cluster = rng.choice(50, 5000, p=(p := 1 / np.arange(1, 51)) / p.sum())
     chance = rng.permutation(5000) < 800
-    keep = balance([cluster], 800)
+    keep = balanced_sample([cluster], 800)
     assert keep.sum() == 800 and entropy(cluster[keep]) > entropy(cluster[chance]) + 0.3
     kept = np.bincount(cluster[keep], minlength=50)
     there = np.bincount(cluster, minlength=50)

@@ -16,8 +16,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core.errors import BadInput
-from histonb.datasets.ebhi import CLASSES, GLANDS, cases, ebhi_glands, ebhi_seg, listing, read
-from histonb.datasets.regions import FIELD_COLUMNS
+from histonb.datasets.ebhi import (
+    EBHI_CLASSES,
+    GLAND_CLASSES,
+    ebhi_glands,
+    ebhi_seg,
+    parse_cases,
+    read_ebhi_pair,
+    split_table,
+)
+from histonb.datasets.regions import REGION_COLUMNS
 from histonb.datasets.splits import SPLITS, check_leak
 from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.training.pair_augmentation import EBHIAugment
@@ -44,7 +52,7 @@ def grey(seed):
 def original(tmp_path_factory):
     "Each class with four cases of two pictures; one case of each class is in the class before too."
     root = tmp_path_factory.mktemp("ebhi") / "EBHI-SEG"
-    for c, name in enumerate(CLASSES):
+    for c, name in enumerate(EBHI_CLASSES):
         for k in range(4):
             number = 2012000 + 10 * ((c + 1) % 6) if k == 3 else 2012000 + 10 * c + k
             for i in range(2):
@@ -76,9 +84,9 @@ def test_the_table_holds_what_the_folder_says(root):
             s["slide"] == f"{s['class']}/image/{image.name}"
             and Path(s["label"]) == image.parents[1] / "label" / image.name
         )
-        assert CLASSES[s["cls"]] == s["class"] and s["case"] == image.name.split("-")[0] and s["split"] in SPLITS
+        assert EBHI_CLASSES[s["cls"]] == s["class"] and s["case"] == image.name.split("-")[0] and s["split"] in SPLITS
         assert s["foreground"] == (np.asarray(Image.open(s["label"])) > 127).mean()
-    assert slides["case"].nunique() == 18 and CLASSES == tuple(sorted(CLASSES))
+    assert slides["case"].nunique() == 18 and EBHI_CLASSES == tuple(sorted(EBHI_CLASSES))
     assert cohort.grades().loc["Polyp", "all"] == 8
 
 
@@ -90,7 +98,7 @@ def test_a_pair_is_read_as_it_lies_and_thresholded(root):
         ebhi_seg(root).slides.query("slide == @first(@root).relative_to(@root).as_posix()").iloc[0],
         SimpleNamespace(image=first(root), label=first(root, part="label")),
     ):
-        image, mask = read(row)
+        image, mask = read_ebhi_pair(row)
         assert image.dtype == mask.dtype == np.uint8 and np.array_equal(image, np.asarray(Image.open(first(root))))
         assert mask[0, :6].tolist() == [0, 0, 0, 1, 1, 0] and mask.sum() == 2 * 224
 
@@ -102,17 +110,21 @@ def test_glands_are_pieces_of_the_mask_without_holes_in_a_picture_as_wide_as_it_
     put(first(root, part="label"), mask)
     (root / "Normal/label" / first(root, "Normal").name).unlink()
     fields = ebhi_glands(root)
-    assert len(fields) == 8 * len(GLANDS) - 1 and fields.truths == ("gland",) and list(fields.table) == FIELD_COLUMNS
-    assert {*fields.table["image"].map(lambda p: Path(p).parts[-3])} == set(GLANDS) and set(fields.table["split"]) == {
-        ""
-    }
+    assert (
+        len(fields) == 8 * len(GLAND_CLASSES) - 1
+        and fields.labels == ("gland",)
+        and list(fields.table) == REGION_COLUMNS
+    )
+    assert {*fields.table["image"].map(lambda p: Path(p).parts[-3])} == set(GLAND_CLASSES) and set(
+        fields.table["split"]
+    ) == {""}
     field = fields[int(np.flatnonzero(fields.table["image"] == str(first(root)))[0])]
     assert (
         field.image.shape == (224, 299, 3)
-        and field.truth["gland"].shape == (224, 299)
-        and field.truth["gland"].dtype == np.int32
+        and field.labels["gland"].shape == (224, 299)
+        and field.labels["gland"].dtype == np.int32
     )
-    ids, sizes = np.unique(field.truth["gland"], return_counts=True)
+    ids, sizes = np.unique(field.labels["gland"], return_counts=True)
     assert ids.tolist() == [0, 1, 2] and sizes[1:] / (4 / 3) == pytest.approx([40 * 60, 100 * 30], rel=0.02)
     with pytest.raises(BadInput, match="Did you mean `Polyp`"):
         ebhi_glands(root, ["polyps"])
@@ -134,7 +146,7 @@ def test_a_picture_without_mask_stays_and_its_twin_goes(root):
         and cohort.counts["without mask"] == 1
     )
     with pytest.raises(BadInput, match="it has no mask"):
-        read(row)
+        read_ebhi_pair(row)
 
 
 def test_of_twins_the_one_with_a_mask_stays(root):
@@ -192,12 +204,12 @@ def test_class_folders_are_known_by_their_letters(root, spelling):
     ],
 )
 def test_a_name_tells_its_case(name, case):
-    found = cases(pd.Series([name]))[0]
+    found = parse_cases(pd.Series([name]))[0]
     assert found == case if case else pd.isna(found)
 
 
 def test_capitals_do_not_make_another_case_but_letters_do():
-    found = cases(
+    found = parse_cases(
         pd.Series(["GTxc2013010-1-400-003", "GTXC2013010-2-400-003", "GT2013010-1-400-001", "GTdc2013010-1-400-001"])
     )
     assert found.tolist() == ["GTXC2013010", "GTXC2013010", "GT2013010", "GTdc2013010"]
@@ -242,11 +254,11 @@ def test_random_is_the_published_protocol(root):
 
 @pytest.mark.parametrize("above", ["EBHI-SEG/", "", "other/place/"])
 def test_a_table_divides_as_it_says(root, above):
-    table = listing(ebhi_seg(root, "random"))
+    table = split_table(ebhi_seg(root, "random"))
     assert table["image"].str.startswith("EBHI-SEG/").all()
     table["image"] = table["image"].str.replace("EBHI-SEG/", above)
     table.sample(frac=1, random_state=0).to_csv(root / "splits.csv", index=False)
-    assert listing(ebhi_seg(root, "table"))["split"].tolist() == table["split"].tolist()
+    assert split_table(ebhi_seg(root, "table"))["split"].tolist() == table["split"].tolist()
 
 
 def test_an_empty_mask_is_one(root):
@@ -257,7 +269,7 @@ def test_an_empty_mask_is_one(root):
 
 def test_what_a_table_does_not_name_has_no_split(root):
     table = (
-        listing(ebhi_seg(root))
+        split_table(ebhi_seg(root))
         .iloc[1:]
         .replace({"image": {"EBHI-SEG/Polyp/image/GT2012040-1-400-000.png": "EBHI-SEG/Polyp/image/GT1-1-400-000.png"}})
     )
@@ -382,7 +394,7 @@ def test_one_bad_picture_is_named_and_the_others_are_read(root, name, damage, fa
         and row["remedy"]
     )
     for s in cohort.slides.itertuples():
-        read(s)
+        read_ebhi_pair(s)
 
 
 def test_a_mask_without_picture_is_named(root):
@@ -404,10 +416,10 @@ def test_a_pair_that_was_damaged_later_says_so(root):
     row = ebhi_seg(root).slides.iloc[0]
     cut_short(Path(row["image"]))
     with pytest.raises(BadInput, match="cannot be decoded"):
-        read(row)
+        read_ebhi_pair(row)
     Path(row["image"]).unlink()
     with pytest.raises(BadInput, match="No such file"):
-        read(row)
+        read_ebhi_pair(row)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +430,7 @@ def test_a_pair_that_was_damaged_later_says_so(root):
         (lambda r: (r / "Polyp/image").rename(r / "Polyp/images"), "Polyp: there is no folder `image` in it"),
         (lambda r: (r / "Low_grade IN/image").mkdir(parents=True), "beside it is the same class"),
         (
-            lambda r: [(r / c).rename(r / f".{c}") for c in CLASSES],
+            lambda r: [(r / c).rename(r / f".{c}") for c in EBHI_CLASSES],
             "no class has a folder here. Give the folder that holds Adenocarcinoma",
         ),
         (lambda r: [p.unlink() for p in r.glob("*/image/*")], "no pictures in any class"),
@@ -447,7 +459,7 @@ def test_other_refusals(root):
 def test_the_part_at_hand_is_what_its_table_says():
     cohort = ebhi_seg(REAL, "table")
     table = pd.read_csv(REAL / "splits.csv", dtype=str)
-    ours = listing(cohort).set_index("image").loc[table["image"]].reset_index()
+    ours = split_table(cohort).set_index("image").loc[table["image"]].reset_index()
     pd.testing.assert_frame_equal(ours.astype(object), table.astype(object), check_dtype=False)
     assert (
         len(cohort) == 797 and not len(cohort.quarantine) and cohort.counts["in cases that are in train as well"] == 0
@@ -459,7 +471,7 @@ def test_the_part_at_hand_is_what_its_table_says():
     )
     by_class = cohort.slides.groupby("class")["foreground"].mean()
     assert 0.5 < by_class.min() < by_class.max() < 0.75
-    image, mask = read(cohort.slides[cohort.slides["class"] == "Polyp"].iloc[0])
+    image, mask = read_ebhi_pair(cohort.slides[cohort.slides["class"] == "Polyp"].iloc[0])
     assert image.shape == (224, 224, 3) and mask.shape == (224, 224) and set(np.unique(mask)) == {0, 1}
 
 
@@ -584,7 +596,7 @@ def test_real_pairs_are_augmented():
     augment = EBHIAugment()
     foreground = []
     for i, row in enumerate(ebhi_seg(REAL).take(24).slides.itertuples()):
-        image, mask = augment(*read(row), i)
+        image, mask = augment(*read_ebhi_pair(row), i)
         assert image.shape == (224, 224, 3) and set(np.unique(mask)) <= {0, 1}
         foreground.append((mask.mean(), row.foreground))
     assert np.abs(np.diff(foreground)).max() < 0.25 and np.corrcoef(np.transpose(foreground))[0, 1] > 0.8

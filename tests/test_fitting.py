@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from histonb.core.claims import hold
 from histonb.core.errors import BadInput
 from histonb.core.files import read_jsonl
-from histonb.datasets.ebhi import CLASSES, ebhi_seg
+from histonb.datasets.ebhi import EBHI_CLASSES, ebhi_seg
 from histonb.models import backbones, cerberus
 from histonb.training.checkpoint import checkpoints
 from histonb.training.loop import Stopped
@@ -86,7 +86,10 @@ def test_pictures_are_what_the_files_hold(slides):
     for i, row in part.iterrows():
         image, mask, cls = seen[i]
         assert np.array_equal(image.movedim(0, -1).numpy(), np.asarray(Image.open(row["image"])))
-        assert np.array_equal(mask.numpy(), np.asarray(Image.open(row["label"])) > 127) and CLASSES[cls] == row["class"]
+        assert (
+            np.array_equal(mask.numpy(), np.asarray(Image.open(row["label"])) > 127)
+            and EBHI_CLASSES[cls] == row["class"]
+        )
 
 
 def test_smaller_pictures_are_means_over_areas_and_masks_stay_masks(train):

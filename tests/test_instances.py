@@ -8,7 +8,7 @@ from skimage.segmentation import watershed
 
 from histonb.core.errors import BadInput
 from histonb.core.tasks import TASKS
-from histonb.metrics.objects import figures_of, object_sums, pair_counts
+from histonb.metrics.objects import metrics_from_sums, object_sums, pair_counts
 from histonb.segment import instances as s
 from histonb.segment.targets import instance_target
 from histonb.synthetic.phantom import draw_field
@@ -31,7 +31,7 @@ def discs(shape, radius, step, offset=0):
 
 
 def pq(truth, found):
-    return float(figures_of(object_sums(pair_counts(truth, found)))["pq"])
+    return float(metrics_from_sums(object_sums(pair_counts(truth, found)))["pq"])
 
 
 @pytest.mark.parametrize("task, radius", [("gland", 30), ("lumen", 12), ("nucleus", 7)])

@@ -23,7 +23,7 @@ def cohort():
 def test_values_equal_sklearn(cohort):
     y, proba, slides = cohort
     p = proba.argmax(1)
-    r = m.classification(y, proba, slides, LABELS, n_boot=50)
+    r = m.classification_metrics(y, proba, slides, LABELS, n_boot=50)
     assert r["accuracy"]["value"] == pytest.approx(sk.accuracy_score(y, p), abs=1e-12)
     assert r["balanced_accuracy"]["value"] == pytest.approx(sk.balanced_accuracy_score(y[y > 0], p[y > 0]), abs=1e-12)
     assert r["macro_f1"]["value"] == pytest.approx(sk.f1_score(y, p, average="macro"), abs=1e-12)
@@ -37,16 +37,16 @@ def test_values_equal_sklearn(cohort):
 def test_perfect_constant_and_reversed():
     y = np.arange(4).repeat(10)
     slides = np.tile(np.arange(5), 8)
-    perfect, constant, reverse = (m.classification(y, p, slides, list("abcd"), 100) for p in (y, y * 0, 3 - y))
-    assert [perfect[k]["value"] for k in m.METRICS] == [1, 1, 1, 1] and perfect["accuracy"]["low"] == 1
+    perfect, constant, reverse = (m.classification_metrics(y, p, slides, list("abcd"), 100) for p in (y, y * 0, 3 - y))
+    assert [perfect[k]["value"] for k in m.CLASSIFICATION_METRICS] == [1, 1, 1, 1] and perfect["accuracy"]["low"] == 1
     assert constant["balanced_accuracy"]["value"] == 0.25 and constant["quadratic_kappa"]["value"] == pytest.approx(0)
     assert reverse["quadratic_kappa"]["value"] == pytest.approx(-1)
 
 
 def test_probabilities_and_predictions_agree(cohort):
     y, proba, slides = cohort
-    assert json.dumps(m.classification(y, proba, slides, LABELS)) == json.dumps(
-        m.classification(y, proba.argmax(1), slides, LABELS)
+    assert json.dumps(m.classification_metrics(y, proba, slides, LABELS)) == json.dumps(
+        m.classification_metrics(y, proba.argmax(1), slides, LABELS)
     )
 
 
@@ -55,29 +55,29 @@ def test_intervals_by_slide_are_wider_than_by_tile():
     slide = np.repeat(np.arange(20), 50)
     y = rng.integers(0, 3, 1000)
     p = np.where(rng.random(1000) < rng.uniform(0.3, 1, 20)[slide], y, (y + 1) % 3)
-    by_slide, by_tile = (m.classification(y, p, g, list("abc"))["accuracy"] for g in (slide, np.arange(1000)))
+    by_slide, by_tile = (m.classification_metrics(y, p, g, list("abc"))["accuracy"] for g in (slide, np.arange(1000)))
     assert by_slide["high"] - by_slide["low"] > 2 * (by_tile["high"] - by_tile["low"])
     assert by_slide["low"] < by_slide["value"] < by_slide["high"]
 
 
 def test_seed_and_order_of_tiles_do_what_they_should(cohort):
     y, proba, slides = cohort
-    first = m.classification(y, proba, slides, LABELS, seed=1)
-    assert json.dumps(first) == json.dumps(m.classification(y, proba, slides, LABELS, seed=1))
-    assert first["accuracy"]["low"] != m.classification(y, proba, slides, LABELS, seed=2)["accuracy"]["low"]
+    first = m.classification_metrics(y, proba, slides, LABELS, seed=1)
+    assert json.dumps(first) == json.dumps(m.classification_metrics(y, proba, slides, LABELS, seed=1))
+    assert first["accuracy"]["low"] != m.classification_metrics(y, proba, slides, LABELS, seed=2)["accuracy"]["low"]
     back = np.r_[np.arange(20), np.random.default_rng(0).permutation(np.arange(20, 800))]  # same order of slides
-    assert json.dumps(first) == json.dumps(m.classification(y[back], proba[back], slides[back], LABELS, seed=1))
+    assert json.dumps(first) == json.dumps(m.classification_metrics(y[back], proba[back], slides[back], LABELS, seed=1))
 
 
 def test_one_group_has_no_interval(cohort):
     y, proba, _ = cohort
-    r = m.classification(y, proba, np.zeros(len(y)), LABELS)
-    assert np.isnan([r[k][e] for k in m.METRICS for e in ("low", "high")]).all() and not np.isnan(
+    r = m.classification_metrics(y, proba, np.zeros(len(y)), LABELS)
+    assert np.isnan([r[k][e] for k in m.CLASSIFICATION_METRICS for e in ("low", "high")]).all() and not np.isnan(
         r["accuracy"]["value"]
     )
     assert "One slide only" in r["note"]
-    assert "3 slides only" in m.classification(y, proba, np.arange(len(y)) % 3, LABELS)["note"]
-    assert m.classification(y, proba, np.arange(len(y)) % 30, LABELS)["note"] == ""
+    assert "3 slides only" in m.classification_metrics(y, proba, np.arange(len(y)) % 3, LABELS)["note"]
+    assert m.classification_metrics(y, proba, np.arange(len(y)) % 30, LABELS)["note"] == ""
 
 
 def test_class_of_a_single_slide_is_left_out_of_resamples_without_it():
@@ -85,7 +85,7 @@ def test_class_of_a_single_slide_is_left_out_of_resamples_without_it():
     slide = np.array([0] * 10 + [1] * 10 + [2] * 10 + [3] * 10)
     p = y.copy()
     p[30:35] = 0
-    r = m.classification(y, p, slide, ["common", "rare"])
+    r = m.classification_metrics(y, p, slide, ["common", "rare"])
     assert r["recall"]["rare"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert r["balanced_accuracy"]["high"] == 1 and not np.isnan(r["balanced_accuracy"]["low"])
 
@@ -93,11 +93,11 @@ def test_class_of_a_single_slide_is_left_out_of_resamples_without_it():
 def test_paired_difference_is_tighter_than_the_intervals(cohort):
     y, proba, slides = cohort
     worse = np.where(np.random.default_rng(3).random(len(y)) < 0.1, 1, proba.argmax(1))
-    gap = m.difference(y, proba, worse, slides, 5)["balanced_accuracy"]
-    single = m.classification(y, proba, slides, LABELS)["balanced_accuracy"]
+    gap = m.paired_difference(y, proba, worse, slides, 5)["balanced_accuracy"]
+    single = m.classification_metrics(y, proba, slides, LABELS)["balanced_accuracy"]
     assert gap["low"] > 0 and gap["high"] - gap["low"] < single["high"] - single["low"]
-    same = m.difference(y, proba, proba, slides, 5)
-    assert all(same[k] == {"value": 0, "low": 0, "high": 0} for k in m.METRICS)
+    same = m.paired_difference(y, proba, proba, slides, 5)
+    assert all(same[k] == {"value": 0, "low": 0, "high": 0} for k in m.CLASSIFICATION_METRICS)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_paired_difference_is_tighter_than_the_intervals(cohort):
 )
 def test_bad_input_is_named(y, p, groups, says):
     with pytest.raises(BadInput, match=says):
-        m.classification(y, p, groups, ["a", "b", "c"])
+        m.classification_metrics(y, p, groups, ["a", "b", "c"])
 
 
 def test_table_and_picture(cohort):
     y, proba, slides = cohort
-    r = m.classification(y, proba, slides, LABELS, n_boot=100)
-    row = m.table({"dino": r}, recall=True).loc["dino"]
+    r = m.classification_metrics(y, proba, slides, LABELS, n_boot=100)
+    row = m.metrics_table({"dino": r}, recall=True).loc["dino"]
     assert row["recall background"] == "-" and row["accuracy"].startswith(f"{r['accuracy']['value']:.3f} [")
     ax = m.plot_confusion(r)
     assert sorted(int(t.get_text()) for t in ax.texts) == sorted(np.ravel(r["confusion"]))

@@ -21,9 +21,10 @@ from histonb.core.claims import hold
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.core.tasks import TASKS, Task, find_tasks
+from histonb.datasets import annotations
 from histonb.datasets import readers as sets
 from histonb.datasets import regions as data
-from histonb.datasets.readers import taught
+from histonb.datasets.readers import training_cases
 from histonb.models import cerberus
 from histonb.models.cerberus import Cerberus
 from histonb.segment import losses, samples, targets, training
@@ -36,7 +37,7 @@ from histonb.transfer.encoders import load_freezable_encoder
 
 REAL = Path(__file__).parents[2] / "shared/data"
 needs_real = pytest.mark.skipif(not (REAL / "GlaS").exists(), reason="no ../shared/data/GlaS")
-PHANTOMS = {"reader": "phantom_fields", "n": 8, "seed": 1, "size": 128}
+PHANTOMS = {"reader": "phantom_regions", "n": 8, "seed": 1, "size": 128}
 TINY = dict(
     arch="resnet18",
     width=0.125,
@@ -233,7 +234,7 @@ def test_a_task_of_the_same_name_with_other_classes_is_not_trained_on(tmp_path):
     task = dataclasses.replace(TASKS["nucleus-type"], classes=("none", *"abcdef"))
     cerberus.save_cerberus(Cerberus(["nucleus", task], "resnet18", 0.125), tmp_path / "one")
     typed = dataclasses.replace(
-        config(tmp_path / "two", steps=2, start=str(tmp_path / "one")), sets=(PHANTOMS | {"truths": ["nucleus-type"]},)
+        config(tmp_path / "two", steps=2, start=str(tmp_path / "one")), sets=(PHANTOMS | {"labels": ["nucleus-type"]},)
     )
     with pytest.raises(BadInput, match="its `nucleus-type` tells none, a, b"):
         train(typed)
@@ -297,7 +298,7 @@ def test_a_run_weighs_as_it_is_told(tmp_path, changes):
     def first(**more):
         of = dataclasses.replace(
             config(tmp_path / "-".join(["run", *more]), steps=1, log_every=1, **more),
-            sets=(PHANTOMS | {"truths": ["nucleus", "nucleus-type"]},),
+            sets=(PHANTOMS | {"labels": ["nucleus", "nucleus-type"]},),
         )
         return next(row for row in read_jsonl(train(of) / "log.jsonl") if "loss" in row)
 
@@ -377,7 +378,7 @@ def test_publishers_test_pictures_stay_test_pictures():
             "map": "",
         }
     )
-    found = sets.divide(data.Fields("GlaS", table, pd.DataFrame(), ("gland",), None), val=0.3)
+    found = sets.split_by_case(data.Regions("GlaS", table, pd.DataFrame(), ("gland",), None), val=0.3)
     split = found.table.set_index("field")["split"]
     assert (split[["g", "h"]] == "test").all() and set(split[:6]) == {"train", "val"}
     assert found.table.groupby("case")["split"].nunique().max() == 1
@@ -385,7 +386,7 @@ def test_publishers_test_pictures_stay_test_pictures():
 
 @needs_real
 def test_glas_is_divided_by_patient():
-    found = sets.divide(data.glas(REAL / "GlaS"), val=0.1, test=0.25)
+    found = sets.split_by_case(annotations.glas(REAL / "GlaS"), val=0.1, test=0.25)
     assert (
         set(found.table["split"]) == {"train", "val", "test"}
         and found.table.groupby("case")["split"].nunique().max() == 1
@@ -393,17 +394,20 @@ def test_glas_is_divided_by_patient():
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("spec", "message"),
     [
         ({"reader": "glass", "root": "."}, "Did you mean `glas`"),
         ({"reader": "glas"}, "lacks `root`"),
+        ({"reader": "phantom_fields", "n": 2}, "`phantom_fields` is now called `phantom_regions`"),
+        ({"reader": "phantom_regions", "n": 2, "truths": ["gland"]}, "`truths` is now called `labels`"),
+        ({"reader": "folders", "root": ".", "truth": "gland"}, "`truth` is now called `task`"),
         ({"reader": "glas", "path": "."}, "takes no `path`"),
-        ({"reader": "phantom_fields", "n": 2, "truths": ["glands"]}, "Did you mean `gland`"),
+        ({"reader": "phantom_regions", "n": 2, "labels": ["glands"]}, "Did you mean `gland`"),
     ],
 )
-def test_sets_that_cannot_be(said, message):
+def test_sets_that_cannot_be(spec, message):
     with pytest.raises(BadInput, match=message):
-        sets.read_set(said)
+        sets.read_set(spec)
 
 
 # --- training
@@ -412,7 +416,7 @@ def test_sets_that_cannot_be(said, message):
 def config(out, *more, **changes):
     return TrainConfig(
         str(out),
-        (PHANTOMS | {"truths": ["gland", "nucleus"]}, PHANTOMS | {"truths": ["lumen"], "seed": 2}, *more),
+        (PHANTOMS | {"labels": ["gland", "nucleus"]}, PHANTOMS | {"labels": ["lumen"], "seed": 2}, *more),
         **TINY | changes,
     )
 
@@ -428,7 +432,7 @@ def test_it_learns(tmp_path):
     train(
         TrainConfig(
             str(tmp_path),
-            (PHANTOMS | {"n": 12, "truths": ["nucleus"]},),
+            (PHANTOMS | {"n": 12, "labels": ["nucleus"]},),
             **TINY | {"steps": 80, "lr": 5e-3, "schedule": "cosine", "width": 0.25, "log_every": 20},
         )
     )
@@ -499,7 +503,7 @@ def test_stage_two_holds_all_that_stage_one_knows(tmp_path):
     train(config(tmp_path / "one", steps=2))
     typed = dataclasses.replace(
         config(tmp_path / "two", steps=4, start=str(tmp_path / "one"), freeze=True),
-        sets=(PHANTOMS | {"truths": ["nucleus-type"]},),
+        sets=(PHANTOMS | {"labels": ["nucleus-type"]},),
     )
     train(typed)
     a, b = (cerberus.load_cerberus(tmp_path / name)[0].state_dict() for name in ("one", "two"))
@@ -539,7 +543,7 @@ def test_patches_and_fields_in_one_run(tmp_path, sampling):
 
 
 def test_a_set_has_its_share_of_every_step():
-    found, tasks = sets.read_sets([PHANTOMS | {"truths": [name]} for name in ("gland", "lumen")])
+    found, tasks = sets.read_sets([PHANTOMS | {"labels": [name]} for name in ("gland", "lumen")])
     c = resolve_train_config(
         TrainConfig("run", **TINY | {"shares": (2, 1), "batch_size": 6, "workers": 0}), list(map(len, found))
     )
@@ -548,7 +552,7 @@ def test_a_set_has_its_share_of_every_step():
 
 
 def test_networks_are_compared_by_the_samples_of_their_sets(tmp_path):
-    of = [PHANTOMS | {"truths": [name]} for name in ("gland", "lumen")]
+    of = [PHANTOMS | {"labels": [name]} for name in ("gland", "lumen")]
     runs = {
         "both": {"sets": of, "shares": (2, 1), "steps": 6},
         "glands": {"sets": of[:1], "steps": 4},
@@ -586,7 +590,7 @@ def test_a_task_without_data(tmp_path):
 
 
 def test_a_task_without_truth_in_a_batch_is_no_loss():
-    found, tasks = sets.read_sets([PHANTOMS | {"truths": ["gland"]}])
+    found, tasks = sets.read_sets([PHANTOMS | {"labels": ["gland"]}])
     trainer = MultiTaskTrainer(resolve_train_config(TrainConfig("run", **TINY), [4]), find_tasks(["gland", "lumen"]))
     seen = samples.MultiTaskDataset(found, tasks)
     row = trainer.train_step(samples.collate([seen[0, k, 64] for k in range(4)]))
@@ -594,7 +598,7 @@ def test_a_task_without_truth_in_a_batch_is_no_loss():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    found, tasks = sets.read_sets([PHANTOMS | {"truths": ["gland"]}])
+    found, tasks = sets.read_sets([PHANTOMS | {"labels": ["gland"]}])
     trainer = MultiTaskTrainer(resolve_train_config(TrainConfig("run", **TINY), [4]), tasks)
     seen = samples.MultiTaskDataset(found, tasks)
     with torch.no_grad():
@@ -616,7 +620,7 @@ def test_types_that_nobody_knows_are_not_learnt_nor_judged():
 
 
 def test_a_field_smaller_than_the_crop_is_reflected():
-    field = data.Field(
+    field = data.Region(
         np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8),
         {"gland": np.ones((20, 30), np.int32)},
         0.5,
@@ -638,7 +642,7 @@ class Patches:
         truth = np.zeros((self.side, self.side), np.int32)
         for k in range(i + 1):
             truth[4 + 2 * k, 4:8] = k + 1
-        return data.Field(
+        return data.Region(
             np.full((self.side, self.side + i, 3), 20 * i + 40, np.uint8),
             {"nucleus": np.pad(truth, ((0, 0), (0, i)))},
             0.25,
@@ -648,11 +652,11 @@ class Patches:
 def test_fields_side_by_side_keep_all_their_objects_apart():
     found = samples.tile_regions([Patches(9)[i] for i in (3, 0, 5, 8)])
     assert found.image.shape == (64, 64, 3) and found.mpp == 0.25
-    assert sorted(np.unique(found.truth["nucleus"])) == list(range(4 + 1 + 6 + 9 + 1))
+    assert sorted(np.unique(found.labels["nucleus"])) == list(range(4 + 1 + 6 + 9 + 1))
     for (y, x), i, first in (((0, 0), 3, 0), ((0, 32), 0, 4), ((32, 0), 5, 5), ((32, 32), 8, 11)):
-        there = found.truth["nucleus"][y : y + 32, x : x + 32]
+        there = found.labels["nucleus"][y : y + 32, x : x + 32]
         assert (found.image[y : y + 32, x : x + 32] == 20 * i + 40).all() and np.array_equal(
-            np.where(there, there - first, 0), Patches(9)[i].truth["nucleus"][:, :32]
+            np.where(there, there - first, 0), Patches(9)[i].labels["nucleus"][:, :32]
         )
 
 
@@ -678,7 +682,7 @@ def test_glass_is_empty_in_every_map_and_never_in_a_patch_with_one_class():
         assert left["gland"].dtype == np.int32 and left["gland-type"].dtype == np.uint8
         shares.append(glass.mean())
     assert min(shares) < 0.1 and max(shares) > 0.7 and truth["gland"].all()
-    patch = data.Field(np.full((96, 96, 3), 60, np.uint8), {"tissue": 3}, 0.5)
+    patch = data.Region(np.full((96, 96, 3), 60, np.uint8), {"tissue": 3}, 0.5)
     image, truth = samples.draw_sample(patch, 64, (0,), glass=1.0)
     assert image.max() < 120 and truth["tissue"] == 3
 
@@ -690,10 +694,10 @@ def test_what_was_learnt_from_is_read_exactly_or_refused(tmp_path, text, says):
     "Names that other readers would take for nothing, or trim, are names: a leak must not pass by them."
     rows = [("GlaS", " a ", "train"), ("GlaS", "NA", "train"), ("GlaS", "1.0", "val"), ("CRAG", "1.0", "train")]
     pd.DataFrame(rows, columns=["set", "case", "split"]).to_csv(tmp_path / "fields.csv", index=False)
-    assert taught(tmp_path) == {"GlaS": {" a ", "NA"}, "CRAG": {"1.0"}}
+    assert training_cases(tmp_path) == {"GlaS": {" a ", "NA"}, "CRAG": {"1.0"}}
     if text is None:
         (tmp_path / "fields.csv").unlink()
     else:
         (tmp_path / "fields.csv").write_text(text)
     with pytest.raises(BadInput, match=f"fields.csv: {says}"):
-        taught(tmp_path)
+        training_cases(tmp_path)

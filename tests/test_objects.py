@@ -75,7 +75,7 @@ def test_figures_are_their_definitions_written_as_loops(seed):
     rng = np.random.default_rng(seed)
     truth = random_map(rng)
     predicted = moved(rng, truth)
-    f = o.figures_of(o.object_sums(o.pair_counts(truth, predicted, hausdorff=True)))
+    f = o.metrics_from_sums(o.object_sums(o.pair_counts(truth, predicted, hausdorff=True)))
     assert f["aji"] == pytest.approx(aji(truth, predicted), abs=1e-12)
     assert (f["glas_f1"], f["object_dice"], f["object_hausdorff"]) == pytest.approx(glas(truth, predicted), abs=1e-9)
     assert f["dice"] == pytest.approx(
@@ -121,21 +121,23 @@ def test_numbers_of_objects_do_not_matter():
 def test_maps_without_background_and_of_one_pixel():
     full = np.arange(1, 13).reshape(3, 4)
     for ids in (full, np.ones((1, 1), np.uint8)):
-        f = o.figures_of(o.object_sums(o.pair_counts(ids, ids, hausdorff=True)))
-        assert {k: float(v) for k, v in f.items()} == dict.fromkeys(o.FIGURES[:-1], 1.0) | {"object_hausdorff": 0.0}
+        f = o.metrics_from_sums(o.object_sums(o.pair_counts(ids, ids, hausdorff=True)))
+        assert {k: float(v) for k, v in f.items()} == dict.fromkeys(o.OBJECT_METRICS[:-1], 1.0) | {
+            "object_hausdorff": 0.0
+        }
 
 
 def test_an_iou_of_one_half_is_no_hit_and_half_of_an_object_is_not_covered():
     truth = np.array([[1, 1, 0, 2, 2]])
     predicted = np.array([[1, 0, 0, 2, 2]])
-    s = dict(zip(o.SUMS, o.object_sums(o.pair_counts(truth, predicted)), strict=True))
+    s = dict(zip(o.OBJECT_SUMS, o.object_sums(o.pair_counts(truth, predicted)), strict=True))
     assert s["hits"] == 1 and s["glas_hits"] == 1
 
 
 def test_a_joined_object_covers_several_but_hits_one():
     truth = np.array([[1, 1, 1, 2, 2, 3]])
     predicted = np.full((1, 6), 9)
-    f = o.figures_of(o.object_sums(o.pair_counts(truth, predicted)))
+    f = o.metrics_from_sums(o.object_sums(o.pair_counts(truth, predicted)))
     assert f["glas_f1"] == 2 * 1 / (3 + 1)
     assert f["aji"] == (3 + 2 + 1) / (6 + 6 + 6)  # each object of the truth takes it
 
@@ -147,13 +149,13 @@ def test_empty_maps_are_defined():
     both, missed, invented = (
         o.pair_counts(*maps, hausdorff=True) for maps in ((none, none), (some, none), (none, some))
     )
-    assert np.isnan([*o.figures_of(o.object_sums(both)).values()]).all()
+    assert np.isnan([*o.metrics_from_sums(o.object_sums(both)).values()]).all()
     for pairs in (missed, invented):
-        f = o.figures_of(o.object_sums(pairs))
+        f = o.metrics_from_sums(o.object_sums(pairs))
         assert np.isnan(f.pop("sq")) and f.pop("object_hausdorff") == 50 and set(f.values()) == {0.0}
-    r = o.object_figures([both, missed], ["a", "b"])
+    r = o.object_metrics([both, missed], ["a", "b"])
     assert r["picture_pq"]["value"] == 0 and np.isnan(r["pictures"]["pq"][0])
-    alone = o.object_figures([both], ["a"])
+    alone = o.object_metrics([both], ["a"])
     assert np.isnan(alone["pq"]["value"]) and np.isnan(alone["picture_dice"]["value"]) and np.isnan(alone["pq"]["low"])
 
 
@@ -162,8 +164,8 @@ def test_pooled_figures_are_of_the_pictures_side_by_side():
     truths = [random_map(rng, n=n) for n in (3, 12, 20)]
     predicted = [moved(rng, t) for t in truths]
     beside = lambda maps: np.concatenate([np.where(m > 0, m + 100 * i, 0) for i, m in enumerate(maps)], 1)
-    r = o.object_figures([o.pair_counts(t, p) for t, p in zip(truths, predicted, strict=True)], ["a", "b", "c"])
-    whole = o.figures_of(o.object_sums(o.pair_counts(beside(truths), beside(predicted))))
+    r = o.object_metrics([o.pair_counts(t, p) for t, p in zip(truths, predicted, strict=True)], ["a", "b", "c"])
+    whole = o.metrics_from_sums(o.object_sums(o.pair_counts(beside(truths), beside(predicted))))
     assert {k: r[k]["value"] for k in whole} == pytest.approx({k: float(v) for k, v in whole.items()})
     for k in whole:
         assert r[f"picture_{k}"]["value"] == pytest.approx(np.mean(r["pictures"][k]))
@@ -174,7 +176,7 @@ def test_intervals_come_from_cases_and_reruns_are_equal():
     rng = np.random.default_rng(3)
     pairs = [o.pair_counts(t := random_map(rng), moved(rng, t)) for _ in range(12)]
     by_case, again, by_picture = (
-        o.object_figures(pairs, g)
+        o.object_metrics(pairs, g)
         for g in ([f"case {i // 6}" for i in range(12)], [f"case {i // 6}" for i in range(12)], range(12))
     )
     assert json.dumps(by_case) == json.dumps(again)
@@ -188,7 +190,7 @@ def test_types_are_counted_apart():
     t = np.array([0, 1, 1, 2, 0])
     p = np.zeros(8, int)
     p[[7, 5, 4]] = 1, 2, 2
-    r = o.type_figures([o.pair_counts(truth, predicted)], [t], [p], ["a"], ("none", "a", "b", "c"))
+    r = o.type_metrics([o.pair_counts(truth, predicted)], [t], [p], ["a"], ("none", "a", "b", "c"))
     # a: 1 found, 2 called b; b: 3 missed, 5 and 4 wrong (4 has no type in the truth); c: nowhere
     assert r["pq"]["a"]["value"] == 2 / 3 and r["pq"]["b"]["value"] == 0 and np.isnan(r["pq"]["c"]["value"])
     assert r["mpq"]["value"] == pytest.approx(1 / 3) and r["n_objects"] == {"a": 2, "b": 1, "c": 0}
@@ -199,11 +201,11 @@ def test_what_hits_an_object_of_unknown_type_is_not_counted():
     called = np.array([0, 1, 1, 1], np.uint8)
     for kind, value in ((2, 2 / (1 + 3)), (255, 2 / (1 + 2))):
         truth = np.array([0, 1, kind], np.uint8)
-        r = o.type_figures(pairs, [truth], [called], ["a"], ("none", "a", "b"))
+        r = o.type_metrics(pairs, [truth], [called], ["a"], ("none", "a", "b"))
         assert r["pq"]["a"]["value"] == value and r["n_objects"] == {"a": 1, "b": int(kind == 2)}
         assert truth[2] == kind and called.tolist() == [0, 1, 1, 1]  # left as they were
     with pytest.raises(BadInput, match="predicted_types"):
-        o.type_figures(pairs, [called], [truth[[0, 1, 1, 2]]], ["a"], ("none", "a", "b"))
+        o.type_metrics(pairs, [called], [truth[[0, 1, 1, 2]]], ["a"], ("none", "a", "b"))
 
 
 def test_one_type_is_plain_panoptic_quality():
@@ -211,8 +213,8 @@ def test_one_type_is_plain_panoptic_quality():
     maps = [(t := random_map(rng), moved(rng, t)) for _ in range(5)]
     pairs = [o.pair_counts(*m) for m in maps]
     ones = [np.ones(100, np.uint8)] * 5
-    assert o.type_figures(pairs, ones, ones, range(5), ("none", "any"))["mpq"] == pytest.approx(
-        o.object_figures(pairs, range(5))["pq"]
+    assert o.type_metrics(pairs, ones, ones, range(5), ("none", "any"))["mpq"] == pytest.approx(
+        o.object_metrics(pairs, range(5))["pq"]
     )
 
 
@@ -236,16 +238,16 @@ def test_lists_that_do_not_fit_are_refused():
     ids = np.array([[0, 1, 3]])
     pairs = o.pair_counts(ids, ids)
     with pytest.raises(BadInput, match="2 groups for 1"):
-        o.object_figures([pairs], ["a", "b"])
+        o.object_metrics([pairs], ["a", "b"])
     with pytest.raises(BadInput, match="without a group"):
-        o.object_figures([pairs], [None])
+        o.object_metrics([pairs], [None])
     with pytest.raises(BadInput, match="no picture"):
-        o.object_figures([], [])
+        o.object_metrics([], [])
     with pytest.raises(BadInput, match="some pictures only"):
-        o.object_figures([pairs, o.pair_counts(ids, ids, hausdorff=True)], ["a", "b"])
+        o.object_metrics([pairs, o.pair_counts(ids, ids, hausdorff=True)], ["a", "b"])
     good = np.array([0, 1, 0, 1])
     with pytest.raises(BadInput, match="of 1 and 2 pictures for 1"):
-        o.type_figures([pairs], [good], [good, good], ["a"], ("none", "a"))
+        o.type_metrics([pairs], [good], [good, good], ["a"], ("none", "a"))
     for wrong in (good[:3], good * 1.0, good + 1, -good):
         with pytest.raises(BadInput):
-            o.type_figures([pairs], [good], [wrong], ["a"], ("none", "a"))
+            o.type_metrics([pairs], [good], [wrong], ["a"], ("none", "a"))

@@ -18,7 +18,7 @@ def test_figures_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     a = random_masks(rng, 30)
     b = random_masks(rng, 30)
-    each = o.five_figures(o.mask_overlap(a, b))
+    each = o.overlap_metrics(o.mask_overlap(a, b))
     for t, p, f in zip(a, b, each, strict=True):
         t = t.ravel()
         p = p.ravel()
@@ -45,12 +45,12 @@ def test_counts_add_up_whatever_the_type():
 )
 def test_empty_and_full_masks_have_defined_values(truth, predicted, wanted):
     full = np.full((1, 4, 4), truth, np.uint8), np.full((1, 4, 4), predicted, np.uint8)
-    assert np.array_equal(o.five_figures(o.mask_overlap(*full))[0], wanted, equal_nan=True)
+    assert np.array_equal(o.overlap_metrics(o.mask_overlap(*full))[0], wanted, equal_nan=True)
 
 
 def test_means_pooled_figures_and_failures_by_hand():
     counts = np.array([[900, 0, 100], [900, 100, 0], [0, 0, 10], [50, 50, 0]])
-    found = o.overlap_figures(counts, ["Polyp", "Polyp", "Polyp", "Normal"], ["a", "a", "b", "c"], n_boot=50)
+    found = o.overlap_by_category(counts, ["Polyp", "Polyp", "Polyp", "Normal"], ["a", "a", "b", "c"], n_boot=50)
     assert list(found) == ["Normal", "Polyp", "all"]
     polyp = found["Polyp"]
     assert np.isclose(polyp["image_dice"]["value"], (18 / 19 + 18 / 19 + 0) / 3) and np.isclose(
@@ -64,7 +64,7 @@ def test_means_pooled_figures_and_failures_by_hand():
 
 
 def test_a_category_with_one_case_has_no_interval():
-    found = o.overlap_figures([[5, 1, 1], [5, 0, 1]], ["x", "x"], ["a", "a"])["x"]
+    found = o.overlap_by_category([[5, 1, 1], [5, 0, 1]], ["x", "x"], ["a", "a"])["x"]
     assert (
         np.isnan(found["image_dice"]["low"])
         and "One case only" in found["note"]
@@ -73,7 +73,7 @@ def test_a_category_with_one_case_has_no_interval():
 
 
 def test_only_failures_give_no_conformity():
-    found = o.overlap_figures([[0, 1, 1], [0, 3, 1]], ["x", "x"], ["a", "b"], n_boot=20)["x"]
+    found = o.overlap_by_category([[0, 1, 1], [0, 3, 1]], ["x", "x"], ["a", "b"], n_boot=20)["x"]
     assert np.isnan(found["image_conformity"]["value"]) and found["failed"] == 2 and found["image_dice"]["value"] == 0
     assert o.overlap_table({"net": {"x": found}}).loc[("x", "net"), "conformity"] == "-"
 
@@ -86,11 +86,11 @@ def test_intervals_are_of_cases_not_of_pictures():
     counts = np.rint(np.column_stack([1000 * d, 1000 - 1000 * d, 1000 - 1000 * d])).astype(int)
     width = {}
     for name, groups in (("case", case), ("picture", np.arange(240))):
-        e = o.overlap_figures(counts, ["x"] * 240, groups)["x"]["image_dice"]
+        e = o.overlap_by_category(counts, ["x"] * 240, groups)["x"]["image_dice"]
         width[name] = e["high"] - e["low"]
         assert e["low"] < e["value"] < e["high"]
     assert width["case"] > 3 * width["picture"]  # sqrt(20) = 4.5
-    assert o.overlap_figures(counts, ["x"] * 240, case) == o.overlap_figures(counts, ["x"] * 240, case)
+    assert o.overlap_by_category(counts, ["x"] * 240, case) == o.overlap_by_category(counts, ["x"] * 240, case)
 
 
 def test_differences_are_paired():
@@ -100,7 +100,7 @@ def test_differences_are_paired():
     case = rng.integers(0, 15, 60)
     kind = rng.choice(["x", "y"], 60)
     between = o.overlap_difference(a, b, kind, case)
-    first, second = (o.overlap_figures(c, kind, case) for c in (a, b))
+    first, second = (o.overlap_by_category(c, kind, case) for c in (a, b))
     for name in ("x", "y", "all"):
         for figure in ("image_dice", "pooled_jaccard", "image_conformity"):
             assert np.isclose(
@@ -118,7 +118,7 @@ def test_the_gap_between_divisions_is_wider_than_a_paired_difference():
     d = np.repeat(rng.uniform(0.3, 0.9, 15), 4)
     counts = np.rint(np.column_stack([1000 * d, 1000 - 1000 * d, 1000 - 1000 * d])).astype(int)
     case = np.repeat(np.arange(15), 4)
-    gap = o.overlap_gap(counts, case, counts, case)
+    gap = o.overlap_unpaired(counts, case, counts, case)
     paired = o.overlap_difference(counts, counts, ["x"] * 60, case)["x"]
     for figure, e in gap.items():
         assert (
@@ -126,7 +126,7 @@ def test_the_gap_between_divisions_is_wider_than_a_paired_difference():
             and e["low"] < 0 < e["high"]
             and paired[figure]["low"] == paired[figure]["high"] == 0
         )
-    assert np.isnan(o.overlap_gap(counts, case, counts, np.zeros(60))["image_dice"]["low"])
+    assert np.isnan(o.overlap_unpaired(counts, case, counts, np.zeros(60))["image_dice"]["low"])
 
 
 # What cannot be ---------------------------------------------------------------------------------------------------------
@@ -137,12 +137,13 @@ def test_any_rounded_table_of_real_counts_passes():
     for digits in (2, 3, 4):
         for _ in range(100):
             counts = rng.integers(0, 60, (rng.integers(1, 10), 3)) * rng.integers(0, 2, (1, 3))
-            found = o.overlap_figures(counts, ["x"] * len(counts), range(len(counts)), n_boot=2)["x"]
+            found = o.overlap_by_category(counts, ["x"] * len(counts), range(len(counts)), n_boot=2)["x"]
             pooled, mean = (
-                {k: round(found[f"{kind}_{k}"]["value"], digits) for k in o.FIVE} for kind in ("pooled", "image")
+                {k: round(found[f"{kind}_{k}"]["value"], digits) for k in o.OVERLAP_METRICS}
+                for kind in ("pooled", "image")
             )
-            assert o.verdict(pooled, digits)[0] == "consistent", (counts, pooled)
-            assert o.verdict(mean, digits)[0] != "impossible", (counts, mean)
+            assert o.consistency(pooled, digits)[0] == "consistent", (counts, pooled)
+            assert o.consistency(mean, digits)[0] != "impossible", (counts, mean)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +164,12 @@ def test_any_rounded_table_of_real_counts_passes():
     ],
 )
 def test_verdicts_by_hand(row, said):
-    assert o.verdict(row)[0] == said
+    assert o.consistency(row)[0] == said
 
 
 def test_the_tolerance_is_that_of_rounding():
-    assert o.verdict({"dice": 0.90, "jaccard": 0.81}, 2)[0] == "consistent"  # .895 ... .905 means .810 ... .827
-    assert o.verdict({"dice": 0.900, "jaccard": 0.810}, 3)[0] == "impossible"  # .8995 means .8173
+    assert o.consistency({"dice": 0.90, "jaccard": 0.81}, 2)[0] == "consistent"  # .895 ... .905 means .810 ... .827
+    assert o.consistency({"dice": 0.900, "jaccard": 0.810}, 3)[0] == "impossible"  # .8995 means .8173
 
 
 def test_published_rows_are_judged_not_named():
@@ -188,7 +189,7 @@ def test_published_rows_are_judged_not_named():
         "Serrated adenoma": 0.937,
     }
     assert table.loc[table["verdict"] == "impossible", ["class", "network"]].values.tolist() == [["Polyp", "U-Net"]]
-    mended = o.verdicts(
+    mended = o.consistency_table(
         table[["dice", "jaccard", "conformity"]].assign(dice=table["dice"].where(table["network"] != "U-Net", 0.47))
     )
     assert "impossible" not in set(mended["verdict"])
@@ -222,7 +223,7 @@ def test_tables_that_do_not_match_are_refused():
         ([[1, 2, 3]], ["a"], [None], "without a case"),
     ):
         with pytest.raises(BadInput, match=said):
-            o.overlap_figures(counts, categories, pd.Series(cases))
+            o.overlap_by_category(counts, categories, pd.Series(cases))
     with pytest.raises(BadInput, match="same pictures"):
         o.overlap_difference([[1, 2, 3]], [[1, 2, 3]] * 2, ["a"], ["c"])
     with pytest.raises(BadInput, match="image or pooled"):

@@ -129,7 +129,7 @@ def test_types_are_learnt_as_a_second_stage(tmp_path):
         tasks=["nucleus-type"],
         baseline=False,
         name="types",
-        sets=[{"reader": "phantom_fields", "n": 10, "seed": 1, "size": 128}],
+        sets=[{"reader": "phantom_regions", "n": 10, "seed": 1, "size": 128}],
     )
     assert second and second["tasks"] == ["nucleus-type"], error[-2000:]
     assert set(second["results"]["phantom, nucleus-type"]["types"]["n_objects"]) >= {"lymphocyte", "epithelial"}

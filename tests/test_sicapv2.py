@@ -11,7 +11,7 @@ from PIL import Image
 
 from histonb.core.errors import BadInput
 from histonb.datasets.images import KEEP_ALL, tile_images
-from histonb.datasets.sicapv2 import GRADES, apart, in_duplicate, places, sicapv2
+from histonb.datasets.sicapv2 import GRADES, in_duplicate, non_overlapping, parse_names, sicapv2
 from histonb.datasets.splits import check_leak
 from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.slides.encodings import ENCODINGS, detect_codes, encoding_table, evidence
@@ -164,8 +164,8 @@ def test_no_two_kept_patches_overlap_and_none_is_missing(seed, step):
         if rng.random() < 0.6
     ]
     rng.shuffle(names)
-    lying = places(pd.Series(names))
-    keep = apart(lying)
+    lying = parse_names(pd.Series(names))
+    keep = non_overlapping(lying)
     x = lying["x"].to_numpy()
     y = lying["y"].to_numpy()
     slide = lying["slide"].to_numpy()
@@ -177,9 +177,9 @@ def test_no_two_kept_patches_overlap_and_none_is_missing(seed, step):
 @needs_real
 def test_real_names_all_tell_their_place():
     table = pd.concat([pd.read_excel(REAL / f"partition/Test/{side}.xlsx") for side in ("Train", "Test")])
-    lying = places(table["image_name"].str.removesuffix(".jpg"))
+    lying = parse_names(table["image_name"].str.removesuffix(".jpg"))
     assert not lying.isna().any().any() and lying["slide"].nunique() == 155
-    keep = apart(lying)
+    keep = non_overlapping(lying)
     assert keep.sum() == 3652
     for _, p in lying[keep].groupby("slide"):
         x = p["x"].to_numpy()
@@ -500,7 +500,7 @@ def test_duplicate_regions_are_told_by_slide_and_number():
         [f"{d}_1_2_xini_0_yini_5" for d in DUPLICATES]
         + ["16B0001851_Block_Region_1_1_2_xini_0_yini_5", "16B0001851_Block_Region_31_1_2_xini_0_yini_5", "other"]
     )
-    assert in_duplicate(places(names)).tolist() == [True] * 10 + [False] * 3
+    assert in_duplicate(parse_names(names)).tolist() == [True] * 10 + [False] * 3
 
 
 @needs_real

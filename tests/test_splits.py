@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from histonb.core.errors import BadInput
-from histonb.datasets.splits import SPLITS, account, check_leak, grouped_split, random_tile_split
+from histonb.datasets.splits import SPLITS, check_leak, grouped_split, random_tile_split, split_counts
 
 TRAIN = Path(__file__).parents[2] / "shared/data/panda/train.csv"
 
@@ -31,7 +31,7 @@ def test_panda_is_balanced_by_grade_and_provider():
     split = grouped_split(table, label=["isup_grade", "data_provider"])
     assert check_leak(split)["leaking_cases"] == 0
     for label in ("isup_grade", "data_provider"):
-        held = account(split, label=label)
+        held = split_counts(split, label=label)
         assert np.abs(held["rows"] / len(table) - [0.8, 0.1, 0.1, 1]).max() < 0.002
         assert np.abs(held.loc[list(SPLITS)].iloc[:, 2:] - held.loc["all"].iloc[2:]).max().max() < 0.005
 
@@ -43,7 +43,7 @@ def test_duplicates_of_panda_stay_together():
     split = grouped_split(table, label="isup_grade")
     assert (
         split.groupby("case")["split"].nunique().max() == 1
-        and np.abs(account(split, label="isup_grade")["rows"] / len(table) - [0.8, 0.1, 0.1, 1]).max() < 0.005
+        and np.abs(split_counts(split, label="isup_grade")["rows"] / len(table) - [0.8, 0.1, 0.1, 1]).max() < 0.005
     )
 
 

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from histonb.core.errors import BadInput
-from histonb.datasets.ebhi import CLASSES, ebhi_seg
+from histonb.datasets.ebhi import EBHI_CLASSES, ebhi_seg
 from histonb.datasets.splits import check_leak
 from histonb.models import cerberus
 from histonb.transfer.classes import (
@@ -216,7 +216,7 @@ def test_figures_of_several_seeds_are_their_mean_and_intervals_are_of_cases():
     assert (
         r["accuracy"]["value"] == 0.75 and r["repeats"]["accuracy"] == [1.0, 0.5] and r["n_groups"] == 4 and r["n"] == 8
     )
-    assert r["accuracy"]["low"] <= 0.5 and r["accuracy"]["high"] == 1 and set(r["recall"]) == set(CLASSES)
+    assert r["accuracy"]["low"] <= 0.5 and r["accuracy"]["high"] == 1 and set(r["recall"]) == set(EBHI_CLASSES)
 
 
 def test_gap_is_the_difference_of_independent_divisions():
@@ -279,7 +279,7 @@ def test_real_pictures_are_divided_by_case_and_random_division_leaks():
     grouped = ebhi_seg(REAL, "grouped").slides
     leaky = ebhi_seg(REAL, "random").slides
     assert check_leak(grouped)["leaking_cases"] == 0 and check_leak(leaky, strict=False)["leaking_cases"] > 50
-    assert all(set(p["class"]) == set(CLASSES) for s in (grouped, leaky) for p in rows_by_split(s).values())
+    assert all(set(p["class"]) == set(EBHI_CLASSES) for s in (grouped, leaky) for p in rows_by_split(s).values())
 
 
 @pytest.mark.slow

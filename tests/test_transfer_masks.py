@@ -12,8 +12,8 @@ import torch
 from conftest import run_report
 
 from histonb.core.errors import BadInput
-from histonb.datasets.ebhi import ebhi_seg, read
-from histonb.metrics.overlap import FIVE, five_figures, mask_overlap
+from histonb.datasets.ebhi import ebhi_seg, read_ebhi_pair
+from histonb.metrics.overlap import OVERLAP_METRICS, mask_overlap, overlap_metrics
 from histonb.models import backbones, cerberus
 from histonb.models.medt import MedT
 from histonb.training.pair_augmentation import EBHIAugment
@@ -161,7 +161,7 @@ def test_masks_come_out_at_the_size_and_in_the_order_of_the_truth(pictures):
         and classes is None
     )
     wanted = (test.images.mean(-1) / 255 > 0.5).astype(np.uint8)
-    assert five_figures(mask_overlap(wanted, masks))[:, 0].mean() > 0.8  # at 32 px, but each picture is its own
+    assert overlap_metrics(mask_overlap(wanted, masks))[:, 0].mean() > 0.8  # at 32 px, but each picture is its own
 
 
 def test_closing_fills_narrow_gaps_and_takes_nothing():
@@ -203,7 +203,7 @@ def test_a_network_learns_and_the_best_epoch_is_kept(tmp_path, pictures):
     plain = {k: EBHIDataset(p.slides, 32) for k, p in pictures.items()}
     c = config(tmp_path / "run", epochs=25, lr=5e-3)
     net, log = t.train_mask_network("joint", SMALL, plain["train"], plain["train"], c)
-    dice = five_figures(mask_overlap(plain["train"].masks, t.predict_masks(net, plain["train"])[0]))[:, 0].mean()
+    dice = overlap_metrics(mask_overlap(plain["train"].masks, t.predict_masks(net, plain["train"])[0]))[:, 0].mean()
     share = plain["train"].masks.mean((1, 2))
     best = max(log, key=lambda r: r["val_both"])
     assert dice == pytest.approx(best["val_dice"], abs=1e-6) and dice > (2 * share / (1 + share)).mean() + 0.15
@@ -224,7 +224,7 @@ def test_the_table_of_scores_has_the_counts_of_each_picture(pictures):
     scores = t.score_masks(drawn, test)
     assert list(scores) == ["slide", "case", "class", "network", "tp", "fp", "fn"] and len(scores) == 3 * len(test)
     found = t.network_metrics(scores, 50)
-    assert all(found["truth"]["all"][f"image_{f}"]["value"] == 1 for f in FIVE) and found["none"]["all"][
+    assert all(found["truth"]["all"][f"image_{f}"]["value"] == 1 for f in OVERLAP_METRICS) and found["none"]["all"][
         "failed"
     ] == len(test)
     for name, masks in drawn.items():
@@ -234,7 +234,7 @@ def test_the_table_of_scores_has_the_counts_of_each_picture(pictures):
         )
         mine = test.slides["class"] == "Polyp"
         assert found[name]["Polyp"]["image_dice"]["value"] == pytest.approx(
-            five_figures(mask_overlap(test.masks[mine], masks[mine]))[:, 0].mean()
+            overlap_metrics(mask_overlap(test.masks[mine], masks[mine]))[:, 0].mean()
         )
 
 
@@ -252,7 +252,7 @@ def test_written_masks_complete_the_set(root, tmp_path):
     complete = ebhi_seg(copy)
     assert not (complete.slides["label"] == "").any() and not len(t.unlabelled(complete))
     row = next(complete.slides[complete.slides["slide"] == bare["slide"][0]].itertuples())
-    assert np.array_equal(read(row)[1], masks[0])
+    assert np.array_equal(read_ebhi_pair(row)[1], masks[0])
 
 
 def test_truth_is_never_overwritten(root, tmp_path):
@@ -330,7 +330,7 @@ def test_the_report_tells_what_its_files_say(tmp_path, root, weights):
     ) == {"grouped", "random"}
     part = scores[(scores["division"] == "grouped") & (scores["network"] == "MedT")]
     assert found["results"]["grouped"]["MedT"]["all"]["image_dice"]["value"] == pytest.approx(
-        five_figures(part[["tp", "fp", "fn"]])[:, 0].mean()
+        overlap_metrics(part[["tp", "fp", "fn"]])[:, 0].mean()
     )
     assert (
         found["leaking"]["grouped"] == 0 < found["leaking"]["random"]
@@ -357,7 +357,7 @@ def test_the_stain_knows_less_than_it_costs_on_real_pictures():
     slides = ebhi_seg(REAL).slides.sample(60, random_state=0).reset_index(drop=True)
     p = EBHIDataset(slides, 224)
     dice = {
-        name: five_figures(mask_overlap(p.masks, [draw(i) for i in p.images]))[:, 0].mean()
+        name: overlap_metrics(mask_overlap(p.masks, [draw(i) for i in p.images]))[:, 0].mean()
         for name, draw in t.MASK_BASELINES.items()
     }
     share = p.masks.mean((1, 2))

@@ -12,7 +12,7 @@ import shapely
 
 from ..core.errors import BadInput, foreign_errors
 from ..core.files import read_json
-from ..metrics.objects import Pairs
+from ..metrics.objects import ObjectPairs
 
 # %% ../../nbs/11_annotate/04_editing.ipynb #cell-005
 def read_objects(
@@ -48,7 +48,7 @@ def _objects(features):
 def pair_outlines(
     truth,  # polygons of the truth
     predicted,  # polygons that were found
-) -> Pairs:  # numbers from 1 on, areas in the square of the polygons' unit
+) -> ObjectPairs:  # numbers from 1 on, areas in the square of the polygons' unit
     "What the objects of two annotations share."
     truth, predicted = (np.array(list(shapes), object) for shapes in (truth, predicted))
     i, j = (
@@ -57,7 +57,7 @@ def pair_outlines(
         else np.zeros((2, 0), int)
     )
     both = shapely.area(shapely.intersection(truth[i], predicted[j]))
-    return Pairs(
+    return ObjectPairs(
         np.arange(1, len(truth) + 1),
         np.arange(1, len(predicted) + 1),
         shapely.area(truth),
@@ -72,7 +72,7 @@ EDITS = ("split", "merge", "add", "delete", "redraw")
 
 
 def count_edits(
-    pairs: Pairs,  # from `pair_outlines`, or of maps from `objects.pair_counts`
+    pairs: ObjectPairs,  # from `pair_outlines`, or of maps from `objects.pair_counts`
 ) -> dict:  # `kept`, each of `EDITS`, their `sum`, and objects of the `truth`; counts
     "What is left to correct."
     n = len(pairs.truth)

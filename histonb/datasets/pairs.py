@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from ..core.errors import BadInput
-from .cohorts import composed
+from .cohorts import to_nfc
 from .images import Images, by_stem, find_pictures, images, stem
 from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.labels import code_table
@@ -115,4 +115,4 @@ def _asked(name, rule):
     "Where the mask of a picture should be: a path from the folder of masks, without ending."
     path = PurePosixPath(name)
     mask = mask_name(stem(path), rule)
-    return composed(path.with_name(mask).as_posix()) if mask else ""
+    return to_nfc(path.with_name(mask).as_posix()) if mask else ""

@@ -18,7 +18,7 @@ import pandas as pd
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..core.errors import BadInput
-from ..metrics.classification import caution, with_intervals
+from ..metrics.classification import few_groups_note, with_intervals
 from .dense_probes import check_rows, feature_batches, read_target
 from ..slides.labels import IGNORE, LABELS
 
@@ -137,7 +137,7 @@ def _grouped(repeats, groups, figures, n_boot, seed):
         "n": len(group),
         "n_groups": len(names),
         "n_boot": n_boot,
-        "note": caution(len(names)),
+        "note": few_groups_note(len(names)),
     }
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-013-2

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ..core.errors import BadInput, nearest
 from ..core.tasks import TASKS
-from ..datasets.regions import Field, at_mpp
+from ..datasets.regions import Region, resample
 from ..models.cerberus import PATCH
 from .targets import targets_of
 
@@ -43,7 +43,7 @@ def draw_matrix(
 
 
 def warp(
-    field: Field,  # to sample from
+    field: Region,  # to sample from
     matrix: np.ndarray,  # (2, 3) of `draw_matrix`
     crop: int,  # side of the crop in pixels
 ) -> tuple[np.ndarray, dict]:  # (crop, crop, 3) uint8; the truth by name, cropped alike
@@ -56,7 +56,7 @@ def warp(
 
     truth = {
         name: one(a.astype(np.float32), cv2.INTER_NEAREST).astype(a.dtype) if np.ndim(a) == 2 else a
-        for name, a in field.truth.items()
+        for name, a in field.labels.items()
     }
     return one(field.image, cv2.INTER_LINEAR), truth
 
@@ -103,7 +103,7 @@ COLOUR_AUGMENTATION = A.Compose(
 
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-016-2
 def draw_sample(
-    field: Field,  # to sample from, at its own resolution
+    field: Region,  # to sample from, at its own resolution
     crop: int,  # side of the crop in pixels
     seed: tuple,  # whole numbers >= 0
     mpp: float = 0.5,  # um per pixel of the crop
@@ -121,7 +121,7 @@ def draw_sample(
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-019
 def tile_regions(
     fields: list,  # n*n `Field`s of one set, at one resolution
-) -> Field:  # n by n of them, each cut to the smallest height and width
+) -> Region:  # n by n of them, each cut to the smallest height and width
     "Lay fields side by side."
     n, (h, w) = math.isqrt(len(fields)), np.min([f.image.shape[:2] for f in fields], 0)
 
@@ -129,13 +129,13 @@ def tile_regions(
         return np.concatenate([np.concatenate([a[:h, :w] for a in maps[i * n : (i + 1) * n]], 1) for i in range(n)], 0)
 
     truth = {}
-    for name, first in fields[0].truth.items():
-        maps = [f.truth[name] for f in fields]
+    for name, first in fields[0].labels.items():
+        maps = [f.labels[name] for f in fields]
         if TASKS[name].kind == "instances":
             before = np.cumsum([0] + [a.max() for a in maps[:-1]])
             maps = [np.where(a, a + a.dtype.type(b), a) for a, b in zip(maps, before)]
         truth[name] = laid(maps) if np.ndim(first) == 2 else first
-    return Field(laid([f.image for f in fields]), truth, fields[0].mpp)
+    return Region(laid([f.image for f in fields]), truth, fields[0].mpp)
 
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-010
 SAMPLINGS = ("single", "mixed", "alternating")
@@ -225,7 +225,7 @@ class MultiTaskDataset(Dataset):
         self,
         number: int,  # of the set
         row: int,  # of the field in it
-    ) -> Field:  # as it was scanned
+    ) -> Region:  # as it was scanned
         "A field, decoded before or now."
         if (number, row) not in self.kept:
             self.kept[number, row] = self.sets[number][row]
@@ -245,9 +245,9 @@ class MultiTaskDataset(Dataset):
         cycle, place = divmod(count, n)
         field = self.field(number, int(np.random.default_rng((self.seed, number, cycle)).permutation(n)[place]))
         across = math.ceil(side * self.mpp / field.mpp / min(field.image.shape[:2]))
-        if across > 1 and _mapped(field.truth):
+        if across > 1 and _mapped(field.labels):
             others = np.random.default_rng((self.seed, number, count, across)).integers(n, size=across**2 - 1)
-            field = tile_regions([field, *(at_mpp(self.field(number, int(i)), field.mpp) for i in others)])
+            field = tile_regions([field, *(resample(self.field(number, int(i)), field.mpp) for i in others)])
         return draw_sample(field, side, (self.seed, number, count), self.mpp, self.glass)
 
     def __getitem__(self, key):
@@ -256,7 +256,7 @@ class MultiTaskDataset(Dataset):
 
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-013-2
 def _size(field):
-    return field.image.nbytes + sum(np.asarray(a).nbytes for a in field.truth.values())
+    return field.image.nbytes + sum(np.asarray(a).nbytes for a in field.labels.values())
 
 
 def collate(

@@ -18,8 +18,15 @@ from ..core.files import read_record, write_parquet
 from ..core.progress import progress
 from ..core.tasks import TASKS
 from ..datasets.readers import read_sets
-from ..datasets.regions import Fields, at_mpp
-from ..metrics.objects import SUMS, object_difference, object_figures, object_sums, pair_counts, type_figures
+from ..datasets.regions import Regions, resample
+from histonb.metrics.objects import (
+    OBJECT_SUMS,
+    object_difference,
+    object_metrics,
+    object_sums,
+    pair_counts,
+    type_metrics,
+)
 from ..models import cerberus
 from ..models.cerberus import CERBERUS_MPP, Cerberus
 from .instances import extract_instances, majority_types
@@ -70,17 +77,17 @@ def annotator(
 # %% ../../nbs/10_segment/09_scoring.ipynb #cell-007
 def score_fields(
     annotators: dict,  # name -> function as `annotator` gives it; one that lacks a task leaves it out of its answer
-    fields: Fields,  # to score on: test fields
+    fields: Regions,  # to score on: test fields
     names,  # of tasks
     mpp: float = CERBERUS_MPP,  # um per pixel
 ) -> list:  # records: annotator, set, field, case, task, pairs; with types also truth_types, predicted_types
     "Objects found against objects there, field by field."
     names = [
-        n for n in names if n in fields.truths and (TASKS[n].of or n) in fields.truths and TASKS[n].kind != "patch"
+        n for n in names if n in fields.labels and (TASKS[n].of or n) in fields.labels and TASKS[n].kind != "patch"
     ]
     records = []
     for row in progress(range(len(fields)), f"scoring {fields.name}", unit="field"):
-        field = at_mpp(fields[row], mpp)
+        field = resample(fields[row], mpp)
         about = fields.table.iloc[row]
         asked = list(
             dict.fromkeys(
@@ -101,12 +108,12 @@ def score_fields(
                     "field": about["field"],
                     "case": about["case"],
                     "task": name,
-                    "pairs": pair_counts(field.truth[of], found[of]),
+                    "pairs": pair_counts(field.labels[of], found[of]),
                 }
                 if TASKS[name].kind == "types":
-                    truth = np.where(field.truth[name] == UNKNOWN, 0, field.truth[name])
+                    truth = np.where(field.labels[name] == UNKNOWN, 0, field.labels[name])
                     record |= {
-                        "truth_types": majority_types(field.truth[of], truth.astype(np.uint8)),
+                        "truth_types": majority_types(field.labels[of], truth.astype(np.uint8)),
                         "predicted_types": found[name],
                     }
                 records.append(record)
@@ -117,7 +124,7 @@ def metrics_by_task(
     records: list,  # of `score_fields`
     n_boot: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resamples
-) -> dict:  # (set, task) -> annotator -> figures of `object_figures`, for types of `type_figures`
+) -> dict:  # (set, task) -> annotator -> figures of `object_metrics`, for types of `type_metrics`
     "Figures with intervals by case."
     found = {}
     for r in records:
@@ -127,8 +134,8 @@ def metrics_by_task(
         pairs = [r["pairs"] for r in rows]
         cases = [r["case"] for r in rows]
         if TASKS[task].kind == "instances":
-            return object_figures(pairs, cases, n_boot, seed)
-        return type_figures(
+            return object_metrics(pairs, cases, n_boot, seed)
+        return type_metrics(
             pairs,
             [r["truth_types"] for r in rows],
             [r["predicted_types"] for r in rows],
@@ -150,11 +157,11 @@ def write_scores(
 ) -> pd.DataFrame:  # what is in it, for `compare_scores`
     "Write what each field adds to the figures of instances."
     rows = [
-        {k: r[k] for k in SCORE_KEYS} | dict(zip(SUMS, object_sums(r["pairs"]), strict=True))
+        {k: r[k] for k in SCORE_KEYS} | dict(zip(OBJECT_SUMS, object_sums(r["pairs"]), strict=True))
         for r in records
         if TASKS[r["task"]].kind == "instances"
     ]
-    table = pd.DataFrame(rows, columns=[*SCORE_KEYS, *SUMS])
+    table = pd.DataFrame(rows, columns=[*SCORE_KEYS, *OBJECT_SUMS])
     write_parquet(path, table)
     return table
 
@@ -200,7 +207,7 @@ def compare_scores(
                 f"of other fields of {key[0]}: {len(a)} and {len(b)}, {len(set(a.index) & set(b.index))} of them common",
                 "Score both on one division: equal split_seed and shares.",
             )
-        columns = list(SUMS)
+        columns = list(OBJECT_SUMS)
         found[key] = object_difference(
             a[columns].to_numpy(), b.loc[a.index, columns].to_numpy(), a["case"], n_boot, seed
         )

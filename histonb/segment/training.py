@@ -312,7 +312,7 @@ def _finished(folder, c):
 # %% ../../nbs/10_segment/05_training.ipynb #cell-013-2
 def _data_key(sets):
     "Name the data by its fields and their splits, wherever their files lie."
-    return digest([[f.name, f.truths, f.table[["field", "case", "split"]].values.tolist()] for f in sets])
+    return digest([[f.name, f.labels, f.table[["field", "case", "split"]].values.tolist()] for f in sets])
 
 
 def _start_key(start):
@@ -331,7 +331,7 @@ def _write_fields(sets, folder):
 
 
 def _patches(fields):
-    return fields.truths == ("tissue",)
+    return fields.labels == ("tissue",)
 
 
 def _loader(c, fields, tasks, start):

@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import BadInput, foreign_errors
 from ..core.files import atomic_path, read_jsonl
-from ..datasets.regions import Field, at_mpp, outline
+from ..datasets.regions import Region, outline, resample
 from ..models.cerberus import Cerberus
 from .losses import task_loss
 from .targets import UNKNOWN, targets_of
@@ -23,13 +23,13 @@ MAX_SIDE = 512  # pixels: what is looked at of a validation field, at most
 
 
 def central_crop(
-    field: Field,  # at the network's resolution
+    field: Region,  # at the network's resolution
     side: int = MAX_SIDE,  # pixels
-) -> Field:  # at most so large
+) -> Region:  # at most so large
     "The middle of a field."
     h, w = field.image.shape[:2]
     box = tuple(slice((n - min(n, side)) // 2, (n + min(n, side)) // 2) for n in (h, w))
-    return Field(field.image[box], {k: a[box] if np.ndim(a) == 2 else a for k, a in field.truth.items()}, field.mpp)
+    return Region(field.image[box], {k: a[box] if np.ndim(a) == 2 else a for k, a in field.labels.items()}, field.mpp)
 
 
 @torch.inference_mode()
@@ -75,8 +75,8 @@ def validate(
     values = {}
     for number, fields in enumerate(samples.sets):
         for row in np.unique(np.linspace(0, len(fields) - 1, min(each, len(fields))).astype(int)):
-            field = central_crop(at_mpp(samples.field(number, int(row)), samples.mpp))
-            truths = targets_of(field.truth, [net.tasks[t.name] for t in samples.tasks])
+            field = central_crop(resample(samples.field(number, int(row)), samples.mpp))
+            truths = targets_of(field.labels, [net.tasks[t.name] for t in samples.tasks])
             for name, scores in score_image(net, field.image, truths, precision).items():
                 loss = task_loss(
                     net.tasks[name], scores[None], [torch.from_numpy(np.asarray(a)[None]) for a in truths[name]]
@@ -98,16 +98,16 @@ def draw_progress(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    first = {name: i for i, fields in reversed(list(enumerate(samples.sets))) if len(fields) for name in fields.truths}
+    first = {name: i for i, fields in reversed(list(enumerate(samples.sets))) if len(fields) for name in fields.labels}
     drawn = [t for t in samples.tasks if t.kind != "patch" and t.name in first]
     if not drawn:
         return
     fig = Figure(figsize=(5, 2.5 * len(drawn)), layout="constrained")
     for task, axes in zip(drawn, fig.subplots(len(drawn), 2, squeeze=False), strict=True):
-        field = central_crop(at_mpp(samples.field(first[task.name], 0), samples.mpp), side)
+        field = central_crop(resample(samples.field(first[task.name], 0), samples.mpp), side)
         p = score_image(net, field.image, [task.name], precision)[task.name].softmax(0).numpy()
         shown = np.stack([p[1], p[2], 0 * p[0]], -1) if task.kind == "instances" else p.argmax(0)
-        axes[0].imshow(outline(field.image, field.truth[task.name].astype(np.int32), (20, 20, 230)))
+        axes[0].imshow(outline(field.image, field.labels[task.name].astype(np.int32), (20, 20, 230)))
         axes[1].imshow(shown, vmin=0, vmax=None if task.kind == "instances" else len(task.classes) - 1)
         axes[0].set_title(task.name, fontsize=9, loc="left")
         for ax in axes:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInput, foreign_errors, nearest
 from ..core.files import read_record
-from ..datasets.ebhi import CLASSES
+from ..datasets.ebhi import EBHI_CLASSES
 from ..metrics import classification as metrics
 from .ebhi_dataset import EBHIDataset
 from .encoders import FreezableEncoder, load_freezable_encoder
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
     def __init__(
         self,
         encoder: FreezableEncoder,
-        n_classes: int = len(CLASSES),  # C
+        n_classes: int = len(EBHI_CLASSES),  # C
         hidden: int = 256,  # features before the scores
         dropout: float = 0.3,  # share of them that training hides
         seed: int = 0,  # of the head's weights
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
 
 def class_weights(
     classes,  # (N,) of the training pictures
-    n_classes: int = len(CLASSES),  # C
+    n_classes: int = len(EBHI_CLASSES),  # C
 ) -> torch.Tensor:  # (C,) their mean over the pictures is 1; 0 for a class that is not there
     "What a picture of each class weighs where classes shall weigh alike."
     count = np.bincount(classes, minlength=n_classes)
@@ -101,7 +101,7 @@ def fine_tune(
 
     def validate(net):
         p = class_probabilities(net, val, config.precision)
-        found = metrics.scores(metrics.confusion_by_group(val.classes, p, np.zeros(len(val)), len(CLASSES))[0])
+        found = metrics.confusion_metrics(metrics.confusion_by_group(val.classes, p, np.zeros(len(val)), len(EBHI_CLASSES))[0])
         likelihood = float(np.log(np.maximum(p[np.arange(len(val)), val.classes], 1e-7)).mean())
         return {
             k: found[k] for k in (("balanced_accuracy", "accuracy") if balanced else ("accuracy", "balanced_accuracy"))
@@ -238,11 +238,11 @@ def class_metrics(
 ) -> dict:  # method -> result of `metrics.classification`; over several seeds, the mean, and `repeats`
     "Accuracy, balanced accuracy, macro-F1, recall and confusion of each method, with intervals by case."
     return {
-        method: metrics.classification(
+        method: metrics.classification_metrics(
             part["cls"],
             part["called"],
             part["case"],
-            CLASSES,
+            EBHI_CLASSES,
             n_boot,
             seed,
             part["seed"] if part["seed"].nunique() > 1 else None,
@@ -258,11 +258,13 @@ def unpaired_difference(
     seed: int = 0,  # of the resamples
 ) -> dict:  # accuracy, balanced_accuracy, macro_f1 of first minus second: `value, low, high`
     "How much higher the figures are on one division than on another."
-    both = [metrics.confusion_by_group(t["cls"], t["called"], t["case"], len(CLASSES)) for t in (first, second)]
+    both = [metrics.confusion_by_group(t["cls"], t["called"], t["case"], len(EBHI_CLASSES)) for t in (first, second)]
 
     def three(confusion):
         return {
-            m: v for m, v in metrics.scores(confusion).items() if m in ("accuracy", "balanced_accuracy", "macro_f1")
+            m: v
+            for m, v in metrics.confusion_metrics(confusion).items()
+            if m in ("accuracy", "balanced_accuracy", "macro_f1")
         }
 
-    return metrics.unpaired(*both, three, n_boot, seed)
+    return metrics.unpaired_with_intervals(*both, three, n_boot, seed)

@@ -19,13 +19,13 @@ from ..core.errors import BadInput
 from ..core.files import atomic_path
 from ..core.progress import progress
 from ..datasets import ebhi
-from ..datasets.ebhi import CLASSES, SIDE
+from ..datasets.ebhi import EBHI_CLASSES, EBHI_SIDE
 from ..datasets.splits import SPLITS
 from ..synthetic.phantom import draw_field
 
 # %% ../../nbs/12_transfer/01_ebhi_dataset.ipynb #cell-005
 PATTERN = dict(
-    zip(CLASSES, ((5, 1.0), (4, 1.0), (3, 1.0), (2, 1.0), (2, 1.6), (3, 1.6)), strict=True)
+    zip(EBHI_CLASSES, ((5, 1.0), (4, 1.0), (3, 1.0), (2, 1.0), (2, 1.6), (3, 1.6)), strict=True)
 )  # of synthetic glands, and how much they are enlarged
 
 
@@ -49,15 +49,18 @@ def write_example(
     for c, (name, (pattern, zoom)) in enumerate(PATTERN.items()):
         for case in range(n_cases):
             for i in range(n_pictures):
-                field = draw_field((seed, c, case, i), pattern, round(SIDE / zoom))
+                field = draw_field((seed, c, case, i), pattern, round(EBHI_SIDE / zoom))
                 file = f"GT2012{c}{case:02d}-1-400-{i:03d}.png"
-                mask = cv2.resize(np.uint8(field.mask > 1) * 255, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+                mask = cv2.resize(
+                    np.uint8(field.mask > 1) * 255, (EBHI_SIDE, EBHI_SIDE), interpolation=cv2.INTER_LINEAR
+                )
                 write_picture(
-                    root / name / "image" / file, cv2.resize(field.image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+                    root / name / "image" / file,
+                    cv2.resize(field.image, (EBHI_SIDE, EBHI_SIDE), interpolation=cv2.INTER_LINEAR),
                 )
                 write_picture(root / name / "label" / file, cv2.GaussianBlur(mask, (0, 0), 1.5))
     alone = root / "Low-grade IN" / "image"
-    image = draw_field((seed, 2, n_cases), 3, SIDE).image
+    image = draw_field((seed, 2, n_cases), 3, EBHI_SIDE).image
     for file in ("GT2012149-2-400-001.png", "GTGT2012149-2-400-001.png"):
         write_picture(alone / file, image)
     return root
@@ -90,7 +93,7 @@ class EBHIDataset(Dataset):
     def __init__(
         self,
         slides: pd.DataFrame,  # rows of `ebhi_seg(...).slides`
-        side: int = SIDE,  # pixels of what comes out
+        side: int = EBHI_SIDE,  # pixels of what comes out
         augment=None,  # such as `EBHIAugment()`: of image, mask and seed; for keys with an epoch
         seed: int = 0,  # of augmentation and order
         masks: bool = True,  # each row must have its mask; False: none is read, and all are empty
@@ -103,13 +106,13 @@ class EBHIDataset(Dataset):
         self.side = side
         self.augment = augment
         self.seed = seed
-        self.images = np.empty((len(slides), SIDE, SIDE, 3), np.uint8)
-        self.masks = np.zeros((len(slides), SIDE, SIDE), np.uint8)
+        self.images = np.empty((len(slides), EBHI_SIDE, EBHI_SIDE, 3), np.uint8)
+        self.masks = np.zeros((len(slides), EBHI_SIDE, EBHI_SIDE), np.uint8)
         for i, row in enumerate(progress(self.slides.itertuples(), "reading pictures", len(slides), "picture")):
             if masks:
-                self.images[i], self.masks[i] = ebhi.read(row)
+                self.images[i], self.masks[i] = ebhi.read_ebhi_pair(row)
             else:
-                self.images[i] = ebhi.read_image(row)
+                self.images[i] = ebhi.read_ebhi_image(row)
         self.classes = self.slides["cls"].to_numpy(np.int64, copy=True)
 
     def __len__(self):
@@ -127,7 +130,7 @@ class EBHIDataset(Dataset):
         to = (self.side, self.side)
         if epoch is not None and self.augment:
             image, mask = self.augment(image, mask, (self.seed, epoch, i))
-        if self.side != SIDE:
+        if self.side != EBHI_SIDE:
             image = cv2.resize(image, to, interpolation=cv2.INTER_AREA)
             mask = cv2.resize(mask, to, interpolation=cv2.INTER_NEAREST_EXACT)
         return (

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.errors import BadInput, nearest
 from ..core.files import read_json
-from ..datasets.readers import taught
+from ..datasets.readers import training_cases
 from ..models import backbones, cerberus
 from ..models.weight_files import read_state
 from ..models.weights import find_network, flatten_state, load_weights
@@ -204,7 +204,7 @@ def check_unseen(
     "Refuse an encoder that has learnt from cases on which it would be judged. Only the folder of a training tells."
     if not source or not (Path(source) / "fields.csv").exists():
         return
-    seen = sorted(taught(source).get(name, set()) & {*slides["case"][slides["split"] == "test"]})
+    seen = sorted(training_cases(source).get(name, set()) & {*slides["case"][slides["split"] == "test"]})
     if seen:
         raise BadInput(
             source,

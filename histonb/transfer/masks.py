@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from ..core.errors import BadInput, nearest
 from ..core.parameters import check_ranges
-from ..datasets.ebhi import SIDE
+from ..datasets.ebhi import EBHI_SIDE
 from ..datasets.images import Images
-from ..metrics.overlap import FIVE, five_figures, mask_overlap, overlap_figures
+from ..metrics.overlap import OVERLAP_METRICS, mask_overlap, overlap_by_category, overlap_metrics
 from ..models.cerberus import UNetDecoder
 from ..models.medt import MedT
 from ..models.segnet import SegNet
@@ -172,12 +172,12 @@ def predict_masks(
     np.ndarray, np.ndarray | None
 ]:  # masks (N, 224, 224) uint8; of a joint network the probabilities of the classes (N, C)
     "What a network draws, at the size of the truth."
-    masks = np.empty((len(pictures), SIDE, SIDE), np.uint8)
+    masks = np.empty((len(pictures), EBHI_SIDE, EBHI_SIDE), np.uint8)
     classes = []
     n = 0
     for out in predict_batches(net, pictures, 32, precision):
         scores = out["mask"] if isinstance(out, dict) else out
-        masks[n : n + len(scores)] = F.interpolate(scores, SIDE, mode="bilinear", align_corners=False)[:, 0] > 0
+        masks[n : n + len(scores)] = F.interpolate(scores, EBHI_SIDE, mode="bilinear", align_corners=False)[:, 0] > 0
         if isinstance(out, dict):
             classes.append(out["class"].softmax(1).numpy())
         n += len(scores)
@@ -215,7 +215,7 @@ def validate_masks(
 ) -> dict:  # `dice`, a mean over pictures; joint: `both`, `dice`, `accuracy`
     "By what the epoch is chosen."
     masks, classes = predict_masks(net, pictures, precision)
-    dice = float(five_figures(mask_overlap(pictures.masks, masks))[:, 0].mean())
+    dice = float(overlap_metrics(mask_overlap(pictures.masks, masks))[:, 0].mean())
     if classes is None:
         return {"dice": dice}
     accuracy = float((classes.argmax(1) == pictures.classes).mean())
@@ -291,10 +291,10 @@ def network_metrics(
     scores: pd.DataFrame,  # of `score_masks`
     n_boot: int = 1000,  # resamples of cases
     seed: int = 0,  # of the resamples
-) -> dict:  # network -> result of `overlap.overlap_figures`
+) -> dict:  # network -> result of `overlap.overlap_by_category`
     "Five figures of each network and category."
     return {
-        name: overlap_figures(part[["tp", "fp", "fn"]].to_numpy(), part["class"], part["case"], n_boot, seed)
+        name: overlap_by_category(part[["tp", "fp", "fn"]].to_numpy(), part["class"], part["case"], n_boot, seed)
         for name, part in scores.groupby("network", sort=False)
     }
 

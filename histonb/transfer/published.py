@@ -8,8 +8,8 @@ __all__ = ['SOURCE', 'ACCURACY', 'published_masks']
 # %% ../../nbs/12_transfer/02_published.ipynb #cell-002
 import pandas as pd
 
-from ..datasets.ebhi import CLASSES
-from ..metrics.overlap import FIVE, verdicts
+from ..datasets.ebhi import EBHI_CLASSES
+from ..metrics.overlap import OVERLAP_METRICS, consistency_table
 
 # %% ../../nbs/12_transfer/02_published.ipynb #cell-005
 SOURCE = "transfer of Cerberus to EBHI-Seg (the study), random division by picture 4:4:2"
@@ -38,11 +38,11 @@ _KNOWN = {("Cerberus", name): {"dice": dice} for name, dice in _DICE.items()} | 
 
 def published_masks() -> (
     pd.DataFrame
-):  # 24 rows of `class, network`, FIVE (NaN: not known), `verdict` and `implied` of `overlap.verdicts`
+):  # 24 rows of `class, network`, OVERLAP_METRICS (NaN: not known), `verdict` and `implied` of `overlap.consistency_table`
     "The published rows, judged by what the figures of one row imply of each other."
     rows = [
         {"class": name, "network": network, **_KNOWN.get((network, name), {})}
         for network in _COMPARED
-        for name in CLASSES
+        for name in EBHI_CLASSES
     ]
-    return verdicts(pd.DataFrame(rows, columns=["class", "network", *FIVE]))
+    return consistency_table(pd.DataFrame(rows, columns=["class", "network", *OVERLAP_METRICS]))

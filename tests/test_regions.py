@@ -1,4 +1,4 @@
-"Annotated fields: instances cleaned, one resolution, every reader on its published layout, and what is refused."
+"Annotated regions: instances cleaned, one resolution, every reader on its published layout, and what is refused."
 
 import io
 import pickle
@@ -17,11 +17,11 @@ from scipy.io import loadmat, savemat
 from scipy.ndimage import label as components
 from scipy.sparse import csr_array
 
-import histonb.datasets.regions as fields
+import histonb.datasets.regions as regions
 from histonb.core.errors import BadInput
 from histonb.core.tasks import INSTANCE_CLASSES, TASKS, TISSUE_CLASSES
 from histonb.datasets.annotations import (
-    NCT,
+    NCT_CLASSES,
     crag,
     folders,
     glas,
@@ -33,7 +33,7 @@ from histonb.datasets.annotations import (
 )
 from histonb.datasets.nuclei import consep, lizard, pannuke
 from histonb.datasets.readers import READERS, read_set
-from histonb.datasets.regions import FIELD_COLUMNS, Field, at_mpp, clean_instances, outline, phantom_fields
+from histonb.datasets.regions import REGION_COLUMNS, Region, clean_instances, outline, phantom_regions, resample
 from histonb.datasets.splits import check_leak, grouped_split
 from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.synthetic.phantom import draw_field
@@ -71,10 +71,10 @@ def cut(path, share=0.5):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-# one table of truths
+# one table of labels
 
 
-def test_every_truth_with_classes_names_them():
+def test_every_task_with_classes_names_them():
     assert {task.kind for task in TASKS.values()} == {"instances", "types", "patch"}
     assert all(task.classes == INSTANCE_CLASSES for task in TASKS.values() if task.kind == "instances")
     assert TASKS["nucleus-type"].classes[1:] == (
@@ -85,8 +85,8 @@ def test_every_truth_with_classes_names_them():
         "eosinophil",
         "connective",
     )
-    assert sorted(NCT.values()) == list(range(9)) and len(TISSUE_CLASSES) == 9
-    assert {folder: TISSUE_CLASSES[i] for folder, i in NCT.items()}["TUM"] == "abnormal epithelium"
+    assert sorted(NCT_CLASSES.values()) == list(range(9)) and len(TISSUE_CLASSES) == 9
+    assert {folder: TISSUE_CLASSES[i] for folder, i in NCT_CLASSES.items()}["TUM"] == "abnormal epithelium"
 
 
 def test_readers_are_found_by_name_and_wrong_names_get_the_right_one():
@@ -125,7 +125,7 @@ def test_touching_instances_stay_apart_and_corners_hold_together():
     assert np.array_equal(clean_instances(ids, "x"), ids)
 
 
-@pytest.mark.parametrize(("extra", "instances"), [(1, 1), (fields.SLIVER - 1, 1), (fields.SLIVER, 2)])
+@pytest.mark.parametrize(("extra", "instances"), [(1, 1), (regions.SLIVER - 1, 1), (regions.SLIVER, 2)])
 def test_slivers_go_and_larger_pieces_stay(extra, instances):
     ids = squares(1)
     ids[40, 20 : 20 + extra] = 1
@@ -175,41 +175,41 @@ def test_an_outline_is_the_inner_border():
 # resolution
 
 
-def field():
+def region():
     ids = squares(1, 2)
     types = np.array([0, 2, 255], np.uint8)[ids]
-    return Field(picture(), {"nucleus": ids, "nucleus-type": types, "tissue": 4}, 0.5)
+    return Region(picture(), {"nucleus": ids, "nucleus-type": types, "tissue": 4}, 0.5)
 
 
 @pytest.mark.parametrize(
     ("mpp", "size"), [(0.25, (96, 128)), (1.0, (24, 32)), (0.62, (39, 52)), (0.5, (48, 64)), (100.0, (1, 1))]
 )
 def test_a_field_is_resampled_with_its_maps(mpp, size):
-    f = at_mpp(field(), mpp)
+    f = resample(region(), mpp)
     assert f.mpp == mpp and f.image.shape == (*size, 3) and f.image.dtype == np.uint8
-    assert f.truth["nucleus"].shape == size and f.truth["nucleus"].dtype == np.int32
-    assert f.truth["nucleus-type"].shape == size and f.truth["nucleus-type"].dtype == np.uint8
-    assert f.truth["tissue"] == 4
-    assert {*np.unique(f.truth["nucleus-type"])} <= {0, 2, 255}
+    assert f.labels["nucleus"].shape == size and f.labels["nucleus"].dtype == np.int32
+    assert f.labels["nucleus-type"].shape == size and f.labels["nucleus-type"].dtype == np.uint8
+    assert f.labels["tissue"] == 4
+    assert {*np.unique(f.labels["nucleus-type"])} <= {0, 2, 255}
 
 
 def test_shrinking_averages_and_enlarging_and_back_is_exact_for_maps():
-    f = field()
-    half = at_mpp(f, 1.0)
+    f = region()
+    half = resample(f, 1.0)
     assert np.abs(half.image - f.image.reshape(24, 2, 32, 2, 3).mean((1, 3))).max() <= 0.5
-    back = at_mpp(at_mpp(f, 0.25), 0.5)
-    assert np.array_equal(back.truth["nucleus"], f.truth["nucleus"]) and np.array_equal(
-        back.truth["nucleus-type"], f.truth["nucleus-type"]
+    back = resample(resample(f, 0.25), 0.5)
+    assert np.array_equal(back.labels["nucleus"], f.labels["nucleus"]) and np.array_equal(
+        back.labels["nucleus-type"], f.labels["nucleus-type"]
     )
 
 
 def test_maps_are_not_shifted_against_the_picture():
     ids = squares(1)
-    f = Field(np.repeat((ids * 200).astype(np.uint8)[..., None], 3, 2), {"nucleus": ids}, 0.5)
+    f = Region(np.repeat((ids * 200).astype(np.uint8)[..., None], 3, 2), {"nucleus": ids}, 0.5)
     for mpp in (1.5, 1.0, 0.3):
-        g = at_mpp(f, mpp)
+        g = resample(f, mpp)
         weight = g.image[..., 0].astype(float)
-        inside = g.truth["nucleus"] > 0
+        inside = g.labels["nucleus"] > 0
         for axis in np.indices(inside.shape):
             assert abs((axis * weight).sum() / weight.sum() - axis[inside].mean()) <= 0.51
 
@@ -218,50 +218,50 @@ def test_ids_that_vanish_are_numbered_away_and_large_ids_survive():
     ids = squares(1, 2, 3)
     ids[ids == 2] = 0
     ids[5, 17] = 2  # one pixel, missed at a third of the resolution
-    f = at_mpp(Field(picture(), {"gland": ids}, 0.5), 1.5)
-    assert f.truth["gland"].max() == 2 and {*np.unique(f.truth["gland"])} == {0, 1, 2}
+    f = resample(Region(picture(), {"gland": ids}, 0.5), 1.5)
+    assert f.labels["gland"].max() == 2 and {*np.unique(f.labels["gland"])} == {0, 1, 2}
     many = np.arange(300 * 300, dtype=np.int32).reshape(300, 300) + 2**24  # beyond what float32 counts
-    assert at_mpp(Field(picture(0, 300, 300), {"gland": many}, 0.5), 0.25).truth["gland"].max() == 300 * 300
+    assert resample(Region(picture(0, 300, 300), {"gland": many}, 0.5), 0.25).labels["gland"].max() == 300 * 300
 
 
 @pytest.mark.parametrize("mpp", [0, -1, np.nan, np.inf])
 def test_a_resolution_that_is_none_is_refused(mpp):
     with pytest.raises(BadInput, match="Give a positive number"):
-        at_mpp(field(), mpp)
+        resample(region(), mpp)
 
 
-# a list of fields
+# a list of regions
 
 
 def test_phantom_fields_depend_on_seed_and_index_alone():
-    few = phantom_fields(2, 5, 128)
-    many = phantom_fields(9, 5, 128)
-    other = phantom_fields(2, 6, 128)
+    few = phantom_regions(2, 5, 128)
+    many = phantom_regions(9, 5, 128)
+    other = phantom_regions(2, 6, 128)
     assert few.table.equals(many.table[:2])
     assert {*many.table["pattern"]} <= {2, 3, 4} and many.table["pattern"].nunique() > 1
     a = few[1]
     b = many[1]
-    assert np.array_equal(a.image, b.image) and all(np.array_equal(a.truth[t], b.truth[t]) for t in a.truth)
+    assert np.array_equal(a.image, b.image) and all(np.array_equal(a.labels[t], b.labels[t]) for t in a.labels)
     assert not np.array_equal(a.image, other[1].image)
 
 
 def test_phantom_truth_is_what_was_drawn():
-    f = phantom_fields(3, 5, 160)[2]
-    row = phantom_fields(3, 5, 160).table.iloc[2]
+    f = phantom_regions(3, 5, 160)[2]
+    row = phantom_regions(3, 5, 160).table.iloc[2]
     drawn = draw_field((5, 2), row["pattern"], 160)
     assert np.array_equal(f.image, drawn.image) and f.mpp == 0.48
-    for truth, ids in (("gland", drawn.glands), ("lumen", drawn.lumens), ("nucleus", drawn.nuclei)):
-        assert f.truth[truth].dtype == np.int32 and {*np.unique(f.truth[truth])} == {*range(f.truth[truth].max() + 1)}
-        assert ((f.truth[truth] > 0) != (ids > 0)).sum() < 5 * fields.SLIVER  # nothing but slivers is lost
+    for task, ids in (("gland", drawn.glands), ("lumen", drawn.lumens), ("nucleus", drawn.nuclei)):
+        assert f.labels[task].dtype == np.int32 and {*np.unique(f.labels[task])} == {*range(f.labels[task].max() + 1)}
+        assert ((f.labels[task] > 0) != (ids > 0)).sum() < 5 * regions.SLIVER  # nothing but slivers is lost
     lizards = {1: 2, 2: 3, 3: 6}
-    inside = f.truth["nucleus"] > 0
-    assert [lizards[t] for t in drawn.types[drawn.nuclei[inside]]] == f.truth["nucleus-type"][inside].tolist()
-    assert not f.truth["nucleus-type"][~inside].any()
+    inside = f.labels["nucleus"] > 0
+    assert [lizards[t] for t in drawn.types[drawn.nuclei[inside]]] == f.labels["nucleus-type"][inside].tolist()
+    assert not f.labels["nucleus-type"][~inside].any()
 
 
 def test_fields_are_taken_iterated_and_pickled():
-    some = phantom_fields(4, 1, 128)
-    assert [*some.table.columns[:6]] == FIELD_COLUMNS and [*some.quarantine.columns] == QUARANTINE_COLUMNS
+    some = phantom_regions(4, 1, 128)
+    assert [*some.table.columns[:6]] == REGION_COLUMNS and [*some.quarantine.columns] == QUARANTINE_COLUMNS
     names = some.table["field"]
     assert some.take([2, 0]).table["field"].tolist() == [names[2], names[0]]
     assert some.take(names == names[3]).table["field"].tolist() == [names[3]]
@@ -272,14 +272,14 @@ def test_fields_are_taken_iterated_and_pickled():
     with pytest.raises(IndexError):
         some[4]
     assert np.array_equal(pickle.loads(pickle.dumps(some))[1].image, some[1].image)
-    assert repr(some) == "phantom: 4 fields in 4 cases (gland, lumen, nucleus, nucleus-type)"
+    assert repr(some) == "phantom: 4 regions in 4 cases (gland, lumen, nucleus, nucleus-type)"
     assert "gland" in repr(some[0]) and "128x128 at 0.48 um/px" in repr(some[0])
 
 
 @pytest.mark.parametrize(("n", "seed", "size"), [(0, 0, 128), (1, -1, 128)])
 def test_impossible_phantoms_are_refused(n, seed, size):
     with pytest.raises(BadInput):
-        phantom_fields(n, seed, size)
+        phantom_regions(n, seed, size)
 
 
 # types
@@ -487,12 +487,12 @@ def test_glas_gives_glands_grades_patients_and_splits(tmp_path):
         "testA_1": "patient 1",
         "testB_1": "patient 1",
     }
-    assert g.truths == ("gland", "gland-type") and {*table["mpp"]} == {0.62} and not len(g.quarantine)
+    assert g.labels == ("gland", "gland-type") and {*table["mpp"]} == {0.62} and not len(g.quarantine)
     for i, row in g.table.iterrows():
         f = g[i]
-        assert np.array_equal(f.truth["gland"], squares(1, 2)) and f.mpp == 0.62
+        assert np.array_equal(f.labels["gland"], squares(1, 2)) and f.mpp == 0.62
         assert np.array_equal(
-            f.truth["gland-type"],
+            f.labels["gland-type"],
             (squares(1, 2) > 0) * (1 + int(row["field"].endswith("_2") or row["field"] == "testB_1")),
         )
     assert np.array_equal(g.take(g.table["field"] == "train_2")[0].image, picture(1))
@@ -532,7 +532,7 @@ def test_glas_without_its_table_or_pictures_is_refused(tmp_path):
         glas(tmp_path)
     with pytest.raises(BadInput, match="no pictures here"):
         glas(make_glas(tmp_path, [], ["train_1,1, benign, healthy"]))
-    with pytest.raises(BadInput, match="no field can be used"):
+    with pytest.raises(BadInput, match="no region can be used"):
         glas(make_glas(tmp_path, ["train_1"], ["train_9,1, benign, healthy"]))
 
 
@@ -582,12 +582,12 @@ def test_real_glas_is_read():
     ]  # the map of train_1 is a copy of train_12's, of another size; that of train_4 is train_49's
     for f, name in zip(g, g.table["field"], strict=True):
         published = np.asarray(Image.open(GLAS / f"{name}_anno.bmp"))
-        assert np.array_equal(f.truth["gland"], published)  # clean as published
-        assert {*np.unique(f.truth["gland-type"][published > 0])} <= {1, 2} and not f.truth["gland-type"][
+        assert np.array_equal(f.labels["gland"], published)  # clean as published
+        assert {*np.unique(f.labels["gland-type"][published > 0])} <= {1, 2} and not f.labels["gland-type"][
             published == 0
         ].any()
-    assert g[g.table["field"].tolist().index("train_12")].truth["gland-type"].max() == 1
-    assert g[g.table["field"].tolist().index("train_10")].truth["gland-type"].max() == 2
+    assert g[g.table["field"].tolist().index("train_12")].labels["gland-type"].max() == 1
+    assert g[g.table["field"].tolist().index("train_10")].labels["gland-type"].max() == 2
     check_leak(grouped_split(g.table, (0.6, 0.2, 0.2), label="grade", seed=0))
 
 
@@ -608,7 +608,7 @@ def test_names_in_either_spelling_of_accents(tmp_path):
     save(tmp_path / f"images/{apart}.png", picture())
     save(tmp_path / f"instances/{composed}.PNG", squares(1, 2).astype(np.uint8))
     f = folders(tmp_path, "gland")
-    assert f.table["field"].tolist() == [composed] and f[0].truth["gland"].max() == 2
+    assert f.table["field"].tolist() == [composed] and f[0].labels["gland"].max() == 2
 
 
 # CRAG
@@ -621,8 +621,8 @@ def test_crag_gives_glands_and_its_two_splits(tmp_path):
     (tmp_path / "train/Annotation/train_2.png").unlink()
     c = crag(tmp_path)
     assert c.table[["field", "split"]].values.tolist() == [["train/train_1", "train"], ["valid/valid_1", "val"]]
-    assert c.quarantine["slide"].tolist() == ["train/train_2"] and c.truths == ("gland",)
-    assert np.array_equal(c[1].truth["gland"], squares(1, 2)) and np.array_equal(c[1].image, picture(1))
+    assert c.quarantine["slide"].tolist() == ["train/train_2"] and c.labels == ("gland",)
+    assert np.array_equal(c[1].labels["gland"], squares(1, 2)) and np.array_equal(c[1].image, picture(1))
     with pytest.raises(BadInput, match="no pictures here"):
         crag(tmp_path / "train")
 
@@ -650,12 +650,12 @@ def test_consep_merges_seven_types_to_four(tmp_path):
     ]
     f = c[0]
     assert np.array_equal(f.image, picture(1))
-    assert np.array_equal(f.truth["nucleus"], squares(2, 1, 3)) and np.array_equal(
-        f.truth["nucleus-type-consep"], squares(3, 4, 2)
+    assert np.array_equal(f.labels["nucleus"], squares(2, 1, 3)) and np.array_equal(
+        f.labels["nucleus-type-consep"], squares(3, 4, 2)
     )
     every = np.arange(8)[None].repeat(8, 0)
     save_mat(tmp_path / "Train/Labels/train_1.mat", inst_map=squares(1, 1, 1), type_map=np.tile(every, (6, 8)))
-    assert {*np.unique(c[0].truth["nucleus-type-consep"])} == {
+    assert {*np.unique(c[0].labels["nucleus-type-consep"])} == {
         0,
         1,
         2,
@@ -716,8 +716,8 @@ def test_lizard_finds_classes_through_ids(tmp_path):
     for i in range(3):
         f = z[i]
         assert np.array_equal(f.image, picture(i)) and f.mpp == 0.5
-        assert np.array_equal(f.truth["nucleus"], squares(1, 2, 3)) and np.array_equal(
-            f.truth["nucleus-type"], squares(1, 4, 6)
+        assert np.array_equal(f.labels["nucleus"], squares(1, 2, 3)) and np.array_equal(
+            f.labels["nucleus-type"], squares(1, 4, 6)
         )
 
 
@@ -787,7 +787,7 @@ def test_lizard_in_other_folders_and_numbers(tmp_path):
     z = lizard(tmp_path)
     assert (
         len(z) == 3
-        and np.array_equal(z[1].truth["nucleus-type"], squares(1, 4, 6))
+        and np.array_equal(z[1].labels["nucleus-type"], squares(1, 4, 6))
         and np.array_equal(z[1].image, picture(2))
     )
 
@@ -820,8 +820,8 @@ def test_pannuke_makes_numbers_unique_over_channels(tmp_path):
     assert p.table["case"].is_unique and p.table["field"].tolist()[3] == "fold2_0000"
     f = p[4]
     assert np.array_equal(f.image, picture(1)) and f.image.dtype == np.uint8 and f.mpp == 0.25
-    assert np.array_equal(f.truth["nucleus"], squares(1, 2, 3, 4)) and np.array_equal(
-        f.truth["nucleus-type-pannuke"], squares(1, 1, 2, 5)
+    assert np.array_equal(f.labels["nucleus"], squares(1, 2, 3, 4)) and np.array_equal(
+        f.labels["nucleus-type-pannuke"], squares(1, 1, 2, 5)
     )
 
 
@@ -832,8 +832,8 @@ def test_pannuke_gives_a_pixel_of_two_channels_to_the_later(tmp_path):
     masks[0, 4:12, 8:16, 3] = 7  # a dead nucleus over half of the first
     np.save(path, masks)
     f = pannuke(tmp_path)[0]
-    assert [f.truth["nucleus-type-pannuke"][6, x] for x in (5, 9, 13)] == [1, 4, 4] and f.truth["nucleus"].max() == 5
-    assert len({f.truth["nucleus"][6, x] for x in (5, 9, 18)}) == 3
+    assert [f.labels["nucleus-type-pannuke"][6, x] for x in (5, 9, 13)] == [1, 4, 4] and f.labels["nucleus"].max() == 5
+    assert len({f.labels["nucleus"][6, x] for x in (5, 9, 18)}) == 3
 
 
 def test_pannuke_never_unpickles(tmp_path):
@@ -859,7 +859,7 @@ def test_pannuke_is_not_loaded_whole(tmp_path):
     tracemalloc.start()
     try:
         p = pannuke(tmp_path)
-        assert len(p) == n and p[n - 1].truth["nucleus"].max() == 0
+        assert len(p) == n and p[n - 1].labels["nucleus"].max() == 0
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -904,7 +904,7 @@ def test_pannuke_as_people_unpack_it(tmp_path, layout):
     assert (p.table["organ"] == "organ " + p.table["split"].str[-1]).all()
     for i in (0, 4, 8):
         assert np.array_equal(p[i].image, picture(i % 3)) and np.array_equal(
-            p[i].truth["nucleus-type-pannuke"], squares(1, 1, 2, 5)
+            p[i].labels["nucleus-type-pannuke"], squares(1, 1, 2, 5)
         )
 
 
@@ -984,9 +984,9 @@ def test_class_folders_give_tissues(tmp_path):
         "TUM/TUM-1",
     ]
     assert (
-        [f.truth for f in p] == [{"tissue": t} for t in (8, 8, 0, 0, 1, 1)]
+        [f.labels for f in p] == [{"tissue": t} for t in (8, 8, 0, 0, 1, 1)]
         and {*p.table["mpp"]} == {0.5}
-        and p.truths == ("tissue",)
+        and p.labels == ("tissue",)
     )
     assert np.array_equal(p[5].image, picture(1))
     assert "abnormal epithelium" in repr(p[5])
@@ -1070,8 +1070,8 @@ def test_maps_that_lost_their_numbers_are_refused_by_every_reader(tmp_path, read
     read, make, write = MAPS[reader]
     root = make(tmp_path)
     write(root, glands())
-    fields = read(root)
-    assert fields[0].truth[fields.truths[0]].max() == 5
+    regions = read(root)
+    assert regions[0].labels[regions.labels[0]].max() == 5
     for lost in (
         after_jpeg(glands()),
         cv2.resize(
@@ -1080,7 +1080,7 @@ def test_maps_that_lost_their_numbers_are_refused_by_every_reader(tmp_path, read
     ):
         write(root, lost)
         with pytest.raises(BadInput, match="specks and lines between other instances"):
-            fields[0]
+            regions[0]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.jpeg", "a.tif", "a.webp", "a.jp2"])
@@ -1158,14 +1158,14 @@ BLACK = {  # reader -> how it is called, how its set is made, its first picture
 @pytest.mark.parametrize("rounded", [np.floor, np.rint])
 def test_pictures_from_nought_to_one_are_refused_by_every_reader(tmp_path, reader, rounded):
     read, make, name = BLACK[reader]
-    fields = read(make(tmp_path))
+    regions = read(make(tmp_path))
     save(tmp_path / name, rounded(picture() / 255).astype(np.uint8))
     with pytest.raises(BadInput, match=f"{name}: black: no value above [01].*0 to 255"):
-        fields[0]
+        regions[0]
     tifffile.imwrite((tmp_path / name).with_suffix(".tif"), np.float32(picture() / 255), photometric="rgb")
     if name.endswith(".tif"):
         with pytest.raises(BadInput, match="32 bits"):
-            fields[0]
+            regions[0]
 
 
 def test_arrays_from_nought_to_one_are_refused(tmp_path):
@@ -1186,7 +1186,7 @@ def test_arrays_from_nought_to_one_are_refused(tmp_path):
     ids=lambda e: type(e).__name__,
 )
 def test_whatever_a_field_raises_is_said_of_it(tmp_path, monkeypatch, error):
-    fields = crag(make_crag(tmp_path))
+    regions = crag(make_crag(tmp_path))
 
     def raising(*args, **options):
         raise error
@@ -1195,9 +1195,9 @@ def test_whatever_a_field_raises_is_said_of_it(tmp_path, monkeypatch, error):
     with pytest.raises(
         BadInput, match=f"Annotation/train_1.png: unexpected {type(error).__name__} in annotations.py, line"
     ):
-        fields[0]
+        regions[0]
     with pytest.raises(IndexError):
-        fields[2]  # which ends a loop
+        regions[2]  # which ends a loop
 
 
 # any folder
@@ -1216,21 +1216,21 @@ def test_a_folder_is_read_with_types_in_the_order_of_ids(tmp_path):
     f = folders(make_folder(tmp_path), "nucleus", types="types")
     assert (
         f.table["case"].tolist() == ["a_1", "a_1", "b"]
-        and f.truths == ("nucleus", "nucleus-type-consep")
+        and f.labels == ("nucleus", "nucleus-type-consep")
         and f.table["mpp"].tolist() == [0.25] * 3
     )
-    assert np.array_equal(f[0].truth["nucleus"], squares(3, 1, 2)) and np.array_equal(
-        f[0].truth["nucleus-type-consep"], squares(4, 1, 2)
+    assert np.array_equal(f[0].labels["nucleus"], squares(3, 1, 2)) and np.array_equal(
+        f[0].labels["nucleus-type-consep"], squares(4, 1, 2)
     )
-    assert np.array_equal(pickle.loads(pickle.dumps(f))[0].truth["nucleus"], squares(3, 1, 2))
+    assert np.array_equal(pickle.loads(pickle.dumps(f))[0].labels["nucleus"], squares(3, 1, 2))
 
 
-def test_a_folder_takes_other_truths_maps_and_cases(tmp_path):
+def test_a_folder_takes_other_tasks_maps_and_cases(tmp_path):
     make_folder(tmp_path, types=False)
     (tmp_path / "instances").rename(tmp_path / "masks")
     f = folders(tmp_path, "gland", maps="masks", mpp=0.5, case=r"(\w)_\d_")
     assert (
-        f.table["case"].tolist() == ["a", "a", "b_000"] and f.truths == ("gland",) and f[0].mpp == 0.5
+        f.table["case"].tolist() == ["a", "a", "b_000"] and f.labels == ("gland",) and f[0].mpp == 0.5
     )  # the last has no such part
     assert f.counts["with a name that tells no case"] == 1
 
@@ -1248,19 +1248,19 @@ def test_a_folder_sets_aside_what_lacks_a_part(tmp_path):
         "c_000": "a map without picture",
     }
     (tmp_path / "types/a_1_001.mat").unlink()
-    with pytest.raises(BadInput, match="no field can be used"):
+    with pytest.raises(BadInput, match="no region can be used"):
         folders(tmp_path, "nucleus", types="types")
 
 
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"truth": "nuclei"}, "Did you mean `nucleus`"),
-        ({"truth": "tissue"}, "no truth of the kind instances"),
-        ({"truth": "nucleus", "types": "types", "type_truth": "gland"}, "kind types"),
-        ({"truth": "nucleus", "case": "("}, "no regular expression"),
-        ({"truth": "nucleus", "case": "a"}, "0 groups"),
-        ({"truth": "nucleus", "maps": "masks"}, "none of 3 pictures has a map"),
+        ({"task": "nuclei"}, "Did you mean `nucleus`"),
+        ({"task": "tissue"}, "no task of the kind instances"),
+        ({"task": "nucleus", "types": "types", "type_task": "gland"}, "kind types"),
+        ({"task": "nucleus", "case": "("}, "no regular expression"),
+        ({"task": "nucleus", "case": "a"}, "0 groups"),
+        ({"task": "nucleus", "maps": "masks"}, "none of 3 pictures has a map"),
     ],
 )
 def test_a_folder_refuses_what_does_not_fit(tmp_path, options, fault):
@@ -1278,7 +1278,7 @@ def test_a_folder_refuses_types_of_another_map(tmp_path):
         f[1]
     save(tmp_path / "instances/b_000.png", np.zeros((48, 64), np.uint16))
     save_mat(tmp_path / "types/b_000.mat", inst_type=np.zeros((0, 1)))
-    assert not f[2].truth["nucleus-type-consep"].any()  # a patch without nuclei
+    assert not f[2].labels["nucleus-type-consep"].any()  # a patch without nuclei
 
 
 @needs(CONSEP)
@@ -1291,11 +1291,11 @@ def test_real_patches_of_consep_are_read():
         row = f.table.iloc[i]
         raw = read_map(row["map"])
         types, centres = read_mat(row["types"], "inst_type", "inst_centroid")
-        assert one.image.shape == (256, 256, 3) and not np.isin(one.truth["nucleus-type-consep"], [255]).any()
+        assert one.image.shape == (256, 256, 3) and not np.isin(one.labels["nucleus-type-consep"], [255]).any()
         for number, t, (x, y) in zip(np.setdiff1d(raw, [0]), types.ravel(), centres, strict=True):
             ys, xs = np.nonzero(raw == number)
             assert abs(xs.mean() - x) < 1 and abs(ys.mean() - y) < 1  # the row is this instance's
-            assert {*np.unique(one.truth["nucleus-type-consep"][raw == number])} <= {int(t), 0}  # 0: a sliver
+            assert {*np.unique(one.labels["nucleus-type-consep"][raw == number])} <= {int(t), 0}  # 0: a sliver
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
