@@ -101,7 +101,9 @@ def fine_tune(
 
     def validate(net):
         p = class_probabilities(net, val, config.precision)
-        found = metrics.confusion_metrics(metrics.confusion_by_group(val.classes, p, np.zeros(len(val)), len(EBHI_CLASSES))[0])
+        found = metrics.confusion_metrics(
+            metrics.confusion_by_group(val.classes, p, np.zeros(len(val)), len(EBHI_CLASSES))[0]
+        )
         likelihood = float(np.log(np.maximum(p[np.arange(len(val)), val.classes], 1e-7)).mean())
         return {
             k: found[k] for k in (("balanced_accuracy", "accuracy") if balanced else ("accuracy", "balanced_accuracy"))
