@@ -123,6 +123,10 @@ RENAMED = {  # former name of a parameter -> its name now
     "spread": "regulariser",
     "spread_group": "regulariser_group",
     "spread_weight": "regulariser_weight",
+    "truths": "labels",
+    "truth": "task",
+    "type_truth": "type_task",
+    "phantom_fields": "phantom_regions",
 }
 
 

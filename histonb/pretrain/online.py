@@ -14,7 +14,7 @@ import torch
 
 from ..core.errors import BadInput
 from ..datasets.splits import grouped_split
-from ..metrics.classification import confusion_by_group, scores
+from ..metrics.classification import confusion_by_group, confusion_metrics
 from ..models.backbones import image_features
 from ..probe.probes import knn
 from ..slides.labels import IGNORE
@@ -120,4 +120,4 @@ class OnlineKNN:
         with torch.autocast("cpu", enabled=False):
             p = knn(voters, self.labels[0], asked, self.k, n_classes=n_classes)
         confusion = confusion_by_group(self.labels[1], p, np.zeros(len(p)), n_classes)[0]
-        return {"knn": float(scores(confusion)["balanced_accuracy"])}
+        return {"knn": float(confusion_metrics(confusion)["balanced_accuracy"])}
