@@ -47,7 +47,8 @@ ROOMS = {
     "Core": "00_core", "Synthetic slides": "01_synthetic", "Slides": "02_slides", "Data sets": "03_datasets",
     "Models": "04_models", "Training": "05_training", "Metrics": "06_metrics", "Probes": "07_probe",
     "Pre-training": "08_pretrain", "Curation": "09_curate", "Segmentation": "10_segment", "Annotation": "11_annotate",
-    "Transfer": "12_transfer", "Studies": "13_studies", "Command": "[0-9]*", "Reports": "reports"}
+    "Transfer": "12_transfer", "Studies": "13_studies", "Commands": "14_commands",
+    "Command line": "[0-9]*", "Reports": "reports"}
 
 
 def contents():

@@ -168,7 +168,7 @@ def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypat
         return out / slide.stem
 
     monkeypatch.setattr(annotate, "annotate_slide", annotated)
-    monkeypatch.setattr(stitching, "find_scorer", lambda *args: None)
+    monkeypatch.setattr(stitching, "load_predictor", lambda *args: None)
     for name in ("a", "bad", "full"):
         (tmp_path / f"{name}.svs").touch()
 
@@ -181,7 +181,7 @@ def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypat
     done = run("a.svs", "bad.svs", "known.svs", "half.svs", "b.svs")
     assert done.exit_code == 2 and done.stdout.count("3 Gland in 1.00 mm2") == 2
     for said in (
-        "bad.svs: unexpected IndexError in cli.py, line",
+        "bad.svs: unexpected IndexError in annotate.py, line",
         "known.svs: no such file",
         "half/annotation.json: there is no such file",
     ):
