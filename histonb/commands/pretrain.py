@@ -43,7 +43,7 @@ def pretrain_command(
     """
     from histonb.pretrain.config import as_config
     from histonb.pretrain.memory import memory_text
-    from histonb.pretrain.trainer import pretrain
+    from histonb.pretrain.pretraining import pretrain
     from histonb.studies.study import read_yaml
     from histonb.training.distributed import launched_world_size
     from histonb.training.loop import Stopped
