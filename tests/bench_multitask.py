@@ -52,7 +52,7 @@ def main():
     for batch in batches:  # in turn, so that both have the same machine
         for name, trainer in trainers.items():
             began = time.process_time()
-            trainer.train_step(batch)
+            trainer.train_step(iter([batch]))
             seconds[name].append(time.process_time() - began)
     step = {name: float(np.median(s[1:])) for name, s in seconds.items()}
     print(

@@ -593,7 +593,7 @@ def test_a_task_without_truth_in_a_batch_is_no_loss():
     found, tasks = sets.read_sets([PHANTOMS | {"labels": ["gland"]}])
     trainer = MultiTaskTrainer(resolve_train_config(TrainConfig("run", **TINY), [4]), find_tasks(["gland", "lumen"]))
     seen = samples.MultiTaskDataset(found, tasks)
-    row = trainer.train_step(samples.collate([seen[0, k, 64] for k in range(4)]))
+    row = trainer.train_step(iter([samples.collate([seen[0, k, 64] for k in range(4)])]))
     assert "loss_lumen" not in row and all(p.grad is None for p in trainer.net.decoders["lumen"].parameters())
 
 
@@ -604,7 +604,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     with torch.no_grad():
         next(trainer.net.parameters()).fill_(torch.nan)
     with pytest.raises(ArithmeticError, match="step 1: the loss is not finite .gland nan"):
-        trainer.train_step(samples.collate([seen[0, k, 64] for k in range(4)]))
+        trainer.train_step(iter([samples.collate([seen[0, k, 64] for k in range(4)])]))
 
 
 def test_types_that_nobody_knows_are_not_learnt_nor_judged():
