@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from histonb.annotate.slide import annotate_slide
 from histonb.core.files import read_json
 from histonb.models.cerberus import Cerberus
-from histonb.segment.tiled_inference import TILE, TilePredictor, inference_margin, score_tile, to_input
+from histonb.segment.predictors import TilePredictor
+from histonb.segment.tiled_inference import TILE, inference_margin, score_tile, to_input
 from histonb.synthetic.phantom import draw_field, draw_slide
 from histonb.synthetic.writing import write_slide
 

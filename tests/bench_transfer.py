@@ -11,7 +11,7 @@ from histonb.datasets.ebhi import ebhi_seg
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.transfer.classes import fine_tune
 from histonb.transfer.ebhi_dataset import EBHIDataset, rows_by_split, write_example
-from histonb.transfer.encoders import load_freezable_encoder
+from histonb.transfer.freezable_encoders import load_freezable_encoder
 from histonb.transfer.masks import NETWORK_NAMES, NetworkConfig, train_mask_network
 from histonb.transfer.supervised import FitConfig
 

@@ -17,25 +17,18 @@ import torch
 from histonb import cli
 from histonb.annotate.editing import EDITS, count_edits, pair_outlines, read_objects
 from histonb.annotate.exporting import to_slide_coordinates, write_objects
-from histonb.annotate.slide import ProbabilityCache, annotate_slide, tiles_with_tissue, tissue_squares
+from histonb.annotate.slide import annotate_slide
 from histonb.annotate.tile_merging import instance_outlines, instances_in_window, instances_in_windows, lumens_in_glands
+from histonb.annotate.working_folder import ProbabilityCache, tiles_with_tissue, tissue_squares
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
 from histonb.core.tasks import TASKS
 from histonb.metrics.objects import metrics_from_sums, object_sums, pair_counts
 from histonb.models.cerberus import Cerberus, save_cerberus
 from histonb.segment.instances import extract_instances, majority_types, object_table
+from histonb.segment.predictors import StainPredictor, TilePredictor, load_predictor
 from histonb.segment.targets import instance_target
-from histonb.segment.tiled_inference import (
-    ResampledSlide,
-    StainPredictor,
-    TilePredictor,
-    inference_margin,
-    load_predictor,
-    predict_tiled,
-    tile_boxes,
-    to_input,
-)
+from histonb.segment.tiled_inference import ResampledSlide, inference_margin, predict_tiled, tile_boxes, to_input
 from histonb.slides.slides import Slide, open_slide
 from histonb.synthetic.phantom import draw_field, draw_slide
 from histonb.synthetic.writing import write_slide
@@ -557,7 +550,7 @@ def test_a_run_stopped_among_windows_or_while_writing_goes_on(slide, annotated, 
     monkeypatch.setattr(module, "instances_in_window", stopping)
     with pytest.raises(KeyboardInterrupt):
         annotate_slide(slide[0], Painted(), tmp_path, tile=288)
-    monkeypatch.setattr(module, "to_slide_coordinates", lambda *_: 1 / 0)
+    monkeypatch.setattr("histonb.annotate.exporting.draw_outlines", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         annotate_slide(slide[0], Painted(0), tmp_path, tile=288)  # no tile is scored again
     assert not (tmp_path / "painted/objects.geojson").exists() and not list((tmp_path / "painted").glob(".*"))
@@ -899,9 +892,9 @@ def test_the_command_annotates_and_names_what_it_cannot(tmp_path, histonb):
 
 
 def test_the_command_looks_for_slides_before_weights(tmp_path, histonb, monkeypatch):
-    from histonb.segment import tiled_inference as stitching
+    from histonb.segment import predictors
 
-    monkeypatch.setattr(stitching, "load_predictor", lambda *_: 1 / 0)
+    monkeypatch.setattr(predictors, "load_predictor", lambda *_: 1 / 0)
     for slides in (["nosuch.svs"], ["nosuch.svs", "nor_this.svs"]):
         code, _, faults = histonb("annotate", *slides, "--weights", "w.tar", "--out", tmp_path)
         assert code == 2 and "nosuch.svs: there is no such file" in faults and not list(tmp_path.iterdir())

@@ -360,7 +360,7 @@ def test_impossible_settings_of_a_pre_training(values, says):
     [
         ("histonb.segment.training", {"lr": -1.0}),
         ("histonb.segment.training", {"mpp": 0.0}),
-        ("histonb.segment.training", {"glass": 2.0}),
+        ("histonb.segment.training", {"glass_probability": 2.0}),
         ("histonb.segment.training", {"log_every": 0}),
         ("histonb.segment.training", {"val_share": 1.0}),
         ("histonb.segment.training", {"width": 0.0}),

@@ -24,7 +24,7 @@ from histonb.training.checkpoint import checkpoints
 from histonb.training.loop import Stopped
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.transfer.ebhi_dataset import EBHIDataset, epoch_batches, rows_by_split, write_example
-from histonb.transfer.encoders import INPUT_RANGES, FreezableEncoder, load_freezable_encoder
+from histonb.transfer.freezable_encoders import INPUT_RANGES, FreezableEncoder, load_freezable_encoder
 from histonb.transfer.supervised import FitConfig, fit_network, predict_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")

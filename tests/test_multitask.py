@@ -29,11 +29,11 @@ from histonb.models import cerberus
 from histonb.models.cerberus import Cerberus
 from histonb.segment import losses, samples, targets, training
 from histonb.segment import validation as watching
+from histonb.segment.predictors import load_predictor
 from histonb.segment.scoring import score_run
-from histonb.segment.tiled_inference import load_predictor
 from histonb.segment.training import MultiTaskTrainer, TrainConfig, _loader, resolve_train_config, train
 from histonb.training.checkpoint import checkpoints
-from histonb.transfer.encoders import load_freezable_encoder
+from histonb.transfer.freezable_encoders import load_freezable_encoder
 
 REAL = Path(__file__).parents[2] / "shared/data"
 needs_real = pytest.mark.skipif(not (REAL / "GlaS").exists(), reason="no ../shared/data/GlaS")
@@ -438,7 +438,7 @@ def test_it_learns(tmp_path):
     )
     rows = read_jsonl(tmp_path / "log.jsonl")
     lost = [row["loss"] for row in rows if "loss" in row]
-    right = [row["right_nucleus"] for row in rows if "right_nucleus" in row]
+    right = [row["val_dice_nucleus"] for row in rows if "val_dice_nucleus" in row]
     assert lost[-1] < 0.75 * lost[0] and right[-1] > 0.8
 
 
@@ -537,8 +537,8 @@ def test_patches_and_fields_in_one_run(tmp_path, sampling):
     assert {"loss_tissue", "loss_gland", "loss_nucleus", "loss_lumen"} <= next(
         row for row in rows if "loss" in row
     ).keys()
-    assert {"right_tissue", "right_gland", "right_nucleus", "right_lumen"} <= next(
-        row for row in rows if "right_gland" in row
+    assert {"val_acc_tissue", "val_dice_gland", "val_dice_nucleus", "val_dice_lumen"} <= next(
+        row for row in rows if "val_dice_gland" in row
     ).keys()
 
 
@@ -683,7 +683,7 @@ def test_glass_is_empty_in_every_map_and_never_in_a_patch_with_one_class():
         shares.append(glass.mean())
     assert min(shares) < 0.1 and max(shares) > 0.7 and truth["gland"].all()
     patch = data.Region(np.full((96, 96, 3), 60, np.uint8), {"tissue": 3}, 0.5)
-    image, truth = samples.draw_sample(patch, 64, (0,), glass=1.0)
+    image, truth = samples.draw_sample(patch, 64, (0,), glass_probability=1.0)
     assert image.max() < 120 and truth["tissue"] == 3
 
 

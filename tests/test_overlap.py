@@ -7,7 +7,7 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 
 from histonb.core.errors import BadInput
 from histonb.metrics import overlap as o
-from histonb.transfer.published import ACCURACY, published_masks
+from histonb.transfer.ebhi_published import ACCURACY, published_masks
 
 
 def random_masks(rng, n, side=12):

@@ -29,7 +29,7 @@ from histonb.transfer.classes import (
     unpaired_difference,
 )
 from histonb.transfer.ebhi_dataset import EBHIDataset, rows_by_split, write_example
-from histonb.transfer.encoders import load_freezable_encoder
+from histonb.transfer.freezable_encoders import load_freezable_encoder
 from histonb.transfer.supervised import FitConfig
 
 ROOT = Path(__file__).resolve().parents[1]

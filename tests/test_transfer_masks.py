@@ -19,7 +19,7 @@ from histonb.models.medt import MedT
 from histonb.training.pair_augmentation import EBHIAugment
 from histonb.transfer import masks as t
 from histonb.transfer.ebhi_dataset import EBHIDataset, rows_by_split, write_example
-from histonb.transfer.encoders import load_freezable_encoder
+from histonb.transfer.freezable_encoders import load_freezable_encoder
 from histonb.transfer.supervised import FitConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -65,7 +65,7 @@ def annotate_command(
       histonb annotate a.svs --weights weights.tar --tasks gland,lumen --out annotated
       histonb annotate scan.tif --slide-mpp 0.25 --weights stain --out annotated
     """
-    from histonb.segment.tiled_inference import load_predictor
+    from histonb.segment.predictors import load_predictor
 
     _check_slides(slides, overwrite, skip_existing)
     task_names = [name.strip() for name in tasks.split(",")] if tasks else None

@@ -41,7 +41,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     """,
     "2 or more": "out_dim folds",
     "from 0 to 1": """
-        momentum momentum_end center_momentum mask_probability mask_ratio global_scale local_scale glass
+        momentum momentum_end center_momentum mask_probability mask_ratio global_scale local_scale glass_probability
         fractions max_emptiness min_edges max_homogeneity min_coverage background mean share
     """,
     "from 0 to below 1": "drop_path val_share test_share val_fraction test_fraction",
@@ -118,6 +118,7 @@ def _fits(value, hint) -> bool:
 
 # %% ../../nbs/00_core/02_parameters.ipynb #fa466ec0
 RENAMED = {  # former name of a parameter -> its name now
+    "glass": "glass_probability",
     "mask_chance": "mask_probability",
     "mask_share": "mask_ratio",
     "spread": "regulariser",

@@ -55,7 +55,7 @@ class TrainConfig:
     # samples
     mpp: float = 0.5  # um per pixel
     crop: int = 448  # pixels a side
-    glass: float = 0.2  # share of the crops in which the tissue is made to end
+    glass_probability: float = 0.2  # how often the tissue of a crop is cut off, as at the edge of a section
     border: Literal["objects", "insides"] = "objects"  # what the weight of gaps measures to; insides: as the authors
     sampling: Literal["single", "mixed", "alternating"] = "mixed"  # how batches are made of the sets
     shares: tuple[int, ...] = ()  # how often each set has its turn in a round of them; empty: once
@@ -342,7 +342,7 @@ def _patches(fields):
 def _loader(c, fields, tasks, start):
     "Batches of the steps from `start` to the last."
     batches = TaskBatchSampler(list(map(_patches, fields)), c.sampling, c.batch_size, c.crop, start, c.steps, c.shares)
-    samples = MultiTaskDataset(fields, tasks, c.mpp, c.seed, glass=c.glass, border=c.border)
+    samples = MultiTaskDataset(fields, tasks, c.mpp, c.seed, glass_probability=c.glass_probability, border=c.border)
     return loader(samples, batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
 
 

@@ -26,7 +26,7 @@ from ..core.files import read_record
 from ..datasets.ebhi import EBHI_CLASSES
 from ..metrics import classification as metrics
 from .ebhi_dataset import EBHIDataset
-from .encoders import FreezableEncoder, load_freezable_encoder
+from .freezable_encoders import FreezableEncoder, load_freezable_encoder
 from .supervised import FitConfig, fit_network, predict_batches, resolve_fit_config
 
 # %% ../../nbs/12_transfer/05_classes.ipynb #cell-005

@@ -33,7 +33,7 @@ from ..segment.baselines import otsu, stain_levels
 from ..training.augmentation import hed_from_rgb
 from .classes import Classifier
 from .ebhi_dataset import EBHIDataset, write_picture
-from .encoders import FreezableEncoder, load_freezable_encoder
+from .freezable_encoders import FreezableEncoder, load_freezable_encoder
 from .supervised import FitConfig, fit_network, predict_batches, resolve_fit_config
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-005
