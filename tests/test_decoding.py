@@ -161,7 +161,7 @@ def test_soft_dice_by_hand():
     want = (
         2 * (0.9 + 0.6) / (0.9 + 0.6 + 0.3 + 2) + 2 * 0.7 / (0.1 + 0.4 + 0.7 + 1)
     ) / 2  # class 2 is not there, the last pixel does not count
-    assert decoding.soft_dice(scores, ids).item() == pytest.approx(want, abs=1e-6)
+    assert decoding.class_dice(scores, ids).item() == pytest.approx(want, abs=1e-6)
     ce = -np.log([0.9, 0.6, 0.7]).mean()
     assert decoding.ce_dice(scores, ids).item() == pytest.approx(ce + 1 - want, abs=1e-5)
     assert F.cross_entropy(scores, ids, ignore_index=IGNORE).item() == pytest.approx(ce, abs=1e-5)
@@ -170,8 +170,8 @@ def test_soft_dice_by_hand():
 def test_soft_dice_ends():
     ids = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
     sure = F.one_hot(ids, 5).permute(0, 3, 1, 2) * 60.0
-    assert decoding.soft_dice(sure, ids).item() == pytest.approx(1, abs=1e-6)
-    assert decoding.soft_dice(sure.roll(1, 1), ids).item() == pytest.approx(0, abs=1e-6)
+    assert decoding.class_dice(sure, ids).item() == pytest.approx(1, abs=1e-6)
+    assert decoding.class_dice(sure.roll(1, 1), ids).item() == pytest.approx(0, abs=1e-6)
     nothing = torch.zeros(1, 5, 4, 4, requires_grad=True)
     value = decoding.ce_dice(nothing, torch.full((1, 4, 4), IGNORE))
     value.backward()
@@ -444,7 +444,7 @@ def test_memory_is_that_of_a_batch(tmp_path):
     masks = toy(n)[0]
     x = Meter(np.load(path, mmap_mode="r"))
     y = Meter(masks)
-    mean, std = decoding._scale(x, np.arange(n))
+    mean, std = decoding.feature_scale(x, np.arange(n))
     assert mean.shape == (3200,) and (std == 1).all() and x.most < 8e6 < big.nbytes / 30
     x.most = 0
     batch = next(iter(decoding.feature_batches(x, y, np.arange(n)[::-1], batch_size=4)))

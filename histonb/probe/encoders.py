@@ -23,6 +23,7 @@ from ..models import backbones
 from ..models.frontends import token_pixels
 from ..models.vit import set_positions
 from .published import ENCODERS, find_published, load_published
+from ..training.loop import seeded
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-005
 @dataclasses.dataclass(frozen=True)
@@ -263,8 +264,7 @@ def load_encoder(
         )
     if name.startswith("random:"):
         architecture = name.removeprefix("random:")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model = backbones.build_backbone(architecture)
         about = spec(None, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, random_init=True)
         return _network(about, model, architecture, bf16, pool or "class", blocks, positions)
