@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..core.tasks import Task
 from .targets import UNKNOWN
+from ..training.losses import soft_dice
 
 # %% ../../nbs/10_segment/02_losses.ipynb #cell-005
 def instance_loss(
@@ -34,9 +35,8 @@ def type_loss(
     z = scores.movedim(1, -1)[here]
     y = types[here].long()
     weights = z.new_tensor([0.0, *(class_weights or [1.0] * (scores.shape[1] - 1))])
-    p = z.softmax(1)
     is_type = F.one_hot(y, scores.shape[1]).to(z.dtype)
-    dice = 2 * (p * is_type).sum(0) / (p.sum(0) + is_type.sum(0))
+    dice = soft_dice(z.softmax(1), is_type, (0,))
     return F.cross_entropy(z, y, weights) + 1 - dice[is_type.any(0)].mean()
 
 # %% ../../nbs/10_segment/02_losses.ipynb #cell-009b
@@ -51,9 +51,8 @@ def type_loss_over_pixels(
     weights = scores.new_tensor([0.0, *(class_weights or [1.0] * (scores.shape[1] - 1))])
     p = scores.softmax(1) * here[:, None]
     is_type = F.one_hot(y, scores.shape[1]).movedim(-1, 1) * here[:, None]
-    both = (p * is_type).sum((0, 2, 3))[1:]
-    size = (p + is_type).sum((0, 2, 3))[1:]
-    return F.cross_entropy(scores, y, weights, reduction="none").mean() + (1 - (2 * both + 1e-3) / (size + 1e-3)).sum()
+    dice = soft_dice(p, is_type, (0, 2, 3), smooth=1e-3)[1:]
+    return F.cross_entropy(scores, y, weights, reduction="none").mean() + (1 - dice).sum()
 
 
 TYPE_LOSSES = {"objects": type_loss, "pixels": type_loss_over_pixels}  # what it is averaged over -> loss of types

@@ -25,6 +25,7 @@ from ..core.errors import BadInput, foreign_errors, nearest
 from ..core.files import read_record
 from ..datasets.ebhi import EBHI_CLASSES
 from ..metrics import classification as metrics
+from ..training.loop import seeded
 from .ebhi_dataset import EBHIDataset
 from .freezable_encoders import FreezableEncoder, load_freezable_encoder
 from .supervised import FitConfig, fit_network, predict_batches, resolve_fit_config
@@ -43,8 +44,7 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.trunk = encoder
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.head = nn.Sequential(
                 nn.Linear(encoder.num_features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, n_classes)
             )

@@ -19,6 +19,7 @@ from ..datasets.readers import training_cases
 from ..models import backbones, cerberus
 from ..models.weight_files import read_state
 from ..models.weights import find_network, flatten_state, load_weights
+from ..training.loop import seeded
 
 # %% ../../nbs/12_transfer/03_freezable_encoders.ipynb #cell-005
 LAYERS = (1, 2, 3, 4)
@@ -169,8 +170,7 @@ def load_freezable_encoder(
     if inputs and told:
         raise BadInput("inputs", said, "Leave it empty.")
     if not source:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return FreezableEncoder(cerberus.resnet_encoder(arch, width))
     if _is_cerberus(path):
         return FreezableEncoder(cerberus.load_cerberus(path)[0].encoder).train()

@@ -31,6 +31,8 @@ from ..models.segnet import SegNet
 from ..models.unet import UNet
 from ..segment.baselines import otsu, stain_levels
 from ..training.augmentation import hed_from_rgb
+from ..training.loop import seeded
+from ..training.losses import soft_dice
 from .classes import Classifier
 from .ebhi_dataset import EBHIDataset, write_picture
 from .freezable_encoders import FreezableEncoder, load_freezable_encoder
@@ -48,8 +50,7 @@ class EncoderDecoder(nn.Module):
     ):
         super().__init__()
         w, self.trunk = encoder.widths, encoder
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.map = nn.Conv2d(w[4], w[3], 1, bias=False)
             self.decoder = UNetDecoder(w[:4], 1, 3 * w[0] // 2)
         self.head = Classifier(encoder, seed=seed).head if joint else None
@@ -131,8 +132,7 @@ def mask_network(
         return EncoderDecoder(
             load_freezable_encoder(s.source, s.arch, s.width, seed, s.inputs).freeze(s.depth), name == "joint", seed
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if name == "unet":
             return UNet(width=s.plain_width)
         if name == "segnet":
@@ -159,8 +159,7 @@ def mask_loss(
         return mask_loss(scores["mask"], masks, classes) + F.cross_entropy(scores["class"], classes)
     scores = scores[:, 0]
     truth = masks.float()
-    p = scores.sigmoid()
-    dice = (2 * (p * truth).sum((1, 2)) + 1) / (p.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    dice = soft_dice(scores.sigmoid(), truth, (1, 2), smooth=1.0)
     return F.binary_cross_entropy_with_logits(scores, truth) + 1 - dice.mean()
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-014
