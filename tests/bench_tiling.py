@@ -22,9 +22,10 @@ import tifffile
 from histonb.core.files import read_json, write_json
 from histonb.core.progress import progress
 from histonb.slides.slides import open_slide
-from histonb.slides.tile_quality import metrics
+from histonb.slides.tile_quality import tile_metrics
+from histonb.slides.tile_rules import TileRule, tile_grid
 from histonb.slides.tile_store import SlideTiles, TileShards
-from histonb.slides.tiles import TileRule, grid, tile_slide
+from histonb.slides.tiles import tile_slide
 from histonb.synthetic.phantom import write_cohort
 
 SIZE = 224
@@ -201,8 +202,8 @@ def measure_slide(name, options, folder, args, pool, peer):
                 peer_tiles, seconds = run(HISTOPREP, path, out, python=peer)
             times["histoprep"].append(seconds)
     with open_slide(path) as slide:
-        everything = grid(slide).xy.tolist()
-        full = np.array(slide.map_tiles(lambda i, tile: metrics(tile), everything))
+        everything = tile_grid(slide).xy.tolist()
+        full = np.array(slide.map_tiles(lambda i, tile: tile_metrics(tile), everything))
     beside = [stage(path, mask, True)[0]]
     script_tiles, seconds = with_script(pool, path, [tuple(p) for p in everything])
     times["script"].append(seconds)

@@ -8,10 +8,11 @@ import pytest
 import tifffile
 
 from histonb.core.errors import BadInput
-from histonb.slides.layout import padded_factor
+from histonb.slides.pyramid import padded_factor
 from histonb.slides.slides import open_slide
-from histonb.slides.tile_store import fit, tile_span
-from histonb.slides.tiles import TileRule, grid, low_resolution_glass, tile_slide
+from histonb.slides.tile_rules import TileRule, low_resolution_glass, tile_grid
+from histonb.slides.tile_store import resize_tile, tile_span
+from histonb.slides.tiles import tile_slide
 
 SIZE = (960, 1280)
 
@@ -347,7 +348,7 @@ def test_padded_levels_fit_the_slide_and_its_mask(tmp_path, described):
             )  # no tissue is rejected unread
             for t in table.itertuples():
                 span = tile_span(slide, t.level, t.mpp, rule.size)
-                picture = fit(slide.read(t.x, t.y, span, span, t.level), rule.size)
+                picture = resize_tile(slide.read(t.x, t.y, span, span, t.level), rule.size)
                 assert abs((cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) < 225).mean() - t.f1) < 0.12
 
 
@@ -393,7 +394,7 @@ def test_thin_pyramids_have_a_factor_along_each_axis(tmp_path, turned):
             profile = slide.read(*at, *size, level).mean((1, 2) if turned else (0, 2))
             assert abs(np.argmax(profile < 225) - 1000 / long) <= 1  # to a pixel of the level
         for rule in (TileRule(size=64), TileRule(size=64, mpp=0.7), TileRule(size=32, mpp=2.0)):
-            g = grid(slide, rule)
+            g = tile_grid(slide, rule)
             inside = np.array([codes[y : y + g.extent, x : x + g.extent].mean() for x, y in g.xy])
             glass = low_resolution_glass(slide, g)
             assert not ((glass >= rule.background) & (inside > 0.25)).any()

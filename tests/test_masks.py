@@ -17,10 +17,12 @@ from histonb.slides import masks as module
 from histonb.slides.cohort import SLIDE_COLUMNS
 from histonb.slides.encodings import encoding_table
 from histonb.slides.labels import CODES, IGNORE
-from histonb.slides.masks import MaskTiles, extent, resize_labels, store_masks
+from histonb.slides.masks import MaskTiles, resize_labels, store_masks, tile_extent
 from histonb.slides.slides import open_slide
+from histonb.slides.tile_rules import TileRule
 from histonb.slides.tile_store import TileShards
-from histonb.slides.tiling import TileRule, tile_cohort, tile_slide
+from histonb.slides.tiles import tile_slide
+from histonb.slides.tiling import tile_cohort
 from histonb.synthetic.phantom import write_cohort
 from histonb.synthetic.writing import write_mask, write_slide
 
@@ -82,8 +84,8 @@ def test_another_resolution(tiled):
         at = np.floor((np.arange(96) + 0.5) * 230 / 96).astype(int)
         assert (masks[i][0] == whole[np.ix_(at, at)]).mean() > 0.99
     with open_slide(cohort.slides.image[0]) as slide:
-        assert extent(slide, 0, mpp, 96) == 230 and extent(slide, 0, np.nan, 96) == 96
-        assert extent(slide, 1, np.nan, 96) == round(96 * slide.downsamples[1])
+        assert tile_extent(slide, 0, mpp, 96) == 230 and tile_extent(slide, 0, np.nan, 96) == 96
+        assert tile_extent(slide, 1, np.nan, 96) == round(96 * slide.downsamples[1])
 
 
 def test_smaller_masks_hold_no_new_class():

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 
 from histonb.core.errors import BadInput
 from histonb.datasets.cohorts import panda
-from histonb.slides.slides import JpegSource, open_slide
-from histonb.slides.tile_store import ShardWriter, SlideTiles, TileShards, encoder, read_tiles, record, shard_path
-from histonb.slides.tiling import TileRule, tile_cohort
+from histonb.slides.slides import open_slide
+from histonb.slides.streams import JpegSource
+from histonb.slides.tile_rules import TileRule
+from histonb.slides.tile_store import ShardWriter, SlideTiles, TileShards, jpeg_encoder, pack, read_tiles, shard_path
+from histonb.slides.tiling import tile_cohort
 from histonb.synthetic.phantom import draw_slide, write_cohort
 from histonb.synthetic.writing import write_slide
 
@@ -55,7 +57,7 @@ def test_stored_tiles_are_the_slide_s(tmp_path, options):
     write_slide(tmp_path / "a.tiff", draw_slide(seed=4, shape=(1120, 1120)).image, **options)
     with open_slide(tmp_path / "a.tiff") as slide:
         tiles = grid(slide)
-        encode = encoder(slide.jpeg_source(0))
+        encode = jpeg_encoder(slide.jpeg_source(0))
     jpegs = [encode(t) for t in tiles]
     back = [imagecodecs.jpeg8_decode(j) for j in jpegs]
     assert psnr(tiles, back) > (45 if options.get("compression") else 55)
@@ -67,7 +69,7 @@ def test_tables_of_no_standard_quality():
     tile = draw_slide(seed=4, shape=(512, 512)).image[:224, :224].copy()
     tables = [[min(255, 3 + (i + j) * k) for i in range(8) for j in range(8)] for k in (2, 3)]
     for source in (JpegSource(tables, "4:2:0", "YCbCr"), JpegSource(tables[:1], "4:4:4", "RGB")):
-        encode = encoder(source)
+        encode = jpeg_encoder(source)
         once = imagecodecs.jpeg8_decode(encode(tile))  # what a slide with such tables holds
         assert 25 < psnr([tile], [once]) < 50 < 55 < psnr([once], [imagecodecs.jpeg8_decode(encode(once))])
 
@@ -76,7 +78,7 @@ def test_tables_of_no_standard_quality():
 def test_the_real_slide_keeps_its_pixels():
     path = next((REAL / "panda/train_images").glob("*.tiff"))
     with open_slide(path) as slide:
-        encode = encoder(slide.jpeg_source(0))
+        encode = jpeg_encoder(slide.jpeg_source(0))
     pixels = tifffile.imread(path, key=0)
     tiles = [
         np.ascontiguousarray(pixels[y : y + 224, x : x + 224]) for y in range(0, 7456, 224) for x in range(0, 1824, 224)
@@ -243,7 +245,7 @@ def test_places_beyond_a_shard_are_refused_before_memory_is_asked_for(copy):
 
 
 def test_a_tile_that_is_no_jpeg_is_named(tmp_path):
-    shard_path(tmp_path, 0).write_bytes(record(b"no JPEG"))
+    shard_path(tmp_path, 0).write_bytes(pack(b"no JPEG"))
     table = pd.DataFrame({"shard": [0], "offset": [0], "nbytes": [7], "label": [1]})
     with pytest.raises(BadInput, match="tile 0 cannot be decoded"):
         TileShards(tmp_path, table)[0]

@@ -628,7 +628,7 @@ def test_whatever_a_codec_raises_is_the_librarys_own_error(tmp_path, monkeypatch
         return decode
 
     for error in (TypeError("odd"), IndexError("odd"), RecursionError("odd"), AssertionError("odd")):
-        monkeypatch.setattr("histonb.slides.slides.decode", failing(error))
+        monkeypatch.setattr("histonb.slides.tiled_file.decode", failing(error))
         fault = f"level 0, row 0, column 0.: {type(error).__name__}: odd"
         with open_slide(path) as slide, pytest.raises(BadInput, match=fault):
             slide.read(0, 0, 9, 9)
@@ -636,7 +636,7 @@ def test_whatever_a_codec_raises_is_the_librarys_own_error(tmp_path, monkeypatch
             assert (slide.read(0, 0, 9, 9) == 255).all() and slide.damaged
     says_nothing_of_the_file = {OSError(5, "Input/output error"): "cannot be read", MemoryError(): "no memory"}
     for error, fault in says_nothing_of_the_file.items():
-        monkeypatch.setattr("histonb.slides.slides.decode", failing(error))
+        monkeypatch.setattr("histonb.slides.tiled_file.decode", failing(error))
         with open_slide(path, max_damaged=99) as slide, pytest.raises(BadInput, match=fault):
             slide.read(0, 0, 9, 9)
         assert not slide.damaged
@@ -645,14 +645,19 @@ def test_whatever_a_codec_raises_is_the_librarys_own_error(tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["tiff", "pages", "level", "mpp"])
 def test_whatever_is_raised_while_a_slide_is_opened_is_the_librarys_own_error(tmp_path, monkeypatch, name):
     path = with_broken_tiles(tmp_path / "slide.tif", [])
-    where = {"tiff": "tifffile.TiffFile", "pages": "pyramid_pages", "level": "read_level", "mpp": "find_mpp"}[name]
+    where = {
+        "tiff": "image_files.tifffile.TiffFile",
+        "pages": "slides.pyramid_pages",
+        "level": "slides.read_level",
+        "mpp": "slides.find_mpp",
+    }[name]
     for error in (TypeError, ZeroDivisionError, AttributeError, OverflowError, MemoryError):
 
         def fail(*args, error=error):
             raise error("odd")
 
         with monkeypatch.context() as m:
-            m.setattr(f"histonb.slides.slides.{where}", fail)
+            m.setattr(f"histonb.slides.{where}", fail)
             refused(path, f"{error.__name__}.*odd")
 
 

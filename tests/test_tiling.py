@@ -24,9 +24,11 @@ from histonb.slides import tiling
 from histonb.slides.cohort import Cohort
 from histonb.slides.labels import IGNORE
 from histonb.slides.slides import Slide, open_slide
-from histonb.slides.tile_quality import FRACTIONS, METRICS, metrics
+from histonb.slides.tile_quality import FRACTIONS, QUALITY_METRICS, tile_metrics
+from histonb.slides.tile_rules import TileRule, apply_rule
 from histonb.slides.tile_store import TileShards
-from histonb.slides.tiling import TileRule, apply_rule, tile_cohort, tile_slide
+from histonb.slides.tiles import tile_slide
+from histonb.slides.tiling import tile_cohort
 from histonb.synthetic.phantom import write_cohort
 from histonb.synthetic.writing import write_mask, write_slide
 
@@ -108,12 +110,12 @@ def test_prefilter_drops_nothing_that_the_real_slide_keeps(rule):
     measured = {}
     for y in range(0, pixels.shape[0] - 223, 224):
         for x in range(0, pixels.shape[1] - 223, 224):
-            measured[x, y] = metrics(np.ascontiguousarray(pixels[y : y + 224, x : x + 224]))
+            measured[x, y] = tile_metrics(np.ascontiguousarray(pixels[y : y + 224, x : x + 224]))
     assert set(zip(table.x[table.kept], table.y[table.kept], strict=True)) == {
         k for k, m in measured.items() if rule.passes(*m)
     }
     assert account.background.sum() > 100  # and it does reject glass
-    assert np.allclose(table[METRICS], [measured[t.x, t.y] for t in table.itertuples()], atol=0.01)
+    assert np.allclose(table[QUALITY_METRICS], [measured[t.x, t.y] for t in table.itertuples()], atol=0.01)
 
 
 @pytest.mark.skipif(not (REAL / "slides").exists(), reason="no ../shared/data/slides")
@@ -144,8 +146,8 @@ def test_plain_images_are_slides_of_one_level(tmp_path):
         table, account = tile_slide(path)
         assert len(table) == (pixels.shape[0] // 224) * (pixels.shape[1] // 224) and table.kept.any()
         assert np.allclose(
-            table[METRICS],
-            [metrics(pixels[t.y : t.y + 224, t.x : t.x + 224].copy()) for t in table.itertuples()],
+            table[QUALITY_METRICS],
+            [tile_metrics(pixels[t.y : t.y + 224, t.x : t.x + 224].copy()) for t in table.itertuples()],
             atol=0.02,
         )
         (tmp_path / path.name).write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -291,7 +293,7 @@ def test_result_does_not_depend_on_the_workers(phantoms, tmp_path):
         "y",
         "level",
         "mpp",
-        *METRICS,
+        *QUALITY_METRICS,
         "kept",
         "why",
         "label",
@@ -445,7 +447,9 @@ def test_any_exception_costs_its_slide_only(tmp_path, monkeypatch, error, where)
 
         return raising
 
-    target, name = {"open": (tiling, "open_slide"), "read": (Slide, "_decode"), "cut": (tiling, "tile_slide")}[where]
+    target, name = {"open": (tiling, "open_slide"), "read": (Slide, "internal_tile"), "cut": (tiling, "tile_slide")}[
+        where
+    ]
     monkeypatch.setattr(target, name, evil(getattr(target, name)))
     cohort = cohort_of(
         [("first", image, mask, "radboud"), ("bad", bad, mask, "radboud"), ("last", image, mask, "radboud")]
@@ -655,7 +659,7 @@ def test_one_broken_internal_tile_costs_the_tiles_on_it(tmp_path):
         lost = lies_on(table, 1, 0)
         assert lost.sum() == 4 and (table.why == "damaged").equals(lost)
         assert not table.kept[lost].any() and (table.nbytes[lost] == -1).all()
-        assert table.loc[lost, METRICS].isna().to_numpy().all()
+        assert table.loc[lost, QUALITY_METRICS].isna().to_numpy().all()
         assert table.loc[lost, FRACTIONS].isna().to_numpy().all() == (name == "mask")  # the label is not known, or is
         rest = whole[~lost].assign(slide=table.slide[0], case=table.case[0])
         pd.testing.assert_frame_equal(table[~lost].drop(columns="offset"), rest.drop(columns="offset"))
