@@ -31,7 +31,7 @@ from histonb.probe.attention import (
 )
 from histonb.probe.encoders import Encoder, EncoderSpec, load_encoder
 from histonb.slides.slides import open_slide
-from histonb.slides.tile_store import SlideTiles, fit
+from histonb.slides.tile_store import SlideTiles, resize_tile
 from histonb.synthetic.phantom import draw_field
 
 matplotlib.use("agg")
@@ -388,7 +388,7 @@ def test_maps_of_odd_tiles_do_not_reach_into_the_next(slide):
     both, first, second = (
         slide_map(
             slide,
-            SlideTiles(rows, {"one": slide}, lambda t: fit(t, 90), size=64),
+            SlideTiles(rows, {"one": slide}, lambda t: resize_tile(t, 90), size=64),
             encoder,
             "token_norm",
             size=96,
@@ -405,14 +405,14 @@ def test_overlap_scale_and_memory(slide):
     encoder = load_encoder("random:vit_tiny_patch16_224")
     calls = []
     table = table_of([(0, 0), (32, 0), (320, 160), (400, 320)])
-    tiles = SlideTiles(table, {"one": slide}, lambda t: calls.append(1) or fit(t, 96), size=64)
+    tiles = SlideTiles(table, {"one": slide}, lambda t: calls.append(1) or resize_tile(t, 96), size=64)
     found = slide_map(slide, tiles, encoder, size=96, tile=64, scale="tile", batch_size=2)
     whole = found.values[0]
     assert len(calls) == 4 and np.nanmin(whole) >= 0 and np.nanmax(whole) <= 1
     first, second = (
         slide_map(
             slide,
-            SlideTiles(table.iloc[[i]], {"one": slide}, lambda t: fit(t, 96), size=64),
+            SlideTiles(table.iloc[[i]], {"one": slide}, lambda t: resize_tile(t, 96), size=64),
             encoder,
             size=96,
             tile=64,

@@ -382,7 +382,7 @@ def test_impossible_settings_of_other_trainings(module, values):
     [{"white": 0}, {"mpp": 0.0}, {"mpp": -0.5}, {"level": -1}, {"max_emptiness": math.nan}, {"min_coverage": 1.5}],
 )
 def test_impossible_rules_of_tiles(values):
-    from histonb.slides.tiles import TileRule
+    from histonb.slides.tile_rules import TileRule
 
     with pytest.raises(BadInput):
         TileRule(**values)

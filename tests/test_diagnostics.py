@@ -21,7 +21,7 @@ from histonb.pretrain.loading import crop_loader
 from histonb.pretrain.online import OnlineKNN, reference_and_query
 from histonb.pretrain.trainer import Trainer
 from histonb.segment import validation as watching
-from histonb.slides.tile_store import ShardWriter, record
+from histonb.slides.tile_store import ShardWriter, pack
 from histonb.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,7 +274,7 @@ def a_store(folder, labels, shade=0, **columns):
         )
         for c in labels
     ]
-    records = [record(jpeg) for jpeg in jpegs]
+    records = [pack(jpeg) for jpeg in jpegs]
     folder.mkdir()
     (folder / "part").write_bytes(b"".join(records))
     ShardWriter(folder).append(folder / "part")

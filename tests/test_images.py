@@ -14,8 +14,8 @@ from histonb.datasets import images as images_module
 from histonb.datasets.cohorts import read_csv
 from histonb.datasets.images import KEEP_ALL, class_names, find_pictures, images, join_stores, tile_images
 from histonb.datasets.splits import check_leak
+from histonb.slides.tile_rules import TileRule
 from histonb.slides.tile_store import TileShards
-from histonb.slides.tiling import TileRule
 
 REAL = Path(__file__).parents[2] / "shared/data"
 needs_real = pytest.mark.skipif(not (REAL / "EBHI-SEG").exists(), reason="no ../shared/data/EBHI-SEG")

@@ -14,7 +14,8 @@ from histonb.datasets.pairs import mask_name, pairs
 from histonb.datasets.splits import check_leak
 from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.slides.labels import IGNORE
-from histonb.slides.tiling import TileRule, tile_cohort
+from histonb.slides.tile_rules import TileRule
+from histonb.slides.tiling import tile_cohort
 
 REAL = Path(__file__).parents[2] / "shared/data/gleason_pairs"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")

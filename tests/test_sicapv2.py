@@ -16,7 +16,8 @@ from histonb.datasets.splits import check_leak
 from histonb.slides.cohort import QUARANTINE_COLUMNS
 from histonb.slides.encodings import ENCODINGS, detect_codes, encoding_table, evidence
 from histonb.slides.labels import to_labels
-from histonb.slides.tiling import TileRule, tile_cohort
+from histonb.slides.tile_rules import TileRule
+from histonb.slides.tiling import tile_cohort
 
 REAL = Path(__file__).parents[2] / "shared/data/SICAPv2"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")
