@@ -21,8 +21,9 @@ from ..core.files import atomic_path, read_json, read_parquet, write_json, write
 from .cohorts import identifiers, is_text, read_csv, to_nfc
 from ..slides.cohort import QUARANTINE_COLUMNS, Cohort
 from ..slides.labels import LABELS
+from ..slides.tile_rules import TileRule
 from ..slides.tile_store import read_tiles, shard_path
-from ..slides.tiling import TileRule, tile_cohort
+from ..slides.tiling import tile_cohort
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-005
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")

@@ -17,7 +17,7 @@ from ..core.errors import BadInput, foreign_errors, nearest
 from .cohorts import identifiers, missing_files, read_xlsx
 from .images import Images, by_stem, find_pictures, stem
 from ..slides.cohort import QUARANTINE_COLUMNS
-from ..slides.encodings import ENCODINGS, check_colors, decide, encoding_table, evidence
+from ..slides.encodings import ENCODINGS, check_colors, decide_encoding, encoding_table, evidence
 from ..slides.labels import LABELS, code_table
 from ..slides.slides import open_slide
 
@@ -148,7 +148,7 @@ def _detect(masks, path):  # mask files in the order to look at, the folder
             break
     if found and all(e.values == [0] for e in found):
         return {0: GRADES["NC"]}
-    return encoding_table(decide(found, path, names))
+    return encoding_table(decide_encoding(found, path, names))
 
 
 def _code_column(slides, codes, path):
