@@ -82,7 +82,8 @@ def tile_command(
       histonb tile a.svs b.tiff --out tiles --mpp 0.5
     """
     from histonb.datasets.cohorts import panda
-    from histonb.slides.tiling import TileRule, tile_cohort
+    from histonb.slides.tile_rules import TileRule
+    from histonb.slides.tiling import tile_cohort
 
     cohort = panda(source[0]) if len(source) == 1 and os.path.isdir(source[0]) else slides_by_name(source)
     if slide_mpp is not None:

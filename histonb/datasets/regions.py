@@ -22,7 +22,7 @@ from ..core.tasks import TASKS
 from ..slides.cohort import QUARANTINE_COLUMNS
 from ..slides.tile_quality import check_bright
 from ..synthetic.phantom import draw_field
-from ..synthetic.tissue import MPP
+from ..synthetic.tissue import PHANTOM_MPP
 
 # %% ../../nbs/03_datasets/07_regions.ipynb #cell-008
 REGION_COLUMNS = ["field", "image", "map", "case", "split", "mpp"]
@@ -204,7 +204,7 @@ def phantom_regions(
     names = [f"phantom{seed}_{i:03d}" for i in range(n)]
     # fmt: off
     table = pd.DataFrame({
-        "field": names, "image": "", "map": "", "case": names, "split": "", "mpp": MPP,
+        "field": names, "image": "", "map": "", "case": names, "split": "", "mpp": PHANTOM_MPP,
         "seed": seed, "number": range(n), "pattern": patterns, "size": size,
     })
     # fmt: on
