@@ -19,7 +19,7 @@ from ..core.errors import BadInput, foreign_errors
 from ..core.files import atomic_path, read_json, write_json
 from ..models.cerberus import PATCH
 from ..segment.tiled_inference import TILE
-from ..slides.tiles import Grid, low_resolution_glass
+from ..slides.tile_rules import Grid, low_resolution_glass
 
 # %% ../../nbs/11_annotate/03_working_folder.ipynb #cell-005
 GLASS = 0.95  # share of glass from which a square shows no tissue
