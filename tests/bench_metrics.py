@@ -9,10 +9,10 @@ from sklearn import metrics as sk
 from histonb.core.files import repo_root, write_json
 from histonb.metrics.classification import (
     CLASSIFICATION_METRICS,
-    bootstrap_groups,
     confusion_by_group,
     confusion_metrics,
 )
+from histonb.metrics.intervals import bootstrap_groups
 
 N_SLIDES, TILES, N_CLASSES, N_BOOT = 100, 100, 5, 1000
 SHARE = 0.05  # of the resamples that the plain loop is timed on

@@ -188,11 +188,11 @@ def test_published_rows_are_judged_not_named():
         "Adenocarcinoma": 0.928,
         "Serrated adenoma": 0.937,
     }
-    assert table.loc[table["verdict"] == "impossible", ["class", "network"]].values.tolist() == [["Polyp", "U-Net"]]
+    assert table.loc[table["consistency"] == "impossible", ["class", "network"]].values.tolist() == [["Polyp", "U-Net"]]
     mended = o.consistency_table(
         table[["dice", "jaccard", "conformity"]].assign(dice=table["dice"].where(table["network"] != "U-Net", 0.47))
     )
-    assert "impossible" not in set(mended["verdict"])
+    assert "impossible" not in set(mended["consistency"])
     assert set(ACCURACY) == {"layer 1", "layer 2", "layer 3", "layer 4", "svm"} and all(
         0 < v < 1 for v in ACCURACY.values()
     )
@@ -220,7 +220,7 @@ def test_tables_that_do_not_match_are_refused():
         ([[1, 2, 3]], ["a", "b"], ["c"], "category of each"),
         ([[1, 2, 3]], ["a"], ["c", "d"], "case of each"),
         ([[1, 2]], ["a"], ["c"], "mask_overlap"),
-        ([[1, 2, 3]], ["a"], [None], "without a case"),
+        ([[1, 2, 3]], ["a"], [None], "without a group"),
     ):
         with pytest.raises(BadInput, match=said):
             o.overlap_by_category(counts, categories, pd.Series(cases))

@@ -337,8 +337,8 @@ def test_the_report_tells_what_its_files_say(tmp_path, root, weights):
         and set(found["gap"]) == {"from scratch"}
         and found["closing"] == {}
     )
-    assert "impossible" not in found["own_verdicts"] and [
-        r["network"] for r in found["published"] if r["verdict"] == "impossible"
+    assert "impossible" not in found["own_consistency"] and [
+        r["network"] for r in found["published"] if r["consistency"] == "impossible"
     ] == ["U-Net"]
     written = sorted(
         p.relative_to(tmp_path / "run/annotated").as_posix() for p in (tmp_path / "run/annotated").rglob("*.png")

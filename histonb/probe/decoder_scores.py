@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASK_METRICS', 'IMAGE_METRICS', 'Constant', 'mask_baselines', 'mean_image', 'decode_output', 'mask_counts',
-           'dice_and_iou', 'mask_scores', 'entry_text', 'score_table', 'tile_dice', 'best_median_worst', 'plot_grid',
-           'blur_tile', 'image_errors', 'image_scores']
+           'dice_and_iou', 'mask_scores', 'score_table', 'tile_dice', 'best_median_worst', 'plot_grid', 'blur_tile',
+           'image_errors', 'image_scores']
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-002
 import dataclasses
@@ -18,7 +18,7 @@ import pandas as pd
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..core.errors import BadInput
-from ..metrics.classification import few_groups_note, with_intervals
+from ..metrics.intervals import few_groups_note, format_interval, group_ids, sum_by_group, with_intervals
 from .dense_probes import check_rows, feature_batches, read_target
 from ..slides.labels import IGNORE, LABELS
 
@@ -120,24 +120,16 @@ def _macro(x, axis=-1):
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-013
 def _grouped(repeats, groups, figures, n_boot, seed):
     "Figures of sums over tiles (n,K), one array a repeat, with intervals by group and the figures of each repeat."
-    group, names = pd.factorize(np.asarray(groups))
-    wrong = [len(r) for r in repeats if len(r) != len(group)]
-    if wrong:
-        raise BadInput(
-            "groups", f"{len(group)} groups for {wrong[0]} scored tiles", "Give the slide or case of each scored tile."
-        )
-    if (group < 0).any():
-        raise BadInput("groups", f"{(group < 0).sum()} tiles without a group", "Give every tile its slide.")
-    sums = np.zeros((len(names), repeats[0].shape[1]))
     for r in repeats:
-        np.add.at(sums, group, r)
+        n_groups = group_ids(groups, len(r), "scored tiles")[1]
+    sums = sum_by_group(np.concatenate(repeats), np.tile(groups, len(repeats)), "scored tiles")
     each = [figures(r.sum(0)) for r in repeats]
     return with_intervals(sums, figures, n_boot, seed) | {
         "repeats": {k: [float(e[k]) for e in each] for k, v in each[0].items() if np.ndim(v) == 0},
-        "n": len(group),
-        "n_groups": len(names),
+        "n": len(repeats[0]),
+        "n_groups": n_groups,
         "n_boot": n_boot,
-        "note": few_groups_note(len(names)),
+        "note": few_groups_note(n_groups),
     }
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-013-2
@@ -201,17 +193,6 @@ def mask_scores(
     )
 
 # %% ../../nbs/07_probe/09_decoder_scores.ipynb #cell-013-3
-def entry_text(
-    entry,  # `value, low, high`; None where there is none
-) -> str:  # `value [low, high]` to three digits, `-` where it does not exist
-    "A figure as people read it."
-    if entry is None or not np.isfinite(entry["value"]):
-        return "-"
-    return f"{entry['value']:.3g}" + (
-        f" [{entry['low']:.3g}, {entry['high']:.3g}]" if np.isfinite(entry["low"]) else ""
-    )
-
-
 def score_table(
     results: dict,  # row name -> figures
     figures=None,  # which; by default all that are `value, low, high`
@@ -220,7 +201,7 @@ def score_table(
     return pd.DataFrame.from_dict(
         {
             row: {
-                k.replace("_", " "): entry_text(e)
+                k.replace("_", " "): format_interval(e, ".3g")
                 for k, e in r.items()
                 if isinstance(e, dict) and "value" in e and (figures is None or k in figures)
             }
