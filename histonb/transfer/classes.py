@@ -25,6 +25,7 @@ from ..core.errors import BadInput, foreign_errors, nearest
 from ..core.files import read_record
 from ..datasets.ebhi import EBHI_CLASSES
 from ..metrics import classification as metrics
+from ..metrics.intervals import unpaired_with_intervals
 from ..training.loop import seeded
 from .ebhi_dataset import EBHIDataset
 from .freezable_encoders import FreezableEncoder, load_freezable_encoder
@@ -269,4 +270,4 @@ def unpaired_difference(
             if m in ("accuracy", "balanced_accuracy", "macro_f1")
         }
 
-    return metrics.unpaired_with_intervals(*both, three, n_boot, seed)
+    return unpaired_with_intervals(*both, three, n_boot, seed)

@@ -38,7 +38,7 @@ _KNOWN = {("Cerberus", name): {"dice": dice} for name, dice in _DICE.items()} | 
 
 def published_masks() -> (
     pd.DataFrame
-):  # 24 rows of `class, network`, OVERLAP_METRICS (NaN: not known), `verdict` and `implied` of `overlap.consistency_table`
+):  # 24 rows of `class, network`, OVERLAP_METRICS (NaN: not known), `consistency` and `implied` of `overlap.consistency_table`
     "The published rows, judged by what the figures of one row imply of each other."
     rows = [
         {"class": name, "network": network, **_KNOWN.get((network, name), {})}
