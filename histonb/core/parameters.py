@@ -148,7 +148,17 @@ def with_present_names(
 ) -> dict:  # the same, those with a former name under the present one
     "Rename the parameters of a stored file; only what a user writes under a former name is an error."
     present = {old: new for old, new in RENAMED.items() if new in names and old not in names}
-    return {present.get(name, name): value for name, value in values.items()}
+    return {present.get(name, name): _present_words(value) for name, value in values.items()}
+
+
+def _present_words(value):
+    "Rename what a parameter says inside lists of dictionaries, such as the data sets of a training."
+    if isinstance(value, list):
+        return [_present_words(item) for item in value]
+    if isinstance(value, dict):
+        words = {name: RENAMED.get(item, item) if isinstance(item, str) else item for name, item in value.items()}
+        return {RENAMED.get(name, name): item for name, item in words.items()}
+    return value
 
 # %% ../../nbs/00_core/02_parameters.ipynb #cell-021-2
 def build(
