@@ -1,11 +1,11 @@
-"""Frozen encoders: probes from cached features beside the study's way, extraction beside timm's own loop, and a large logistic probe.
+"""Frozen encoders: probes from cached features, extraction beside timm's own loop, and a large logistic probe.
 
     python tests/bench_frozen.py [--tiles 2000] [--epochs 20] [--rounds 3]
 
-The study runs the encoder again in every epoch; here features are computed once. Both train the same classifier for the same
-epochs on the same tiles; the first epoch of the study's way is timed and multiplied where --quick is given. Extraction: the same
-weights and tiles (JPEG), ours from the tile store, theirs from files through PIL; rounds in turn, medians. Prints Markdown tables
-and writes runs/bench/frozen.json.
+The Bony report (Vaysse 2025) runs the encoder again in every epoch; here features are computed once. Both train the
+same classifier for the same epochs on the same tiles; with --quick the first epoch of the report's way is timed and
+multiplied. Extraction: the same weights and tiles (JPEG), ours from the tile store, theirs from files through PIL;
+interleaved rounds, medians. Prints Markdown tables and writes runs/bench/frozen.json.
 """
 
 import argparse
@@ -50,7 +50,8 @@ class Repeated:
     "A store's tiles again and again, up to a number."
 
     def __init__(self, tiles, n):
-        self.tiles, self.n = tiles, n
+        self.tiles = tiles
+        self.n = n
         self.table = tiles.table.iloc[np.arange(n) % len(tiles)].reset_index(drop=True)
 
     def __len__(self):
@@ -66,8 +67,8 @@ def timed(function):
     return time.perf_counter() - start
 
 
-def study_epochs(tiles, encoder, y, epochs, hidden, batch=256):
-    "The study's way: tiles through the encoder in every epoch, then a step of the classifier."
+def report_epochs(tiles, encoder, y, epochs, hidden, batch=256):
+    "The Bony report's way: tiles through the encoder in every epoch, then a step of the classifier."
     model = MLPClassifier(encoder.spec.dim, 5, hidden)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(epochs):
@@ -90,19 +91,19 @@ def probes(tiles, args):
     measured = 1 if args.quick else args.epochs
     for name, hidden in (
         ("MLP (2048, 512, 128)", (2048, 512, 128)),
-        ("study's MLP (7192, 2048, 512, 128)", (7192, 2048, 512, 128)),
+        ("Bony report's MLP (7192, 2048, 512, 128)", (7192, 2048, 512, 128)),
     ):
-        theirs = timed(lambda hidden=hidden: study_epochs(tiles, encoder, y, measured, hidden)) * args.epochs / measured
+        theirs = timed(lambda hidden=hidden: report_epochs(tiles, encoder, y, measured, hidden))
+        theirs *= args.epochs / measured
         ours = timed(lambda hidden=hidden: fit_mlp(x, labels, n_classes=5, hidden=hidden, epochs=args.epochs))
         rows.append((name, theirs, ours))
-    rows.append(("linear (study's way: MLP)", rows[0][1], timed(lambda: fit_linear(x, labels, l2=0.01, n_classes=5))))
-    print(
-        f"\n| {len(tiles)} tiles, {args.epochs} epochs, {NANO} | encoder in every epoch, s | from cached features, s | times | times, features counted in |\n|---|---|---|---|---|"
-    )
+    rows.append(("linear (report's way: MLP)", rows[0][1], timed(lambda: fit_linear(x, labels, l2=0.01, n_classes=5))))
+    what = f"{len(tiles)} tiles, {args.epochs} epochs, {NANO}"
+    columns = "encoder in every epoch, s | from cached features, s | times | times, features counted in"
+    print(f"\n| {what} | {columns} |\n|---|---|---|---|---|")
     for name, theirs, ours in rows:
-        print(
-            f"| {name} | {theirs:.0f} | {ours:.1f} | {theirs / ours:.0f} | {theirs / (ours + once):.1f} |", flush=True
-        )
+        times = f"{theirs / ours:.0f} | {theirs / (ours + once):.1f}"
+        print(f"| {name} | {theirs:.0f} | {ours:.1f} | {times} |", flush=True)
     return {"features_s": once, "rows": rows, "epochs_measured": measured}
 
 
@@ -126,17 +127,11 @@ def extraction(tiles, args):
                 out["ours"] = extract(tiles, encoder)
 
             times = np.array([[timed(f) for f in (theirs, ours)] for _ in range(args.rounds + 1)][1:])
-            rows.append(
-                (
-                    name,
-                    *(len(tiles) / np.median(times, 0)),
-                    float(np.median(times[:, 0] / times[:, 1])),
-                    float(np.abs(out["timm"] - out["ours"]).max()),
-                )
-            )
-    print(
-        f"\n| extraction, {len(tiles)} tiles | timm and PIL, tiles/s | ours, tiles/s | times | largest difference |\n|---|---|---|---|---|"
-    )
+            ratio = float(np.median(times[:, 0] / times[:, 1]))
+            gap = float(np.abs(out["timm"] - out["ours"]).max())
+            rows.append((name, *(len(tiles) / np.median(times, 0)), ratio, gap))
+    columns = "timm and PIL, tiles/s | ours, tiles/s | times | largest difference"
+    print(f"\n| extraction, {len(tiles)} tiles | {columns} |\n|---|---|---|---|---|")
     for name, a, b, ratio, gap in rows:
         print(f"| {name} | {a:.0f} | {b:.0f} | {ratio:.2f} | {gap:.1e} |", flush=True)
     return rows
@@ -146,7 +141,8 @@ def logistic(n=100_000, dim=512):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 5, n)
     x = (0.15 * rng.normal(size=(5, dim)).astype(np.float32))[y] + rng.normal(size=(n, dim)).astype(np.float32)
-    one, path = timed(lambda: fit_linear(x, y, l2=0.01)), timed(lambda: list(fit_linear_path(x, y)))
+    one = timed(lambda: fit_linear(x, y, l2=0.01))
+    path = timed(lambda: list(fit_linear_path(x, y)))
     print(f"\nLogistic probe on {n:,} x {dim}: {one:.1f} s with one strength, {path:.1f} s along six")
     return {"one": one, "six": path}
 
@@ -156,7 +152,7 @@ def main():
     parser.add_argument("--tiles", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="time one epoch of the study's way and multiply")
+    parser.add_argument("--quick", action="store_true", help="time one epoch of the report's way and multiply")
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Speed and memory of the scattering transform beside kymatio's torch backend, and whether both say the same.
+"""Speed and memory of the scattering transform beside kymatio's torch backend, and whether both agree.
 
     python tests/bench_scattering.py [rounds]      writes runs/bench/scattering.json
 
-kymatio needs SciPy before 1.17, so both go into a folder of their own (.venv/kymatio) that only this benchmark sees. J=2, L=8,
-order 2 on a batch of 8x3x224x224, in turn; a ratio is the median over the rounds' pairs. Peak memory is that of a process that
-does one of the two.
+kymatio needs SciPy before 1.17, so both go into a folder of their own (.venv/kymatio) that only this benchmark sees.
+J=2, L=8, order 2 on a batch of 8x3x224x224, interleaved; a ratio is the median over the rounds' pairs. Peak memory is
+that of a process that runs one of the two.
 """
 
 import json
@@ -21,7 +21,8 @@ import torch
 from histonb.core.files import repo_root, write_json
 from histonb.models.scattering import Scattering
 
-BATCH, SIZE = 8, 224
+BATCH = 8
+SIZE = 224
 
 
 def both(J, size):
@@ -31,14 +32,14 @@ def both(J, size):
 
 
 def agreement():
-    "Largest difference for each number of scales."
-    found = {}
+    "The largest difference for each number of scales."
+    differences = {}
     for J, size in ((2, 224), (3, 96), (4, 128)):
         x = torch.rand(2, 3, size, size)
         ours, theirs = (f(x) for f in both(J, size).values())
-        found[J] = float((ours - theirs).abs().max())
-        assert ours.shape == theirs.shape and found[J] < 1e-4, found
-    return found
+        differences[J] = float((ours - theirs).abs().max())
+        assert ours.shape == theirs.shape and differences[J] < 1e-4, differences
+    return differences
 
 
 def seconds(f, x):
@@ -49,19 +50,19 @@ def seconds(f, x):
 
 
 def inside(what, rounds):
-    "What is done where kymatio can be imported."
+    "Measure in a process where kymatio can be imported."
     torch.manual_seed(0)
     x = torch.rand(BATCH, 3, SIZE, SIZE)
-    found = both(2, SIZE)
+    transforms = both(2, SIZE)
     if what != "speed":
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds(found[what], x)
+        seconds(transforms[what], x)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     differ = agreement()
-    times = np.array([[seconds(f, x) for f in found.values()] for _ in range(rounds + 1)][1:])
+    times = np.array([[seconds(f, x) for f in transforms.values()] for _ in range(rounds + 1)][1:])
     return {
         "differ": differ,
-        "images_per_s": dict(zip(found, (BATCH / np.median(times, 0)).tolist(), strict=True)),
+        "images_per_s": dict(zip(transforms, (BATCH / np.median(times, 0)).tolist(), strict=True)),
         "times_faster": float(np.median(times[:, 1] / times[:, 0])),
     }
 
@@ -69,23 +70,8 @@ def inside(what, rounds):
 def main(rounds=5):
     site = Path(sys.prefix) / "kymatio"
     if not (site / "kymatio").exists():
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--target",
-                str(site),
-                "scipy<1.17",
-                "kymatio",
-                "appdirs",
-                "configparser",
-            ],
-            check=True,
-        )
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
+        subprocess.run([*install, "scipy<1.17", "kymatio", "appdirs", "configparser"], check=True)
 
     def run(what):
         done = subprocess.run(
@@ -99,9 +85,11 @@ def main(rounds=5):
 
     result = run("speed") | {"memory_mib": {what: run(what) for what in ("ours", "kymatio")}}
     print("largest difference: " + ", ".join(f"J={J} {v:.1e}" for J, v in result["differ"].items()))
+    speed = result["images_per_s"]
+    memory = result["memory_mib"]
     print(
-        f"J=2, L=8, order 2, {BATCH}x3x{SIZE}x{SIZE}: ours {result['images_per_s']['ours']:.1f} img/s, kymatio {result['images_per_s']['kymatio']:.1f}, "
-        f"{result['times_faster']:.2f} times as fast; memory {result['memory_mib']['ours']:.0f} and {result['memory_mib']['kymatio']:.0f} MiB"
+        f"J=2, L=8, order 2, {BATCH}x3x{SIZE}x{SIZE}: ours {speed['ours']:.1f} img/s, kymatio {speed['kymatio']:.1f}, "
+        f"{result['times_faster']:.2f} times as fast; memory {memory['ours']:.0f} and {memory['kymatio']:.0f} MiB"
     )
     write_json(
         repo_root() / "runs" / "bench" / "scattering.json",

@@ -68,16 +68,16 @@ def main(rounds=7):
         ("2d", "db4", "symmetric"),
         ("3d", "haar", "zero"),
     ):
-        found = {"2d": transforms, "3d": volumes}[kind](wavelet, mode)
-        bands = {name: f(x) for name, f in found.items()}
+        functions = {"2d": transforms, "3d": volumes}[kind](wavelet, mode)
+        bands = {name: f(x) for name, f in functions.items()}
         gradients = [torch.randn_like(b) for b in bands["ours"]]
         for name, other in bands.items():
             for a, b in zip(bands["ours"], other, strict=True):
                 assert torch.allclose(a, b, atol=1e-5), name
         del bands
-        times = {name: [] for name in found}
+        times = {name: [] for name in functions}
         for _ in range(rounds + 1):
-            for name, f in found.items():
+            for name, f in functions.items():
                 times[name].append(seconds(f, x, gradients))
         times = {name: np.array(t[1:]) for name, t in times.items()}
         row = {

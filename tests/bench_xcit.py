@@ -37,29 +37,18 @@ def main(name="xcit_nano_12_p16_224", rounds=7):
         for bf16 in (False, True):
             for model in (ours, theirs):
                 seconds(model, x, bf16)  # warm-up
-            times = [
-                (seconds(ours, x, bf16), seconds(theirs, x, bf16))
-                if i % 2
-                else (seconds(theirs, x, bf16), seconds(ours, x, bf16))[::-1]
-                for i in range(rounds)
-            ]
-            best = [min(column) for column in zip(*times, strict=True)]
-            rows.append(
-                dict(
-                    size=size,
-                    batch=batch,
-                    precision="bf16" if bf16 else "fp32",
-                    ours=batch / best[0],
-                    timm=batch / best[1],
-                    ratio=best[0] / best[1],
-                )
-            )
-            print(
-                "{size:4d} px  {precision}  ours {ours:6.1f} img/s  timm {timm:6.1f} img/s  time ours/timm {ratio:.2f}".format(
-                    **rows[-1]
-                ),
-                flush=True,
-            )
+            times = {"ours": [], "timm": []}
+            pair = [("ours", ours), ("timm", theirs)]
+            for i in range(rounds):
+                for label, model in pair if i % 2 else pair[::-1]:
+                    times[label].append(seconds(model, x, bf16))
+            best = {label: min(values) for label, values in times.items()}
+            speed = {label: batch / value for label, value in best.items()}
+            ratio = best["ours"] / best["timm"]
+            precision = "bf16" if bf16 else "fp32"
+            rows.append(dict(size=size, batch=batch, precision=precision, **speed, ratio=ratio))
+            speeds = f"ours {speed['ours']:6.1f} img/s  timm {speed['timm']:6.1f} img/s"
+            print(f"{size:4d} px  {precision}  {speeds}  time ours/timm {ratio:.2f}", flush=True)
     write_json(
         repo_root() / "runs" / "bench" / "xcit.json",
         dict(

@@ -1,4 +1,5 @@
-"Decoding: figures against hand-worked values and reference libraries, the trap of the study's error, training, memory, and input that must be refused."
+"""Decoding: metrics against hand-worked values and reference libraries, the pitfall of the Bony report's error,
+training, memory, and input that must be refused."""
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(n=48, seed=0, size=32):
-    "Masks of a left and a right class, tokens (n,16,5) that show them, vectors (n,10) that name them, images, slides of six tiles."
+    """Masks of a left and a right class, tokens (n, 16, 5) that show them, vectors (n, 10) that name them, images,
+    slides of six tiles."""
     rng = np.random.default_rng(seed)
     left = rng.integers(0, 5, n)
     right = rng.integers(0, 5, n)
@@ -63,7 +65,7 @@ def restated(dim, channels=1):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mask_decoder_is_that_of_figure_21(channels):
-    "The same pictures, gradients and running statistics as the figure's layers; 392,545 parameters after `fc`; 7 to 224, between 0 and 1."
+    "Images, gradients and running statistics of the figure's layers; 392,545 parameters after `fc`; 224 px in 0..1."
     torch.manual_seed(0)
     ours = MaskDecoder(64, channels)
     theirs = restated(64, channels)
@@ -102,7 +104,7 @@ def test_segmenter_shapes(grid, size):
 
 
 def test_grids_that_are_not_as_large_as_the_tile():
-    "Seven patches of 16 on 100 pixels are cut at its edge, six on 100 repeat their last row; whole patches stay as they were."
+    "Seven patches of 16 on 100 pixels are cut at its edge, six repeat their last row; whole patches are unchanged."
     span = decoding.grid_span(49, 16, 100)
     assert (span, decoding.grid_span(36, 16, 100), decoding.grid_span(196, 16, 224)) == (1.12, 0.96, 1.0)
     x = torch.randn(2, 49, 6)

@@ -115,25 +115,24 @@ def published(net):
     "A network by the authors' names."
     heads = {task: name.split("/") for name, task in cerberus.PUBLISHED_TASKS.items()}
     layers = ("bn1", "relu1", "dropout", "conv1", "bn2", "relu2", "conv2")
-    found = {"module.backbone.fc.weight": torch.zeros(1000, 512)}
+    published = {"module.backbone.fc.weight": torch.zeros(1000, 512)}
     for key, tensor in net.state_dict().items():
-        part, *rest = key.split(".")
-        if part == "encoder":
+        module, *rest = key.split(".")
+        if module == "encoder":
             name = ".".join(["backbone", *rest])
-        elif part == "map":
+        elif module == "map":
             name = "conv_map.weight"
         elif rest[0] == "tissue":
             name = f"decoder_head.Patch-Class.{layers[int(rest[1])]}.{rest[2]}"
         elif rest[1] == "blocks":
-            name = f"decoder_head.{heads[rest[0]][0]}.{rest[2]}.block.{int(rest[3]) // 3}.{'bn' if int(rest[3]) % 3 else 'conv'}.{rest[4]}"
+            block, layer = divmod(int(rest[3]), 3)
+            kind = "bn" if layer else "conv"
+            name = f"decoder_head.{heads[rest[0]][0]}.{rest[2]}.block.{block}.{kind}.{rest[4]}"
         else:
-            name = (
-                "output_head.{}.{}.x.".format(*heads[rest[0]])
-                + {"0": "0.block.0.conv", "1": "0.block.0.bn", "3": "1.conv"}[rest[2]]
-                + f".{rest[3]}"
-            )
-        found[f"module.{name}"] = tensor
-    return found
+            layer = {"0": "0.block.0.conv", "1": "0.block.0.bn", "3": "1.conv"}[rest[2]]
+            name = "output_head.{}.{}.x.{}.{}".format(*heads[rest[0]], layer, rest[3])
+        published[f"module.{name}"] = tensor
+    return published
 
 
 def test_published_weights_keep_their_classes(tmp_path):

@@ -53,12 +53,11 @@ def image(height, width):
 @pytest.mark.parametrize("case", KYMATIO, ids=str)
 def test_coefficients_are_kymatios(case):
     J, height, width = case
-    found = Scattering(J)(image(height, width))
-    assert found.shape == SHAPES[case]
+    maps = Scattering(J)(image(height, width))
+    assert maps.shape == SHAPES[case]
     for at, row, column, value in KYMATIO[case]:
-        assert found[at, row, column].item() == pytest.approx(
-            value, rel=1.5e-4, abs=1e-6
-        )  # it divides by 3.1415, not by pi
+        # kymatio divides by 3.1415, not by pi
+        assert maps[at, row, column].item() == pytest.approx(value, rel=1.5e-4, abs=1e-6)
 
 
 def test_first_order_is_the_beginning_of_both():
@@ -70,7 +69,7 @@ def test_first_order_is_the_beginning_of_both():
 
 
 @pytest.mark.parametrize("height, width", [(33, 37), (5, 9), (4, 4), (1, 64), (1, 1), (3, 50), (37, 32)])
-def test_any_size_or_a_clear_word(height, width):
+def test_any_size_or_a_clear_error(height, width):
     "Odd sizes lose the remainder; where J=2 pads by more than the image, it says so."
     x = torch.rand(2, height, width)
     if min(height, width) < 5:
@@ -97,10 +96,10 @@ def test_what_is_no_image_is_refused():
 def test_other_precisions(dtype, tolerance):
     "Computed in float32 and rounded once: what was lost is what the input lost and one rounding."
     x = image(40, 50).to(dtype)
-    found = Scattering(2)(x)
+    maps = Scattering(2)(x)
     exact = Scattering(2)(x.float())
-    assert found.dtype == dtype
-    assert torch.allclose(found.float(), exact, rtol=tolerance, atol=1e-6)
+    assert maps.dtype == dtype
+    assert torch.allclose(maps.float(), exact, rtol=tolerance, atol=1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(Scattering(2)(x.float()), exact)
 
@@ -121,15 +120,15 @@ def test_gradient_is_the_slope():
     way = torch.randn(1, 3, 12, 16)
     for module in (Scattering(1, L=4), Scattering(2, L=2), Scattering3d(2, L=2)):
         weights = torch.randn(module(x).shape)
-        value = lambda x, module=module, weights=weights: (module(x) * weights).sum()
         inner = x.clone().requires_grad_()
-        value(inner).backward()
-        slope = (value(x + 1e-3 * way) - value(x - 1e-3 * way)).item() / 2e-3
+        (module(inner) * weights).sum().backward()
+        ahead, behind = ((module(x + step * way) * weights).sum() for step in (1e-3, -1e-3))
+        slope = (ahead - behind).item() / 2e-3
         assert (inner.grad * way).sum().item() == pytest.approx(slope, rel=1e-2, abs=1e-2)
 
 
 def test_volume_is_the_mean_over_the_colours_for_grey():
-    "A grey volume has brightness only: a wavelet of a hue sees it as one of brightness does, times what leaks between them."
+    "A grey volume has brightness only: wavelets of a hue answer as one of brightness, times the leak between them."
     x = torch.rand(1, 1, 24, 24).expand(1, 3, 24, 24)
     module = Scattering3d(2, order=1)
     brightness, one, other = module(x)[0, 1:].view(-1, 3).T
@@ -138,7 +137,7 @@ def test_volume_is_the_mean_over_the_colours_for_grey():
 
 @pytest.mark.parametrize("height, width", [(16, 16), (15, 22)])
 def test_volume_moves_and_turns(height, width):
-    "Invariant to shifts in the ring of each axis, and a permutation under the symmetries of the square, whatever the shape."
+    "Invariant to shifts in the ring of each axis, and permuted by the symmetries of the square, whatever the shape."
     torch.manual_seed(0)
     x = torch.rand(2, 3, height, width)
     module = Scattering3d(2)
@@ -180,7 +179,6 @@ def test_volume_refuses_what_it_cannot_scatter():
         Scattering3d(2)(torch.rand(1, 3, 1, 1))
     for dtype, tolerance in ((torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
         x = torch.rand(1, 3, 16, 16).to(dtype)
-        found = Scattering3d(2)(x)
-        assert found.dtype == dtype and torch.allclose(
-            found.float(), Scattering3d(2)(x.float()), rtol=tolerance, atol=1e-6
-        )
+        numbers = Scattering3d(2)(x)
+        assert numbers.dtype == dtype
+        assert torch.allclose(numbers.float(), Scattering3d(2)(x.float()), rtol=tolerance, atol=1e-6)

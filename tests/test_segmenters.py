@@ -35,7 +35,7 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-# All alike -------------------------------------------------------------------------------------------------------------
+# All alike
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -157,7 +157,7 @@ def test_four_pictures_are_learnt_by_heart(name, steps):
             assert 2 * (drawn * masks).sum() / (drawn.sum() + masks.sum()) > 0.95, f"bfloat16: {half}"
 
 
-# U-Net -----------------------------------------------------------------------------------------------------------------
+# U-Net
 
 
 def test_unet_has_the_layers_of_the_paper():
@@ -182,7 +182,7 @@ def test_a_bridge_of_the_unet_carries_its_own_level():
         assert torch.allclose(model(x[:1]), model(x[1:]))
 
 
-# SegNet ----------------------------------------------------------------------------------------------------------------
+# SegNet
 
 
 def test_segnet_has_the_encoder_of_vgg16_and_its_mirror_image():
@@ -244,15 +244,14 @@ def test_segnet_depends_on_the_places(monkeypatch):
 
         def corners(y, place, size):
             h, w = y.shape[2:]
-            return unpool(
-                y, (2 * torch.arange(h)[:, None] * 2 * w + 2 * torch.arange(w)).expand_as(place).contiguous(), size
-            )
+            first = 2 * torch.arange(h)[:, None] * 2 * w + 2 * torch.arange(w)
+            return unpool(y, first.expand_as(place).contiguous(), size)
 
         monkeypatch.setattr(segnet.F, "max_unpool2d", corners)
         assert not torch.allclose(model(x), right)
 
 
-# MedT ------------------------------------------------------------------------------------------------------------------
+# MedT
 
 
 def standardised(x, norm):
@@ -265,11 +264,10 @@ def standardised(x, norm):
 
 
 def transcription(layer, x, normed):
-    "Equation 2 of MedT in loops over heads and pixels; with `normed`, each term is standardised over the batch where the layer does it."
+    "Equation 2 of MedT in loops over heads and pixels; `normed`: terms are standardised where the layer does it."
     B, C, H, W = x.shape
-    lines = (x.permute(0, 2, 1, 3) if layer.axis == 3 else x.permute(0, 3, 1, 2)).reshape(
-        -1, C, x.shape[layer.axis]
-    )  # (N, C, L)
+    lines = x.permute(0, 2, 1, 3) if layer.axis == 3 else x.permute(0, 3, 1, 2)
+    lines = lines.reshape(-1, C, x.shape[layer.axis])  # (N, C, L)
     N, _, L = lines.shape
     heads = layer.heads
     d = C // layer.heads

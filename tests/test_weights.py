@@ -1,4 +1,4 @@
-"Files of weights of others: every layout that people keep is read, whatever else is refused in one sentence, and nothing in it runs."
+"Files of weights: every common layout is read, anything else is refused in one sentence, and nothing in it runs."
 
 import argparse
 import collections
@@ -251,7 +251,7 @@ def test_foreign_classes_are_named(tmp_path, foreign):
     make, forget = foreign
     torch.save({"net": make("my_project.models", "Net", nn.Module)()}, tmp_path / "net.pth")
     forget()
-    says = r"net.pth: holds more than tensors: `my_project.models.Net`, whose code would have to run\. Ask .* state dict alone\.$"
+    says = r"net.pth: holds more than tensors: `my_project.models.Net`, whose code would have to run\. Ask .* alone\.$"
     with pytest.raises(BadInput, match=says) as e:
         read_state(tmp_path / "net.pth")
     assert one_sentence(e.value)

@@ -91,7 +91,7 @@ def _beyond(x, dim, outside, shape, mode):
 
 
 def _reflect(x, dim, outside, shape, anti):
-    "Mirror at the outermost values; with `anti` through them, so that each period climbs by twice the difference of the ends."
+    "Mirror at the outermost values; with `anti` each period climbs by twice their difference."
     n = x.shape[dim]
     period = max(2 * n - 2, 1)
     position = outside % period
@@ -288,7 +288,7 @@ def idwt(
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-022
 class WaveletTransform(nn.Module):
-    "Wavelet transform over several levels: `[coarse, details of the coarsest level, ..., of the finest]`, each a dict of bands."
+    "A wavelet transform over levels: `[coarse, details of the coarsest level, ..., of the finest]`, dicts of bands."
 
     def __init__(
         self,

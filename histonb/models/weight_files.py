@@ -43,10 +43,10 @@ OTHER_FORMATS = {  # first bytes -> what the file is, what to do
 
 
 def _describe(head):
-    "What a file is that begins so, and what to do, where it holds no weights."
-    for magic, answer in OTHER_FORMATS.items():
+    "Say what a file without weights is, by its first bytes, and what to do."
+    for magic, fault_and_remedy in OTHER_FORMATS.items():
         if head.startswith(magic):
-            return answer
+            return fault_and_remedy
     if head[257:262] == b"ustar":
         return "a tar archive", _UNPACK
     if re.match(rb"\x80[\x02-\x05]", head):
@@ -60,7 +60,7 @@ def _describe(head):
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-005-2
 def _kind(path):
-    "`safetensors`, `zip` or `legacy`, by the first bytes; anything else is `BadInput`."
+    "Return `safetensors`, `zip` or `legacy`, by the first bytes; anything else is `BadInput`."
     with open(path, "rb") as f:
         head = f.read(512)
     if not head:
@@ -74,45 +74,40 @@ def _kind(path):
     raise BadInput(path, *_describe(head))
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-009
-SAFE_CLASSES = re.compile(
-    "|".join(
-        (  # what stands beside weights and holds values only
-            r"argparse\.Namespace",
-            r"types\.SimpleNamespace",
-            r"functools\.partial",
-            r"copyreg\._reconstructor",
-            r"builtins\.(int|float|complex|str|bool|bytes|bytearray|list|tuple|dict|set|frozenset|object|slice|range)",
-            r"collections\.(deque|OrderedDict)",
-            r"typing\.\w+",
-            r"(datetime|decimal|fractions|uuid|zoneinfo)\.\w+",
-            r"pathlib\.(_local\.)?\w*Path",
-            r"numpy\.[\w.]+",
-            r"pandas\._libs\.tslibs\.timestamps\.\w+",
-            r"torch\.(nn\.modules|optim|torch_version)\.[\w.]+",
-            r"omegaconf\.[\w.]+",
-            r"(pytorch_lightning|lightning|lightning\.pytorch)\.(callbacks|trainer)\.[\w.]+",
-            r"(mmengine|mmcv)\.[\w.]*HistoryBuffer",
-            r"(apex|deepspeed)\.[\w.]*LossScaler\w*",
-        )
-    )
+_VALUE_CLASSES = (  # often saved beside weights, and hold values only
+    r"argparse\.Namespace",
+    r"types\.SimpleNamespace",
+    r"functools\.partial",
+    r"copyreg\._reconstructor",
+    r"builtins\.(int|float|complex|str|bool|bytes|bytearray|object|slice|range)",
+    r"builtins\.(list|tuple|dict|set|frozenset)",
+    r"collections\.(deque|OrderedDict)",
+    r"typing\.\w+",
+    r"(datetime|decimal|fractions|uuid|zoneinfo)\.\w+",
+    r"pathlib\.(_local\.)?\w*Path",
+    r"numpy\.[\w.]+",
+    r"pandas\._libs\.tslibs\.timestamps\.\w+",
+    r"torch\.(nn\.modules|optim|torch_version)\.[\w.]+",
+    r"omegaconf\.[\w.]+",
+    r"(pytorch_lightning|lightning|lightning\.pytorch)\.(callbacks|trainer)\.[\w.]+",
+    r"(mmengine|mmcv)\.[\w.]*HistoryBuffer",
+    r"(apex|deepspeed)\.[\w.]*LossScaler\w*",
 )
-SAFE_MAPPINGS = re.compile(
-    "|".join(
-        (  # likewise, but dictionaries, in which weights may lie
-            r"collections\.defaultdict",
-            r"easydict\.EasyDict",
-            r"munch\.Munch",
-            r"addict\.addict\.Dict",
-            r"(yacs|fvcore\.common|detectron2\.config)\.config\.CfgNode",
-            r"(mmengine|mmcv)\.[\w.]*ConfigDict",
-            r"(pytorch_lightning|lightning_fabric|lightning)\.[\w.]*AttributeDict",
-        )
-    )
+_DICT_CLASSES = (  # likewise, but dictionaries, in which weights may lie
+    r"collections\.defaultdict",
+    r"easydict\.EasyDict",
+    r"munch\.Munch",
+    r"addict\.addict\.Dict",
+    r"(yacs|fvcore\.common|detectron2\.config)\.config\.CfgNode",
+    r"(mmengine|mmcv)\.[\w.]*ConfigDict",
+    r"(pytorch_lightning|lightning_fabric|lightning)\.[\w.]*AttributeDict",
 )
+SAFE_CLASSES = re.compile("|".join(_VALUE_CLASSES))
+SAFE_MAPPINGS = re.compile("|".join(_DICT_CLASSES))
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-009-2
 class Placeholder(list):
-    "Takes the place of a value that is not needed, whatever it is made from."
+    "A placeholder for a value that is not needed, whatever it is made from."
 
     def __init__(self, *args, **kwargs):
         super().__init__()
@@ -127,10 +122,10 @@ def _mapping(*args):
     return {}  # a `defaultdict` brings its factory along
 
 
-def _stand_ins(names):
-    "What takes the place of each harmless name, as `torch.serialization.safe_globals` wants it."
+def _placeholders(names):
+    "Return the placeholder of each harmless name, as `torch.serialization.safe_globals` takes them."
 
-    def stand_in(name):
+    def placeholder(name):
         if name == "collections.defaultdict":
             return _mapping
         return (
@@ -139,11 +134,12 @@ def _stand_ins(names):
             else type("Placeholder", (Placeholder,), {"name": name})
         )
 
-    return [(stand_in(name), name) for name in names if SAFE_CLASSES.fullmatch(name) or SAFE_MAPPINGS.fullmatch(name)]
+    harmless = [name for name in names if SAFE_CLASSES.fullmatch(name) or SAFE_MAPPINGS.fullmatch(name)]
+    return [(placeholder(name), name) for name in harmless]
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-009-3
 def _pickle_names(content):
-    "The names that a pickle calls, today's for those of Python 2, and its protocol."
+    "Return the names that a pickle calls, those of Python 2 by their present names, and its protocol."
     names = set()
     protocol = 0
     for op, value, _ in pickletools.genops(content):
@@ -152,13 +148,13 @@ def _pickle_names(content):
         if op.name != "GLOBAL":
             continue
         module, _, name = value.partition(" ")
-        today = _compat_pickle.IMPORT_MAPPING.get(module, module), name
-        names.add(".".join(_compat_pickle.NAME_MAPPING.get((module, name), today)))
+        python3 = _compat_pickle.IMPORT_MAPPING.get(module, module), name
+        names.add(".".join(_compat_pickle.NAME_MAPPING.get((module, name), python3)))
     return names, protocol
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-010
 def _refusal(error, protocol):
-    "Why PyTorch's reader refuses a pickle, and what to do."
+    "Say why PyTorch's reader refuses a pickle, and what to do."
     refused = re.search(r"GLOBAL (\S+) (was|whose)", str(error))
     if refused:
         return f"holds more than tensors: `{one_line(refused[1])}`, whose code would have to run", _ALONE
@@ -170,13 +166,12 @@ def _refusal(error, protocol):
 
 
 def _load(path, names, protocol):
-    "What a file of `torch.save` holds."
+    "Read a file of `torch.save`."
     if any(name.startswith("torch.distributed") for name in names):
-        raise BadInput(
-            path, "holds tensors that are split over processes", "Ask its makers to gather them in one file."
-        )
+        split = "holds tensors that are split over processes"
+        raise BadInput(path, split, "Ask its makers to gather them in one file.")
     try:
-        with open(path, "rb") as f, warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(names)):
+        with open(path, "rb") as f, warnings.catch_warnings(), torch.serialization.safe_globals(_placeholders(names)):
             warnings.simplefilter("ignore")
             return torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -184,7 +179,7 @@ def _load(path, names, protocol):
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-010-2
 def _read_zip(path):
-    "What a file of today's `torch.save` holds, once its checksums are found right."
+    "Read a zip archive of `torch.save`, after its checksums were compared."
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         by_name = {r.filename.rpartition("/")[2]: r for r in records}
@@ -209,37 +204,37 @@ def _read_zip(path):
 
 
 def _read_legacy(path):
-    "What a file of `torch.save` before 1.6 holds."
+    "Read a file of `torch.save` from before PyTorch 1.6."
     # three pickles about the file, one of what was saved, one of the keys of its tensors
     with open(path, "rb") as f:
-        found = [_pickle_names(f) for _ in range(5)]
-    return _load(path, set().union(*(names for names, _ in found)), max(protocol for _, protocol in found))
+        names, protocols = zip(*(_pickle_names(f) for _ in range(5)), strict=True)
+    return _load(path, set().union(*names), max(protocols))
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-010b
 def _read_shards(index):
-    "The tensors of a model in several files."
+    "Read the tensors of a model that is stored in several files, listed in a JSON."
     content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
         raise BadInput(index, "lacks its `weight_map`", _AGAIN)
-    held = {}
-    for name in sorted({str(shard) for shard in places.values()}):
+    state = {}
+    for name in sorted({str(shard) for shard in shard_of.values()}):
         shard = index.parent / name
         if shard.name != name or name != one_line(name, 255) or name.endswith(".json"):
             raise BadInput(index, f"names `{one_line(name)}`, which is no file beside it", "Put the shards beside it.")
         if not shard.is_file():
             raise BadInput(shard, "there is no such file", f"Copy all that {index.name} names.")
-        held |= read_state(shard)
-    absent = [name for name in places if name not in held]
+        state |= read_state(shard)
+    absent = [name for name in shard_of if name not in state]
     if absent:
         raise BadInput(index, f"names tensors that no file holds, such as `{one_line(absent[0])}`", _AGAIN)
-    return held
+    return state
 
 # %% ../../nbs/04_models/04_weight_files.ipynb #cell-010b-2
 def find_weights_file(
     path,  # file, or folder with one
 ) -> Path:  # the file of weights, or the index of several
-    "The file of weights that a path means; none or several in a folder are `BadInput`."
+    "Find the file of weights at a path, or in a folder; none or several in a folder are `BadInput`."
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
@@ -247,20 +242,17 @@ def find_weights_file(
         if not path.is_file():
             raise BadInput(path, "not a file", "Correct the path.")
         return path
-    for name in (f"{n}{index}" for n in ("model.safetensors", "pytorch_model.bin") for index in (".index.json", "")):
-        if (path / name).is_file():
-            return path / name
-    files = sorted(
-        p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        for name in (f"{stem}.index.json", stem):
+            if (path / name).is_file():
+                return path / name
+    visible = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
+    files = sorted(p for p in visible if p.suffix in WEIGHT_SUFFIXES)
     if len(files) == 1:
         return files[0]
     if any(path.glob("*.distcp")):
-        raise BadInput(
-            path,
-            "a checkpoint that is split over processes",
-            "Join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.",
-        )
+        command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+        raise BadInput(path, "a checkpoint that is split over processes", f"Join it: {command}.")
     names = f"{len(files)} files of weights ({', '.join(p.name for p in files[:3])})"
     raise BadInput(path, names if files else "no file of weights", "Name the file.")
 
@@ -268,7 +260,7 @@ def find_weights_file(
 def read_state(
     path,  # of a file whatever its ending, of the index.json of several, or of a folder with one of them
 ) -> dict:  # what the file holds: tensors by name, or dictionaries of them among other things
-    "Read weights without running anything in the file; what is not weights, or not whole, is a `BadInput`."
+    "Read weights without running anything in the file; no weights, or a damaged file, are a `BadInput`."
     kind = "torch"
     try:
         path = find_weights_file(path)
@@ -276,7 +268,7 @@ def read_state(
             return _read_shards(path)
         if (form := _kind(path)) == "safetensors":
             kind = form
-        held = {"safetensors": load_file, "zip": _read_zip, "legacy": _read_legacy}[form](path)
+        content = {"safetensors": load_file, "zip": _read_zip, "legacy": _read_legacy}[form](path)
     except BadInput:
         raise
     except OSError as e:
@@ -285,8 +277,8 @@ def read_state(
         ) from e
     except Exception as e:  # a damaged file can break its parser anywhere
         raise BadInput(path, f"not a whole {kind} file ({one_line(e) or type(e).__name__})", _AGAIN) from e
-    if isinstance(held, Placeholder):
-        raise BadInput(path, f"an object of `{one_line(held.name)}`, which only its own code can rebuild", _ALONE)
-    if not isinstance(held, dict):
-        raise BadInput(path, f"a {type(held).__name__}, not tensors by name", _ALONE)
-    return held
+    if isinstance(content, Placeholder):
+        raise BadInput(path, f"an object of `{one_line(content.name)}`, which only its own code can rebuild", _ALONE)
+    if not isinstance(content, dict):
+        raise BadInput(path, f"a {type(content).__name__}, not tensors by name", _ALONE)
+    return content

@@ -9,6 +9,7 @@ __all__ = ['flatten_state', 'find_network', 'check_tensors', 'match_tensors', 'l
 # %% ../../nbs/04_models/05_weights.ipynb #cell-002
 import collections
 import re
+from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError
@@ -19,36 +20,34 @@ from ..core.errors import BadInput, one_line, refusals_explained
 from ..core.files import atomic_path
 
 # %% ../../nbs/04_models/05_weights.ipynb #cell-016
-_INFIX = re.compile(
-    r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)  # wrappers inside a name
+_WRAPPER = re.compile(r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # inside a name
 _OTHER_PARTS = re.compile(  # of a training: classifiers, DINO's heads, MoCo's queues, iBOT's and MAE's tokens
     r"((\w+_)?head\w*|fc|classifier|pooler|(\w+_)?queue\w*|mask_token|masked_embed|prototypes|decoder\w*)(\..*)?"
 )
 
 
 def flatten_state(
-    held: dict,  # from `read_state`
-) -> dict:  # name -> tensor; `/` stands between a dictionary's name and those in it
-    "All tensors of nested dictionaries."
-    found = {}
+    content: dict,  # from `weight_files.read_state`
+) -> dict:  # name -> tensor; `/` separates the name of a dictionary from those in it
+    "Flatten nested dictionaries to their tensors; names lose the infixes of `torch.compile` and FSDP."
+    state = {}
     seen = set()
 
     def add(prefix, value, depth):
         if isinstance(value, torch.Tensor):
-            found[_INFIX.sub("", prefix)] = value
+            state[_WRAPPER.sub("", prefix)] = value
         if not isinstance(value, dict) or depth > 8 or id(value) in seen:
             return
         seen.add(id(value))
         for key, inner in value.items():
             add(f"{prefix}/{key}" if prefix else str(key), inner, depth + 1)
 
-    add("", held, 0)
-    return found
+    add("", content, 0)
+    return state
 
 
 def _rank(prefix):
-    "Which of two networks is wanted: the lower."
+    "Rank networks by their prefix: the lowest is the one to take."
     words = set(re.split(r"[./_]", prefix))
     if words & {"teacher", "ema"}:
         return 0
@@ -58,27 +57,28 @@ def _rank(prefix):
 def find_network(
     state: dict,  # name -> tensor, from `flatten_state`
     own,  # names of the network's tensors
-    source,  # where they come from, for the message
-) -> tuple[dict, str]:  # tensors by the network's names; the prefix they stood under
+    source,  # where the tensors come from, for the message
+) -> tuple[dict, str]:  # tensors by the network's names; the prefix they had
     "Find a network among the tensors of a file, whatever wraps it. Two that fit alike are `BadInput`."
     own = set(own)
-    found = collections.Counter()
+    matches = collections.Counter()  # prefix -> names of the network after it
     for name in state:
-        cuts = [0, *(m.end() for m in re.finditer(r"[./]", name))]
-        found.update(name[:cut] for cut in cuts if name[cut:] in own)
-    most = max(found.values(), default=0)
-    likely = sorted((p for p, n in found.items() if 2 * n > most), key=lambda p: (_rank(p), -found[p], len(p))) or [""]
+        starts = [0, *(m.end() for m in re.finditer(r"[./]", name))]
+        matches.update(name[:start] for start in starts if name[start:] in own)
+    most = max(matches.values(), default=0)
+    likely = [prefix for prefix, n in matches.items() if 2 * n > most] or [""]
+    prefix, *others = sorted(likely, key=lambda p: (_rank(p), -matches[p], len(p)))
 
     def under(prefix):
         return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
-    network = {name: t for name, t in under(likely[0]).items() if "/" not in name}
-    for other in likely[1:]:
-        alike = (_rank(other), found[other]) == (_rank(likely[0]), found[likely[0]]) and 2 * most > len(own)
+    network = {name: t for name, t in under(prefix).items() if "/" not in name}
+    for other in others:
+        alike = (_rank(other), matches[other]) == (_rank(prefix), matches[prefix]) and 2 * most > len(own)
         if alike and any(t is not network.get(name) for name, t in under(other).items() if name in own):
-            both = f"`{one_line(likely[0], 40)}` and `{one_line(other, 40)}`"
+            both = f"`{one_line(prefix, 40)}` and `{one_line(other, 40)}`"
             raise BadInput(source, f"holds several networks of this kind, under {both}", "Save one by itself.")
-    return {name: t for name, t in network.items() if name in own or not _OTHER_PARTS.fullmatch(name)}, likely[0]
+    return {name: t for name, t in network.items() if name in own or not _OTHER_PARTS.fullmatch(name)}, prefix
 
 # %% ../../nbs/04_models/05_weights.ipynb #cell-019
 def check_tensors(
@@ -97,7 +97,7 @@ def check_tensors(
 
 
 def _fault(t):
-    "Why nothing can be computed with a tensor, if so."
+    "Say why nothing can be computed with a tensor; None where it is sound."
     if t.is_meta:
         return "has a shape but no values"
     if t.is_quantized:
@@ -146,13 +146,13 @@ def match_tensors(
 
 # %% ../../nbs/04_models/05_weights.ipynb #cell-019-3
 def load_weights(
-    model: nn.Module,  # from `backbones.build_backbone`
+    model: nn.Module,  # whose tensors are replaced in place
     state: dict,  # tensors by the model's own names
     source,  # where they come from, for the message
     name: str,  # of the model, for the message
     strict: bool = True,  # refuse what does not fit in every name and shape; else take what fits
 ) -> dict:  # `matched`: how many tensors; `missing`, `unexpected`, `reshaped`: names
-    "Put weights into a model."
+    "Load weights into a model, after `match_tensors`."
     own = model.state_dict()
     fits, report = match_tensors(own, state, source, name, strict)
     model.load_state_dict(fits, strict=False)
@@ -160,13 +160,13 @@ def load_weights(
 
 
 def build_with_weights(
-    build,  # () -> the model; called twice, first on the `meta` device
+    build: Callable,  # () -> the model; called twice, first on the `meta` device
     state: dict,  # tensors by the model's own names
     source,  # where they come from, for the message
     name: str,  # of the model, for the message
     strict: bool = True,  # refuse what does not fit in every name and shape; else take what fits
 ) -> tuple[nn.Module, dict]:  # the model in eval mode, and the report of `load_weights`
-    "Build a model with its weights; memory is asked for only once they fit."
+    "Build a model with its weights; memory is allocated only once they fit."
     with torch.device("meta"):
         own = build().state_dict()
     fits, report = match_tensors(own, state, source, name, strict)
@@ -179,7 +179,7 @@ def write_tensors(
     tensors: dict,  # by name
     path,  # file to write, in safetensors' layout
 ):
-    "Write tensors, atomically. What the file system refuses is `BadInput`."
+    "Write tensors, atomically. An error of the file system is a `BadInput`."
     whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with refusals_explained(path), atomic_path(path) as p:
         try:

@@ -21,17 +21,18 @@ from .xcit_blocks import ClassAttentionBlock, ConvStem, FourierPosition, XCABloc
 # %% ../../nbs/04_models/10_xcit.ipynb #cell-033
 @contextlib.contextmanager
 def frozen_statistics(
-    module: nn.Module,  # whose batch normalisation shall not count the batch once more
+    module: nn.Module,  # whose running statistics stay as they are
 ):
-    "For the second forward pass of checkpointing: batch statistics normalise as before, running statistics stay."
+    "Keep running statistics during the second forward pass of checkpointing; batch statistics normalise as before."
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms:
-        m.momentum, m.num_batches_tracked = 0.0, None
+        m.momentum = 0.0
+        m.num_batches_tracked = None
     try:
         yield
     finally:
-        for m, values in zip(norms, kept, strict=True):
+        for m, values in zip(norms, before, strict=True):
             m.momentum, m.num_batches_tracked = values
 
 # %% ../../nbs/04_models/10_xcit.ipynb #cell-033-2
@@ -52,7 +53,10 @@ class XCiT(nn.Module):
         drop_path_rate: float = 0.0,  # stochastic depth in training, 0..1
     ):
         super().__init__()
-        self.num_features, self.patch_size, self.in_chans, self.num_prefix_tokens = embed_dim, patch_size, in_chans, 1
+        self.num_features = embed_dim
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.num_prefix_tokens = 1
         self.patch_embed = ConvStem(embed_dim, patch_size, in_chans)
         self.pos_embed = FourierPosition(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -70,60 +74,60 @@ class XCiT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def _tokens(self, x, maps=None, class_only=False):
-        "Tokens before the final normalisation, (B, 1+N, D), or (B, 1, D), and the maps where `maps` is a list to put them in."
+    def _run_block(self, block, x, grid, maps):
+        "Run one block, checkpointed where that is set, training, and no maps are wanted."
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled() and maps is None):
+            return block(x, grid, maps)
+
+        def contexts():
+            return contextlib.nullcontext(), frozen_statistics(block)
+
+        return checkpoint(block, x, grid, use_reentrant=False, context_fn=contexts)
+
+    def _tokens(self, x, with_maps=False, class_only=False):
+        "Tokens before the final normalisation, (B, 1+N, D) or (B, 1, D), and the maps (None without `with_maps`)."
         x, grid = self.patch_embed(x)
         x = (x + self.pos_embed(*grid)).to(self.cls_token.dtype)  # the residual sum is not rounded by autocast
-        found = None if maps is None else XCiTMaps(grid)
+        maps = XCiTMaps(grid) if with_maps else None
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled() and maps is None:
-                x = checkpoint(
-                    block,
-                    x,
-                    grid,
-                    use_reentrant=False,
-                    context_fn=lambda block=block: (contextlib.nullcontext(), frozen_statistics(block)),
-                )
-            else:
-                x = block(x, grid, found)
+            x = self._run_block(block, x, grid, maps)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         for block in self.cls_attn_blocks:
-            x = block(x, found, class_only and block is self.cls_attn_blocks[-1])
-        if maps is not None:
-            maps.append(found)
-        return x
+            x = block(x, maps, class_only and block is self.cls_attn_blocks[-1])
+        return x, maps
 
     def forward(
         self,
         x,  # images (B, in_chans, H, W) of any size from one patch on
     ):  # class token (B, D)
-        return self.norm(self._tokens(x, class_only=True)[:, 0])
+        "Return the class token."
+        return self.norm(self._tokens(x, class_only=True)[0][:, 0])
 
     def forward_features(
         self,
         x,  # images (B, in_chans, H, W) of any size from one patch on
-        maps: bool = False,  # also return what was looked at
+        maps: bool = False,  # also return the attention maps
     ):  # tokens (B, 1+N, D), class token first; with `maps`, a pair (tokens, `XCiTMaps`)
-        "Class token and patch tokens in reading order."
-        found = [] if maps else None
-        tokens = self.norm(self._tokens(x, found))
-        return (tokens, found[0]) if maps else tokens
+        "Return the class token and the patch tokens in reading order."
+        tokens, attention = self._tokens(x, with_maps=maps)
+        tokens = self.norm(tokens)
+        return (tokens, attention) if maps else tokens
 
     def set_grad_checkpointing(
         self,
         enable: bool = True,  # keep only each block's input for the backward pass, and compute the rest again
     ):
-        "Activation checkpointing: a third more computation for a fraction of the memory."
+        "Switch activation checkpointing: a third more computation for a fraction of the memory."
         self.grad_checkpointing = enable
 
     def no_weight_decay(
         self,
     ) -> set[str]:  # names of parameters
-        "Parameters that weight decay must leave alone: all but the matrices and kernels, and the position code."
+        "Return the parameters without weight decay: all but matrices and kernels, and those of the position code."
         return {
             name
             for name, p in self.named_parameters()
-            if p.ndim < 2 or name.startswith("pos_embed.") or name == "cls_token" or name.endswith(".temperature")
+            if p.ndim < 2 or name.startswith(("pos_embed.", "cls_token")) or name.endswith(".temperature")
         }
 
 # %% ../../nbs/04_models/10_xcit.ipynb #cell-035
@@ -148,7 +152,7 @@ def xcit(
     name: str,  # a key of `XCIT`, such as xcit_medium_24_p16
     **kwargs,  # other arguments of `XCiT`: in_chans, drop_path_rate ...
 ) -> XCiT:
-    "An XCiT by its name in `timm`, with fresh weights."
+    "Build an XCiT by its name in `timm`, with random weights. An unknown name is a `BadInput`."
     if name not in XCIT:
         raise BadInput(name, "no such XCiT", nearest(name, XCIT))
     return XCiT(**(XCIT[name] | kwargs))
@@ -157,7 +161,7 @@ def xcit(
 def rename_official(
     state: dict,  # name -> tensor, from `weights.flatten_state`
 ) -> dict:  # likewise, in any wrapper as they were
-    "Give weights of the official XCiT code the names used here and in `timm`."
+    "Rename weights of the official XCiT code to the names used here and in `timm`."
     renamed = {}
     for name, value in state.items():
         name = re.sub(r"(^|[./])pos_embeder\.", r"\1pos_embed.", name)
@@ -165,14 +169,15 @@ def rename_official(
         if not fused or value.ndim == 0 or len(value) % 3:
             renamed[name] = value
         else:
-            renamed |= {f"{fused[1]}{z}.{fused[2]}": part for z, part in zip("qkv", value.chunk(3), strict=True)}
+            for letter, matrix in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{fused[1]}{letter}.{fused[2]}"] = matrix
     return renamed
 
 
 def from_official(
     state: dict,  # tensors by name; or the whole checkpoint, of which the teacher's network is taken
 ) -> dict:  # tensors by the names used here and in `timm`, without any head
-    "Take an XCiT out of a file of the official XCiT or DINO code."
+    "Extract an XCiT from a file of the official XCiT or DINO code."
     with torch.device("meta"):
         names = XCiT(embed_dim=16, depth=24).state_dict()
     return find_network(rename_official(flatten_state(state)), names, "the official weights")[0]

@@ -15,14 +15,13 @@ from torch.nn import functional as F
 # %% ../../nbs/04_models/08_xcit_attention.ipynb #cell-014
 @dataclasses.dataclass
 class XCiTMaps:
-    "What an `XCiT` looked at. Only `class_attention` and `xca_norm` are spatial; both are in reading order of `grid`."
+    "The attention maps of an `XCiT`; only `class_attention` and `xca_norm` are spatial, in reading order of `grid`."
 
     grid: tuple[int, int]  # rows and columns of tokens, N = product
     xca: list = dataclasses.field(default_factory=list)  # per block (B, h, d, d): channel x channel, rows sum to 1
     xca_norm: list = dataclasses.field(default_factory=list)  # per block (B, N): length of the XCA output at each token
-    class_attention: list = dataclasses.field(
-        default_factory=list
-    )  # per class layer (B, h, 1+N): rows sum to 1, index 0 = class token
+    # per class layer (B, h, 1+N): rows sum to 1, index 0 = class token
+    class_attention: list = dataclasses.field(default_factory=list)
 
 # %% ../../nbs/04_models/08_xcit_attention.ipynb #cell-014-2
 class CrossCovariance(torch.autograd.Function):
@@ -52,7 +51,8 @@ class CrossCovariance(torch.autograd.Function):
         _,  # of the map: none
     ):  # gradients of qkv and of the temperature
         qkv, q_scale, k_scale, cosines, attention, temperature = ctx.saved_tensors
-        (q, k, v), grad = qkv, grad.contiguous()
+        q, k, v = qkv
+        grad = grad.contiguous()
         d_score = (grad.transpose(-2, -1) @ v).to(attention.dtype).mul_(attention)  # now A dA
         d_score -= attention * d_score.sum(-1, keepdim=True)
         along = d_score * cosines
@@ -60,12 +60,10 @@ class CrossCovariance(torch.autograd.Function):
         t = temperature[:, 0]
         d_gram = d_score.mul_(q_scale[..., None] * (temperature * k_scale[..., None, :])).to(q.dtype)
         out = torch.empty_like(qkv)
-        torch.matmul(k, d_gram.transpose(-2, -1), out=out[0]).addcmul_(
-            q, (t * along.sum(-1) * q_scale.square())[..., None, :].to(q.dtype), value=-1
-        )
-        torch.matmul(q, d_gram, out=out[1]).addcmul_(
-            k, (t * along.sum(-2) * k_scale.square())[..., None, :].to(q.dtype), value=-1
-        )
+        q_along = (t * along.sum(-1) * q_scale.square())[..., None, :].to(q.dtype)
+        k_along = (t * along.sum(-2) * k_scale.square())[..., None, :].to(q.dtype)
+        torch.matmul(k, d_gram.transpose(-2, -1), out=out[0]).addcmul_(q, q_along, value=-1)
+        torch.matmul(q, d_gram, out=out[1]).addcmul_(k, k_along, value=-1)
         torch.matmul(grad, attention.to(q.dtype), out=out[2])
         return out, d_temperature[:, None, None].to(temperature.dtype)
 
@@ -75,8 +73,10 @@ def scaled_linear(
     x,  # (..., C)
     gamma=None,  # LayerScale factors (D,); None = 1
 ):  # (..., D)
-    "`gamma * layer(x)`, the factors put on the weights: that touches D x C numbers instead of those of all tokens."
-    return layer(x) if gamma is None else F.linear(x, gamma[:, None] * layer.weight, gamma * layer.bias)
+    "Compute `gamma * layer(x)` with the factors on the weights, D x C numbers, instead of on all tokens."
+    if gamma is None:
+        return layer(x)
+    return F.linear(x, gamma[:, None] * layer.weight, gamma * layer.bias)
 
 
 class XCA(nn.Module):

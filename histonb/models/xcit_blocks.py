@@ -8,6 +8,7 @@ __all__ = ['ChannelsLastGELU', 'ConvStem', 'fourier_codes', 'FourierPosition', '
 
 # %% ../../nbs/04_models/09_xcit_blocks.ipynb #cell-002
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from .xcit_attention import XCA, ClassAttention, XCiTMaps, scaled_linear
 
 # %% ../../nbs/04_models/09_xcit_blocks.ipynb #cell-006
 class ChannelsLastGELU(nn.Module):
-    "GELU of an image with channels last, taken as the plain array it is in memory: PyTorch's kernel is then twice as fast."
+    "GELU of an image in channels-last layout, applied to the array as it lies in memory: twice as fast as PyTorch's."
 
     def forward(
         self,
@@ -46,25 +47,24 @@ class ConvStem(nn.Module):
         self.patch_size = patch_size
         steps = int(math.log2(patch_size))
         widths = [in_chans, *(dim // 2**i for i in reversed(range(steps)))]
-        layers = [
-            layer for pair in zip(widths, widths[1:], strict=False) for layer in (_conv_bn(*pair), ChannelsLastGELU())
-        ]
+        layers = [layer for a, b in pairwise(widths) for layer in (_conv_bn(a, b), ChannelsLastGELU())]
         self.proj = nn.Sequential(*layers[:-1])
 
     def dynamic_feat_size(
         self,
-        img_size: tuple[int, int],  # height and width of what the stem sees
+        img_size: tuple[int, int],  # height and width of the stem's input
     ) -> tuple[int, int]:
-        "Rows and columns of tokens; a begun patch counts (the method has the name of timm's own embeddings)."
+        "Return rows and columns of tokens, partial patches included (named as in timm's embeddings)."
         return -(-img_size[0] // self.patch_size), -(-img_size[1] // self.patch_size)
 
     def forward(
         self,
         x,  # (B, in_chans, H, W)
     ):  # tokens (B, N, dim) in reading order, and the grid (rows, columns) with N = product
-        p, (height, width) = self.patch_size, x.shape[-2:]
-        if min(height, width) < p:
-            raise BadInput("image", f"{height}x{width} px is smaller than a patch of {p}", "Give larger crops.")
+        height, width = x.shape[-2:]
+        if min(height, width) < self.patch_size:
+            small = f"{height}x{width} px is smaller than a patch of {self.patch_size}"
+            raise BadInput("image", small, "Give larger crops.")
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         return x.flatten(2).transpose(1, 2), self.dynamic_feat_size((height, width))
 
@@ -76,7 +76,7 @@ def fourier_codes(
     temperature: float = 10_000.0,  # ratio of the slowest to the fastest wave length
     device=None,  # where to compute
 ):  # (2n, height, width): n for the row, then n for the column, sine and cosine in turn
-    "Sine and cosine codes of grid positions, normalised to 0..2 pi whatever the grid's size."
+    "Compute sine and cosine codes of grid positions, normalised to 0..2 pi whatever the grid's size."
 
     def axis(size):
         phase = 2 * math.pi * torch.arange(1, size + 1, device=device) / (size + 1e-6)
@@ -162,17 +162,18 @@ def scaled_residual(
     gamma,  # LayerScale factors (dim,)
     branch,  # function of tokens (b, N, dim) and factors
     drop_path: float = 0.0,  # probability to leave the step out for an image
-    together: bool = False,  # the branch looks at all images at once
+    whole_batch: bool = False,  # the branch needs all images, for its batch statistics
 ):  # (B, N, dim)
-    "`x + branch(x, gamma)`, left out at random per image (stochastic depth); what is left out is not even computed."
+    "Compute `x + branch(x, gamma)`, skipped at random per image (stochastic depth); skipped images are not computed."
     if not drop_path:
-        return x + branch(x, gamma).to(x.dtype)  # a sum of two types is slower than its parts
-    keep = 1 - drop_path
-    kept = torch.rand(len(x), 1, 1, device=x.device) < keep
-    if together:
-        return torch.addcmul(x, kept.to(x.dtype), branch(x, gamma / keep).to(x.dtype))
-    kept = kept.flatten().nonzero().flatten()
-    return x.index_add(0, kept, branch(x.index_select(0, kept), gamma / keep).to(x.dtype))
+        return x + branch(x, gamma).to(x.dtype)  # a sum of two types is slower than the conversion
+    keep_probability = 1 - drop_path
+    mask = torch.rand(len(x), 1, 1, device=x.device) < keep_probability
+    gamma = gamma / keep_probability
+    if whole_batch:
+        return torch.addcmul(x, mask.to(x.dtype), branch(x, gamma).to(x.dtype))
+    rows = mask.flatten().nonzero().flatten()
+    return x.index_add(0, rows, branch(x.index_select(0, rows), gamma).to(x.dtype))
 
 # %% ../../nbs/04_models/09_xcit_blocks.ipynb #cell-026-2
 class XCABlock(nn.Module):
@@ -205,7 +206,7 @@ class XCABlock(nn.Module):
         drop = self.drop_path if self.training and maps is None else 0.0
         x = scaled_residual(x, self.gamma1, lambda x, gamma: self.attn(self.norm1(x), maps, gamma), drop)
         x = scaled_residual(
-            x, self.gamma3, lambda x, gamma: self.local_mp(self.norm3(x), grid, gamma), drop, together=True
+            x, self.gamma3, lambda x, gamma: self.local_mp(self.norm3(x), grid, gamma), drop, whole_batch=True
         )
         return scaled_residual(x, self.gamma2, lambda x, gamma: self.mlp(self.norm2(x), gamma), drop)
 
