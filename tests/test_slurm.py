@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HISTONB = str(Path(sys.executable).with_name("histonb"))
 START = "from histonb.studies.runs import start\nrun = start(out, {})"
 LAUNCH = (
-    "from histonb.studies.slurm import launch\nlaunch([run.out, steps, pause, failing], processes, module='standin')"
+    "from histonb.studies.ranks import launch\nlaunch([run.out, steps, pause, failing], processes, module='standin')"
 )
 STANDIN = '''
 """A training in small: each rank has a state of its own, each step needs all ranks, and it stops and resumes exactly."""
@@ -246,7 +246,7 @@ def test_container_recipe():
 )
 def test_ranks_end_with_their_notebook_and_their_torchrun_however_these_end(root, which, signals):
     (root / "run").mkdir()
-    code = "from histonb.studies.slurm import launch; launch(['run', 6000, 0.1, -1], 2, module='standin')"
+    code = "from histonb.studies.ranks import launch; launch(['run', 6000, 0.1, -1], 2, module='standin')"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(root)],
         cwd=root,
@@ -482,7 +482,7 @@ def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weigh
         'out = ""',
         START,
         f"from histonb.core.files import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
-        "from histonb.studies.slurm import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)",
+        "from histonb.studies.ranks import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)",
         "run.finish()",
     )
     path = study(root, "  train: {notebook: 21_dino, resources: {gpus: 2}}\n")
