@@ -22,7 +22,7 @@ def field(n, seed, step):
 
 
 def double_loop(truth, predicted):
-    "AJI (Kumar et al. 2017) and PQ, a mask of each object against those it meets, as in the code that papers hand around."
+    "AJI (Kumar et al. 2017) and PQ, a mask of each object against those it meets, as in the code of papers."
     masks = {k: predicted == k for k in np.unique(predicted) if k}
     used = set()
     both = 0

@@ -1,4 +1,4 @@
-"Five figures of all masks of EBHI-Seg, with intervals, against scikit-learn a mask, in one run: python tests/bench_overlap.py"
+"Five metrics of all masks of EBHI-Seg, with intervals, against scikit-learn mask by mask: python tests/bench_overlap.py"
 
 import time
 import warnings

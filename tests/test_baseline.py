@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from histonb.core.errors import BadInput
-from histonb.datasets.annotations import folders, glas
+from histonb.datasets.folders import folders
+from histonb.datasets.glands import glas
 from histonb.datasets.regions import resample
 from histonb.metrics.objects import OBJECT_METRICS, object_metrics, pair_counts
 from histonb.segment.baselines import (

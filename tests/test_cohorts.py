@@ -139,7 +139,8 @@ def test_a_table_that_another_program_saved(tmp_path):
     make(
         tmp_path,
         n=2,
-        table=" image_id ,data_provider,isup_grade, gleason_score\ns00 ,radboud, 1.0,3+3\ns01,karolinska,0.0,0+0 \n,,,\n",
+        table=" image_id ,data_provider,isup_grade, gleason_score\n"
+        "s00 ,radboud, 1.0,3+3\ns01,karolinska,0.0,0+0 \n,,,\n",
     )
     assert panda(tmp_path).slides[["slide", "isup", "gleason"]].values.tolist() == [
         ["s00", 1, "3+3"],

@@ -1,4 +1,4 @@
-"EBHI-Seg: the faults of the set, its cases and divisions, broken folders, the part that is at hand, and the augmentation of pairs."
+"EBHI-Seg: the faults of the set, its cases and splits, broken folders, the part at hand, and the augmentation of pairs."
 
 import hashlib
 import multiprocessing
@@ -71,7 +71,7 @@ def first(root, name="Polyp", part="image"):
     return sorted((root / name / part).glob("*.png"))[0]
 
 
-# What is read ----------------------------------------------------------------------------------------------------------
+# What is read
 
 
 def test_the_table_holds_what_the_folder_says(root):
@@ -187,7 +187,7 @@ def test_class_folders_are_known_by_their_letters(root, spelling):
     assert slides.loc[slides["class"] == "Low-grade IN", "slide"].str.startswith(f"{spelling}/image/").all()
 
 
-# Cases -----------------------------------------------------------------------------------------------------------------
+# Cases
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_mask_in_other_capitals_is_found(root):
     )
 
 
-# Divisions -------------------------------------------------------------------------------------------------------------
+# Divisions
 
 
 def test_grouped_keeps_cases_together_and_classes_everywhere(root):
@@ -318,7 +318,7 @@ def test_a_class_of_one_case_is_announced(root):
     assert slides.loc[slides["class"] == "Normal", "split"].nunique() == 1
 
 
-# What is set aside, and what is refused --------------------------------------------------------------------------------
+# What is set aside, and what is refused
 
 
 def cut_short(path):
@@ -452,7 +452,7 @@ def test_other_refusals(root):
         ebhi_seg(root, fractions=(0.5, 0.5))
 
 
-# The set itself --------------------------------------------------------------------------------------------------------
+# The set itself
 
 
 @needs_real
@@ -483,7 +483,7 @@ def test_the_part_at_hand_divides_by_case():
     assert check_leak(random.slides, strict=False)["leaking_rows"] > 0.8 * (random.slides["split"] != "train").sum()
 
 
-# Augmentation ----------------------------------------------------------------------------------------------------------
+# Augmentation
 
 
 def pair(seed=0, side=224):

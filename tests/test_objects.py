@@ -55,9 +55,14 @@ def glas(truth, predicted):
     "F1, object Dice and object Hausdorff distance as the contest defined them."
     T = masks(truth)
     P = masks(predicted)
-    points = lambda m: np.argwhere(m)
-    far = lambda a, b: max(directed_hausdorff(points(a), points(b))[0], directed_hausdorff(points(b), points(a))[0])
-    partner = lambda m, others: max(others, key=lambda k: (m & k).sum(), default=None)
+
+    def far(a, b):
+        a, b = np.argwhere(a), np.argwhere(b)
+        return max(directed_hausdorff(a, b)[0], directed_hausdorff(b, a)[0])
+
+    def partner(mask, others):
+        return max(others, key=lambda other: (mask & other).sum(), default=None)
+
     hits = sum((t := partner(p, T)) is not None and (p & t).sum() > 0.5 * t.sum() for p in P)
     dice = []
     distance = []
@@ -163,7 +168,10 @@ def test_pooled_figures_are_of_the_pictures_side_by_side():
     rng = np.random.default_rng(2)
     truths = [random_map(rng, n=n) for n in (3, 12, 20)]
     predicted = [moved(rng, t) for t in truths]
-    beside = lambda maps: np.concatenate([np.where(m > 0, m + 100 * i, 0) for i, m in enumerate(maps)], 1)
+
+    def beside(maps):
+        return np.concatenate([np.where(m > 0, m + 100 * i, 0) for i, m in enumerate(maps)], 1)
+
     r = o.object_metrics([o.pair_counts(t, p) for t, p in zip(truths, predicted, strict=True)], ["a", "b", "c"])
     whole = o.metrics_from_sums(o.object_sums(o.pair_counts(beside(truths), beside(predicted))))
     assert {k: r[k]["value"] for k in whole} == pytest.approx({k: float(v) for k, v in whole.items()})

@@ -129,7 +129,7 @@ def test_the_gap_between_divisions_is_wider_than_a_paired_difference():
     assert np.isnan(o.overlap_unpaired(counts, case, counts, np.zeros(60))["image_dice"]["low"])
 
 
-# What cannot be ---------------------------------------------------------------------------------------------------------
+# What cannot be
 
 
 def test_any_rounded_table_of_real_counts_passes():
@@ -198,7 +198,7 @@ def test_published_rows_are_judged_not_named():
     )
 
 
-# What must be refused ---------------------------------------------------------------------------------------------------
+# What must be refused
 
 
 @pytest.mark.parametrize(

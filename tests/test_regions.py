@@ -20,17 +20,10 @@ from scipy.sparse import csr_array
 import histonb.datasets.regions as regions
 from histonb.core.errors import BadInput
 from histonb.core.tasks import INSTANCE_CLASSES, TASKS, TISSUE_CLASSES
-from histonb.datasets.annotations import (
-    NCT_CLASSES,
-    crag,
-    folders,
-    glas,
-    patch_folders,
-    read_map,
-    read_mat,
-    type_map,
-    types_by_id,
-)
+from histonb.datasets.annotations import read_map, type_map, types_by_id
+from histonb.datasets.folders import NCT_CLASSES, folders, patch_folders
+from histonb.datasets.glands import crag, glas
+from histonb.datasets.matlab import read_mat
 from histonb.datasets.nuclei import consep, lizard, pannuke
 from histonb.datasets.readers import READERS, read_set
 from histonb.datasets.regions import REGION_COLUMNS, Region, clean_instances, outline, phantom_regions, resample
@@ -419,7 +412,7 @@ def test_mat_files_of_other_kinds(tmp_path, monkeypatch):
     )
     with pytest.raises(BadInput, match="not of version 5 to 7"):
         read_mat(path, "id")
-    monkeypatch.setattr("histonb.datasets.annotations._MOST", 2**20)
+    monkeypatch.setattr("histonb.datasets.matlab._MAX_BYTES", 2**20)
     bomb = zlib.compress(bytes(2**20 + 1000))
     path.write_bytes(
         b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x100) + b"IM" + struct.pack("<II", 15, len(bomb)) + bomb
@@ -592,7 +585,7 @@ def test_real_glas_is_read():
 
 
 def test_glas_by_a_table_that_another_program_saved(tmp_path):
-    "Numbers have decimals, grades capitals, nothing is written as nan: one patient stays one case, and nobody is the patient nan."
+    "Numbers have decimals, grades capitals, an empty cell is nan: one patient stays one case, and none is called nan."
     rows = ["train_1,7.0, Benign, x", "train_2, 7 ,malignant, x", "testA_1,nan,benign,x", "testB_1,,benign,x"]
     g = glas(make_glas(tmp_path, rows=rows))
     assert g.table[["field", "case", "grade"]].values.tolist() == [
@@ -1185,16 +1178,14 @@ def test_arrays_from_nought_to_one_are_refused(tmp_path):
     [IndexError("beyond"), ZeroDivisionError(), MemoryError(), OSError(5, "Input/output error"), RecursionError()],
     ids=lambda e: type(e).__name__,
 )
-def test_whatever_a_field_raises_is_said_of_it(tmp_path, monkeypatch, error):
+def test_whatever_a_region_raises_is_said_of_it(tmp_path, monkeypatch, error):
     regions = crag(make_crag(tmp_path))
 
     def raising(*args, **options):
         raise error
 
-    monkeypatch.setattr("histonb.datasets.annotations.read_image", raising)
-    with pytest.raises(
-        BadInput, match=f"Annotation/train_1.png: unexpected {type(error).__name__} in annotations.py, line"
-    ):
+    monkeypatch.setattr("histonb.datasets.glands.read_image", raising)
+    with pytest.raises(BadInput, match=f"Annotation/train_1.png: unexpected {type(error).__name__} in glands.py, line"):
         regions[0]
     with pytest.raises(IndexError):
         regions[2]  # which ends a loop

@@ -43,7 +43,7 @@ def jpeg(mask, quality):
     return np.asarray(Image.open(out))
 
 
-# The encoding of masks -------------------------------------------------------------------------------------------------
+# The encoding of masks
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -145,7 +145,7 @@ def test_numbers_in_a_jpeg_are_not_taken_for_background():
         detect_codes(mask)
 
 
-# Where patches lie -----------------------------------------------------------------------------------------------------
+# Where patches lie
 
 
 def patch(slide, row, column, region=0, left=0, top=0, step=1024):
@@ -188,7 +188,7 @@ def test_real_names_all_tell_their_place():
         assert ((np.abs(x[:, None] - x) < 2048) & (np.abs(y[:, None] - y) < 2048)).sum() == len(p)
 
 
-# The cohort ------------------------------------------------------------------------------------------------------------
+# The cohort
 
 SLIDES = {"S1": 7, "S2": 7, "S3": 8, "S4": 9, "S5": 10}  # slide -> patient
 
@@ -490,7 +490,7 @@ def test_broken_folders_and_tables(root):
     fails("has the same name", root)
 
 
-# The real sample -------------------------------------------------------------------------------------------------------
+# The real sample
 
 DUPLICATES = """16B0001851_Block_Region_3 16B0003388_Block_Region_5 16B0003394_Block_Region_1 16B0022608_Block_Region_2 16B0022786_Block_Region_0
 16B0023614_Block_Region_3 16B0026792_Block_Region_3 16B0027040_Block_Region_10 18B0005478J_Block_Region_13 18B0005478J_Block_Region_10""".split()

@@ -27,7 +27,7 @@ def blocks(
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-005-2
 class UnitRows:
-    "Rows of a feature matrix, each of length 1 in float32, made when they are read: `x[rows]`. A view: nothing is copied."
+    "Rows of a feature matrix as a view: `x[rows]` reads them in float32 and scales each to length 1."
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class UnitRows:
         self,
         rows,  # row numbers, ascending so that a file is read in its order
     ):  # a view of these rows
-        "Some of the rows."
+        "Return a view of some of the rows."
         return UnitRows(self.features, self.moments, rows=rows if self.rows is None else self.rows[rows])
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-005-3
@@ -179,7 +179,7 @@ def kmeans(
 def cluster_levels(
     n: int,  # tiles
 ) -> tuple[int, int]:  # clusters; clusters of clusters
-    "How many clusters suit so many tiles."
+    "Choose the numbers of clusters and of clusters of clusters for so many tiles."
     first = max(n // 100, math.isqrt(n))
     return first, max(first // 10, 1)
 
@@ -191,18 +191,18 @@ def hierarchy(
 ) -> tuple[
     np.ndarray, list[np.ndarray]
 ]:  # centres (K,D) of the first level; for each level the cluster of every row, (N,) int64
-    "k-means, then k-means on its centres, and so on. None of the clusters is empty."
+    "Run k-means, then k-means on its centres, and so on. None of the clusters is empty."
     x, levels = unit(x), tuple(levels) or cluster_levels(len(x))
     if any(b > a for a, b in zip(levels, levels[1:])):
         raise BadInput("levels", f"{levels} do not fall", "Give each level fewer clusters than the one before.")
     first = None
     member = np.arange(len(x))
-    found = []
+    members = []
     for k in levels:
-        centres = kmeans(x, min(k, len(x)) if found else k, seed)  # a level before it may have lost empty clusters
+        centres = kmeans(x, min(k, len(x)) if members else k, seed)  # a level before it may have lost empty clusters
         used, cluster = np.unique(neighbours(x, centres, desc="assignment")[0][:, 0], return_inverse=True)
         x = centres[used]
         member = cluster[member]
         first = x if first is None else first
-        found.append(member)
-    return first, found
+        members.append(member)
+    return first, members

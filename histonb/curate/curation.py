@@ -24,7 +24,7 @@ MAX_COSINES = 1 << 24  # cosines held at once: 64 MB
 
 
 def _cut(threshold, name="threshold"):
-    "The threshold, less what float32 loses: equal rows reach 1."
+    "Return the threshold less the rounding of float32, so that equal rows reach 1."
     if not -1 < threshold <= 1:
         raise BadInput(
             name, f"{threshold} is no cosine to cut at", "Give a number above -1 and at most 1, such as .95."
@@ -33,7 +33,7 @@ def _cut(threshold, name="threshold"):
 
 
 def _join(n, i, j):
-    "Connected components, (n,) ids, of the links i-j."
+    "Return the connected component (n,) of each row by the links i-j."
     return connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), (n, n)), directed=False)[1]
 
 
@@ -41,7 +41,7 @@ def linked_sets(
     x: np.ndarray,  # (M,D) rows of length 1, float32
     cut: float,  # cosine from which two are linked
 ) -> np.ndarray:  # (M,) id of the set each row is in
-    "Sets of linked rows, from all pairs."
+    "Find the sets of linked rows from all pairs."
     rows = torch.from_numpy(x)
     label = np.arange(len(x))
     for part in blocks(len(x), max(1, MAX_COSINES // len(x))):
@@ -61,7 +61,7 @@ def components(
     cells: int = 0,  # cells to search in; 1: all pairs; 0: by the number of tiles
     seed: int = 0,  # of the cells
 ) -> np.ndarray:  # (N,) id of the set each row is in
-    "Sets of rows that are linked directly or through others."
+    "Find the sets of rows that are linked directly or through others."
     x = unit(x)
     cut = _cut(threshold)
     cells = cells or (1 if len(x) <= MAX_EXACT else 2 * math.isqrt(len(x)))
@@ -116,16 +116,16 @@ def near_duplicates(
     cells: int = 0,  # as for `components`
     seed: int = 0,  # of the cells
 ) -> tuple[np.ndarray, np.ndarray]:  # as of `drop_near_duplicates`
-    "Which rows to drop because a kept one is all but the same."
+    "Find the rows to drop because a kept one is nearly the same."
     return drop_near_duplicates(x, components(x, threshold, cells, seed), threshold)
 
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-019
 def rank_in_group(
     group: np.ndarray,  # (N,) id of the group of each row
-    before: np.ndarray,  # (N,) whoever has less comes first; ties by row
+    key: np.ndarray,  # (N,) the row with the smallest comes first; ties by row
 ) -> np.ndarray:  # (N,) 0 for the first of each group, 1 for the second, ...
-    "The turn of each row in its group."
-    order = np.lexsort((before, group))
+    "Rank the rows of each group."
+    order = np.lexsort((key, group))
     first = np.r_[True, group[order][1:] != group[order][:-1]]
     out = np.empty(len(group), np.int64)
     out[order] = np.arange(len(group)) - np.flatnonzero(first)[first.cumsum() - 1]
@@ -133,7 +133,7 @@ def rank_in_group(
 
 
 def _ranks(*keys):
-    "Rank of each row by the first key, ties by the next."
+    "Rank all rows by the first key, ties by the next."
     out = np.empty(len(keys[0]), np.int64)
     out[np.lexsort(keys[::-1])] = np.arange(len(out))
     return out
@@ -169,7 +169,7 @@ REASONS = ("near evaluation", "duplicate", "slide cap", "balanced away")
 
 
 def _candidates(table, features, slide):
-    "The rows to curate and those to protect, by number."
+    "Return the numbers of the rows to curate and of those to protect."
     if len(table) == 0:
         raise BadInput("tile table", "it has no rows", "Check what was dropped before.")
     if len(features) != len(table):
@@ -190,16 +190,19 @@ def curate(
     features,  # (N,D) array or memory map of float16 or float32, row by row
     evaluation=None,  # (E,D) features of further tiles to keep training away from
     slide: str = "slide",  # column whose values are capped; `case` caps patients
-    duplicate: float | None = 0.95,  # cosine from which two training tiles are the same; None: not asked
-    leak: float | None = 0.9,  # cosine to an evaluation tile from which a training tile is dropped; None: not asked
+    duplicate: float | None = 0.95,  # cosine from which two training tiles are the same; None: not checked
+    leak: float | None = 0.9,  # cosine to an evaluation tile from which a training tile is dropped; None: not checked
     per_slide: int = 0,  # most tiles of a slide; 0: no cap
     per_cluster: int = 0,  # most tiles of a slide in one cluster; 0: no cap
     target: int = 0,  # tiles to take evenly from the clusters; 0: all
     levels=(),  # clusters of each level, falling; empty: by the number of tiles
     standardise: bool = False,  # take the mean off the features and divide by their standard deviation, before all
     seed: int = 0,  # of clusters and lots
-) -> pd.DataFrame:  # the table with `kept`; `dropped`: one of `REASONS` or empty; `duplicate_of`: position of the row it resembles, -1: none; `similarity` to it; `cluster`, `cluster1` ..., -1: not asked
-    "Decide which training tiles to keep. An evaluation tile given apart counts in `duplicate_of` from N on."
+) -> pd.DataFrame:  # the table, with further columns
+    """Decide which training tiles to keep.
+
+    Sets `kept`; `dropped`: one of `REASONS` or empty; `duplicate_of`: position of the row it resembles, -1: none, from N
+    on the rows of `evaluation`; `similarity` to it; `cluster`, `cluster1` ... of each level, -1: of no cluster."""
     todo, tested = _candidates(table, features, slide)
     if min(per_slide, per_cluster, target) < 0:
         raise BadInput(

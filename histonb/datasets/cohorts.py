@@ -21,7 +21,7 @@ from ..slides.labels import CODES
 def to_nfc(
     text: str,  # name or cell
 ) -> str:  # the same in one spelling
-    "Compose letters and their accents: some systems write them apart, and two spellings of a name are not equal."
+    "Compose letters and their accents (NFC): some systems store them apart, and two spellings of a name are not equal."
     return unicodedata.normalize("NFC", text)
 
 
@@ -37,7 +37,7 @@ def is_text(
 
 # %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-008-2
 def _strict(path, read, kind, remedy, columns, key):
-    "The table that `read` makes of a file, checked: its cells as text without spaces around,  where empty."
+    'Read a table and check it; its cells become text without spaces around them, "" where empty.'
     path = Path(path)
     with foreign_errors(path, "Correct the path.", "cannot be found"):
         if not path.is_file():
@@ -107,7 +107,7 @@ PROVIDERS = ("karolinska", "radboud")  # of PANDA; each has its table in CODES
 
 
 def _names(folder, suffix):
-    "Names in a folder that end in `suffix`, in capitals too, without it, and their files: one directory listing, not one question per slide."
+    "Return the files of a folder that end in `suffix`, in capitals too, by their names without it: one directory listing."
     if not folder.is_dir():
         return {}
     with foreign_errors(folder, "Check its permissions.", "cannot be listed"):
@@ -120,7 +120,7 @@ def _names(folder, suffix):
 
 
 def _panda_table(path):
-    "train.csv with its values checked."
+    "Read train.csv and check its values."
     table = read_csv(path, ["image_id", "data_provider", "isup_grade", "gleason_score"], key="image_id")
     table["isup_grade"] = identifiers(table["isup_grade"]).fillna("")
     for column, good, what in [
@@ -150,7 +150,9 @@ def missing_files(
     path,  # called with an id: where its file should be
     table: str,  # name of the table
 ) -> list:  # rows of a quarantine
-    "Name the listed files that are missing, where at least nine in ten are there; fewer are a part of the cohort, and none is lost."
+    """List the files of a table that are missing, as rows of a quarantine.
+
+    Where fewer than nine in ten are there, the folder is a part of the cohort, and none counts as missing."""
     if here.mean() < 0.9:
         return []
     return [(i, str(path(i)), f"listed in {table} but not in the folder", "Download it again.") for i in ids[~here]]

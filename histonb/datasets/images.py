@@ -39,7 +39,7 @@ def visible_files(
     root,  # folder, searched at any depth
     folder_counts=lambda name: True,  # called with the name of a folder in it: whether to look there
 ) -> list[Path]:  # in the order of their names
-    "Find the files of a folder, without hidden ones and without hidden folders. Raises `BadInput` where it cannot be listed."
+    "Find the files of a folder, hidden ones and hidden folders left out. Raises `BadInput` where it cannot be listed."
     found = []
     for folder, folders, names in os.walk(Path(root), onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and folder_counts(name)]
@@ -64,7 +64,7 @@ def find_pictures(
 def stem(
     path,  # a picture or a MATLAB file, or its name in a table
 ) -> str:  # its file name without the ending; `.ome.tif` is one ending
-    "Tell what a picture is called."
+    "Return the name of a picture without folder and ending."
     return to_nfc(
         re.sub(
             rf"(\.ome)?({'|'.join(map(re.escape, (*IMAGE_SUFFIXES, '.mat')))})$",
@@ -94,7 +94,7 @@ def by_stem(
 def picture_size(
     path,  # file
 ) -> tuple[int, int] | None:  # width and height as its first bytes say; None where they do not
-    "Tell the size of a picture without decoding it."
+    "Return the size of a picture without decoding it."
     try:
         with foreign_errors(path), Image.open(path) as image:
             return image.size
@@ -218,7 +218,7 @@ def images(
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-011-3
 def _too_small(path, size):
-    "The fault of a picture that no tile fits in; empty where one does, or where its size cannot be told from its first bytes."
+    "Return the fault of a picture that no tile fits in; empty where one does, or where its first bytes give no size."
     width, height = picture_size(path) or (size, size)
     return f"{width}x{height} pixels, smaller than a tile of {size}x{size}" if min(width, height) < size else ""
 
@@ -254,7 +254,7 @@ def tile_images(
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-024
 def _tile_size(store):
-    "The side of a store's tiles, as its rule says."
+    "Return the side of a store's tiles from its rule."
     rule = read_json(store / "rule.json")
     size = rule.get("size") if isinstance(rule, dict) else None
     if not isinstance(size, int):
@@ -263,7 +263,7 @@ def _tile_size(store):
 
 
 def _quarantined(store):
-    "What a store's tiling left out."
+    "Read what a store's tiling left out."
     path = store / "quarantine.csv"
     return read_csv(path, QUARANTINE_COLUMNS) if path.exists() else pd.DataFrame(columns=QUARANTINE_COLUMNS, dtype=str)
 
@@ -273,7 +273,9 @@ def join_stores(
     out,  # folder of the joined store
     labelled="",  # the one whose labels and split count; empty: none has labels
 ) -> pd.DataFrame:  # the tile table
-    "Join tile stores to one. Raises `BadInput` for stores of one name, tiles of two sizes, and a labelled store that is not among them."
+    """Join tile stores to one.
+
+    Raises `BadInput` for stores of one name, tiles of two sizes, and a labelled store that is not among them."""
     stores = [Path(s) for s in stores]
     out = Path(out)
     labelled = Path(labelled) if str(labelled) else None
@@ -295,7 +297,7 @@ def join_stores(
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-024-2
 def _account(path):
-    "What became of a store's candidate tiles."
+    "Read what became of a store's candidate tiles."
     account = read_parquet(path, ["slide", "label"])
     for name in account.columns.drop("slide"):
         if not pd.api.types.is_integer_dtype(account[name]):
@@ -334,7 +336,7 @@ def _join(stores, out, labelled, size):
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-024-3
 def _link(source, target):
-    "A second name for a file; a copy where the disk has no links."
+    "Give a file a second name, or copy it where the disk has no links."
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

@@ -32,8 +32,8 @@ def mask_name(
             "Write one star for the name of the picture: `*_mask`, or `*_image -> *_mask`.",
         )
     before, after = parts[0].split("*") if len(parts) == 2 else ("", "")
-    found = re.fullmatch(f"{re.escape(before)}(.+){re.escape(after)}", name)
-    return parts[-1].replace("*", found[1]) if found else ""
+    match = re.fullmatch(f"{re.escape(before)}(.+){re.escape(after)}", name)
+    return parts[-1].replace("*", match[1]) if match else ""
 
 # %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008
 def pairs(
@@ -55,9 +55,9 @@ def pairs(
     masks_dir = Path(masks_dir).expanduser().resolve()
     cohort = images(images_dir, table, picture, label, case, split, size, mpp)
     masks = by_stem(find_pictures(masks_dir, masks=True), masks_dir)
-    asked = {name: _asked(name, rule) for name in [*cohort.slides["slide"], *cohort.quarantine["slide"]]}
+    mask_of = {name: _mask_path(name, rule) for name in [*cohort.slides["slide"], *cohort.quarantine["slide"]]}
     slides = cohort.slides.assign(
-        mask=[str(masks.get(asked[name], "")) for name in cohort.slides["slide"]], cohort="pairs"
+        mask=[str(masks.get(mask_of[name], "")) for name in cohort.slides["slide"]], cohort="pairs"
     )
     slides["codes"] = pd.Series([codes] * len(slides), index=slides.index, dtype=object)
     if (slides["mask"] == slides["image"]).any():
@@ -66,14 +66,15 @@ def pairs(
             f"by the rule `{rule}` a picture is its own mask",
             "Give the folder of the masks, or a rule such as `*_mask`.",
         )
-    used = {str(masks[name]) for name in asked.values() if name in masks}
+    used = {str(masks[name]) for name in mask_of.values() if name in masks}
     slides = slides[~slides["image"].isin(used)]  # masks beside the pictures
     paired = slides["mask"] != ""
     if len(slides) and not paired.any():
         first = slides.iloc[0]
         raise BadInput(
             masks_dir,
-            f"none of {len(slides)} pictures has a mask here: {first['slide']} asks for `{asked[first['slide']] or 'nothing'}`",
+            f"none of {len(slides)} pictures has a mask here: "
+            f"{first['slide']} asks for `{mask_of[first['slide']] or 'nothing'}`",
             f"Correct the rule `{rule}`: there is, for example, {next(iter(masks.values())).name}."
             if masks
             else "Give the folder of the masks.",
@@ -82,7 +83,7 @@ def pairs(
         (
             r.slide,
             r.image,
-            f"no mask called `{asked[r.slide]}`" if asked[r.slide] else f"the rule `{rule}` does not fit its name",
+            f"no mask called `{mask_of[r.slide]}`" if mask_of[r.slide] else f"the rule `{rule}` does not fit its name",
             "Put its mask there, or correct the rule.",
         )
         for r in slides[~paired].itertuples()
@@ -111,8 +112,8 @@ def pairs(
     )
 
 # %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008-2
-def _asked(name, rule):
-    "Where the mask of a picture should be: a path from the folder of masks, without ending."
+def _mask_path(name, rule):
+    "Return where the mask of a picture should be: a path from the folder of masks, without ending."
     path = PurePosixPath(name)
     mask = mask_name(stem(path), rule)
     return to_nfc(path.with_name(mask).as_posix()) if mask else ""

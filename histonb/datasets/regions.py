@@ -57,7 +57,7 @@ class Regions:
     "The usable regions of a data set, and what was left out of it; `regions[i]` reads one."
 
     name: str  # of the data set
-    # one row per region: REGION_COLUMNS, and what its reader needs; `image` and `map` are "" where there is no such file
+    # one row per region: REGION_COLUMNS, and what its reader needs; `image` and `map` are "" where there is no file
     table: pd.DataFrame
     quarantine: pd.DataFrame  # one row per region left out: QUARANTINE_COLUMNS
     labels: tuple[str, ...]  # names of the labels that every region carries

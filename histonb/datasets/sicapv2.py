@@ -28,14 +28,14 @@ _NAME = re.compile(r"([^_]+)_Block_Region_(\d+)_(\d+)_(\d+)_xini_(-?\d+)_yini_(-
 def parse_names(
     names: pd.Series,  # names of patches, without ending
 ) -> pd.DataFrame:  # slide, and as numbers region, row, column, x, y: NaN where the name does not tell
-    "What the names of patches tell."
+    "Parse the names of patches."
     numbers = names.astype(str).str.extract(_NAME)
     numbers.columns = ["slide", "region", "row", "column", "x", "y"]
     return numbers.astype({c: float for c in numbers.columns[1:]}).assign(slide=names.astype(str).str.split("_").str[0])
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-008
 def _step(lying):
-    "Scanner pixels from one column, or row, to the next."
+    "Return the scanner pixels from one column, or row, to the next."
     first = lying.groupby(["slide", "region"])[["row", "column", "x", "y"]].transform("first")
     moved = (lying[first.columns] - first).replace(0, np.nan)
     step = pd.concat([moved["x"] / moved["column"], moved["y"] / moved["row"]]).median()
@@ -73,7 +73,7 @@ DUPLICATE_REGIONS = {
 def in_duplicate(
     lying: pd.DataFrame,  # from `parse_names`
 ) -> np.ndarray:  # bool, one a patch
-    "Which patches lie in a region that shows another one's tissue again."
+    "Find the patches of regions that show the tissue of another region again."
     return np.array([key in DUPLICATE_REGIONS for key in zip(lying["slide"], lying["region"], strict=True)], bool)
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-025
@@ -82,7 +82,7 @@ PARTITIONS = {"Test": "Test", **{f"Val{i}": f"Validation/Val{i}" for i in range(
 
 
 def _partition(root, name):
-    "The patches of a partition: patch, the one-hot columns as text, slide, split."
+    "Read the patches of a partition: patch, the one-hot columns as text, slide, split."
     if name not in PARTITIONS:
         raise BadInput("partition", f"unknown partition `{name}`", nearest(name, PARTITIONS))
     folder = root / "partition" / PARTITIONS[name]
@@ -103,7 +103,7 @@ def _partition(root, name):
 
 
 def _cases(root, slides):
-    "The case of each slide: its patient, or the slide itself where nobody says."
+    "Return the case of each slide: its patient, or the slide itself where it is not listed."
     path = root / "wsi_labels.xlsx"
     if not path.is_file():
         return slides
@@ -122,7 +122,8 @@ def check_sides(
     if len(both):
         raise BadInput(
             path,
-            f"{len(both)} of {len(sides)} {column}s are on more than one side ({both.index[0]} in {' and '.join(both.iloc[0])})",
+            f"{len(both)} of {len(sides)} {column}s are on more than one side "
+            f"({both.index[0]} in {' and '.join(both.iloc[0])})",
             "Patches of one slide overlap and patients repeat: correct the partition, or divide by case.",
         )
 
@@ -132,7 +133,7 @@ _ENOUGH = 32  # masks to look at, where they decide
 
 
 def _detect(masks, path):  # mask files in the order to look at, the folder
-    "The code table of a folder of masks."
+    "Find the code table of a folder of masks."
     found = []
     names = []
     for mask in masks:
@@ -152,7 +153,7 @@ def _detect(masks, path):  # mask files in the order to look at, the folder
 
 
 def _code_column(slides, codes, path):
-    "The code table of each patch's mask."
+    "Return the code table of each patch's mask."
     if codes:
         return [encoding_table(codes) if isinstance(codes, str) and "/" in codes else code_table(codes)] * len(slides)
     kind = slides["mask"].map(lambda mask: Path(mask).suffix.lower())
@@ -175,7 +176,9 @@ def sicapv2(
     | None = None,  # what mask values mean: a key of `ENCODINGS`, or as `code_table` takes it; None: find out
     duplicates: bool = False,  # take the regions of `DUPLICATE_REGIONS`, too
 ) -> Images:  # its `slides` also have `wsi`, the slide a patch is of
-    "Read SICAPv2 as published. Raises `BadInput` for broken tables, sides that share a slide or patient, and masks that could mean two things."
+    """Read SICAPv2 as published.
+
+    Raises `BadInput` for broken tables, sides that share a slide or patient, and masks that could mean two things."""
     root = Path(root).expanduser().resolve()
     if not (root / "images").is_dir() or not (root / "partition").is_dir():
         raise BadInput(

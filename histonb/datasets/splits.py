@@ -56,7 +56,7 @@ def _shares(table, group, label):
 
 # %% ../../nbs/03_datasets/02_splits.ipynb #cell-009
 def _assign(shares, f, rng):
-    "One division: the split of each case, and its cost."
+    "Assign the cases in a random order; return the split of each case, and the cost of the result."
     spread = (shares > 0).sum(0) >= len(f)  # classes that can be in every split
     total = np.zeros((len(f), shares.shape[1]))
     split = np.zeros(len(shares), int)
@@ -75,7 +75,9 @@ def grouped_split(
     label: str | list[str] = "label",  # column, or columns, whose classes are balanced; -1 and 255 are no classes
     seed: int = 0,  # another seed gives another division
 ) -> pd.DataFrame:  # the table with a column `split`
-    "Divide cases into train, val and test: every class in every split where enough cases hold it, in like proportions. Balances kept rows where there is a column `kept`."
+    """Split by case into train, val and test, each with the same share of every class as far as the cases allow.
+
+    Every class is in every split where enough cases hold it. Where there is a column `kept`, kept rows are balanced."""
     _has(table, [group, *([label] if isinstance(label, str) else label)])
     f = _fractions(fractions)
     case, names, shares = _shares(table, group, label)
@@ -98,13 +100,13 @@ def split_counts(
     group: str = "case",  # column of cases
     label: str = "label",  # column of classes
 ) -> pd.DataFrame:  # one row per split and one for all: cases, rows, and the share of each class within it
-    "What each split holds."
+    "Count cases and rows of each split, and the share of each class in it."
     _has(table, ["split", group, label])
-    parts = {**{s: table[table["split"] == s] for s in SPLITS}, "all": table}
-    share = pd.DataFrame({s: p[label].value_counts(normalize=True) for s, p in parts.items()}).T.fillna(0)
+    rows = {s: table[table["split"] == s] for s in SPLITS} | {"all": table}
+    share = pd.DataFrame({s: r[label].value_counts(normalize=True) for s, r in rows.items()}).T.fillna(0)
     return pd.concat(
         [
-            pd.DataFrame({s: {"cases": p[group].nunique(), "rows": len(p)} for s, p in parts.items()}).T,
+            pd.DataFrame({s: {"cases": r[group].nunique(), "rows": len(r)} for s, r in rows.items()}).T,
             share[sorted(share)].add_prefix(f"{label} "),
         ],
         axis=1,
@@ -116,7 +118,9 @@ def random_tile_split(
     fractions=(0.8, 0.1, 0.1),  # of train, val and test
     seed: int = 0,  # of the permutation
 ) -> pd.DataFrame:  # the table with a column `split`
-    "Divide tiles at random, as the study did. Tiles of one slide fall on both sides: `check_leak` refuses the result unless told otherwise."
+    """Split tiles at random, as in the Bony report (Vaysse 2025).
+
+    Tiles of one slide fall on both sides: `check_leak` refuses the result unless `strict` is False."""
     _has(table, [])
     bounds = np.round(np.cumsum(_fractions(fractions))[:2] * len(table)).astype(int)
     split = np.repeat(np.array(SPLITS, object), np.diff([0, *bounds, len(table)]))
