@@ -110,11 +110,13 @@ def main():
             row["tiles_s_2_workers"] / rows[0]["tiles_s_2_workers"],
         )
     print(
-        "| 2 x 224 + 8 x 96 px from one 224 px tile | tiles/s, 1 process | with 2 OpenCV threads | tiles/s, 2 workers | times torchvision, 1 process | 2 workers |\n|---|---|---|---|---|---|"
+        "| 2 x 224 + 8 x 96 px from one 224 px tile | tiles/s, 1 process | with 2 OpenCV threads "
+        "| tiles/s, 2 workers | times torchvision, 1 process | 2 workers |\n|---|---|---|---|---|---|"
     )
     for r in rows:
         print(
-            f"| {r['pipeline']} | {r['tiles_s']:.0f} | {r['tiles_s_cv2_threads']:.0f} | {r['tiles_s_2_workers']:.0f} | {r['ratio']:.1f} | {r['ratio_2_workers']:.1f} |"
+            f"| {r['pipeline']} | {r['tiles_s']:.0f} | {r['tiles_s_cv2_threads']:.0f} | {r['tiles_s_2_workers']:.0f} "
+            f"| {r['ratio']:.1f} | {r['ratio_2_workers']:.1f} |"
         )
     write_json(repo_root() / "runs/bench/augment.json", {"views": "2 x 224 + 8 x 96 from 224", "rows": rows})
 

@@ -1,6 +1,7 @@
-"""Speed of pairs: PNG files of a picture and its mask, read and augmented, beside PIL and torchvision with the same transforms.
+"""Speed of reading and augmenting pairs of a picture and its mask, beside PIL and torchvision.
 
-One core; the files are synthetic fields in EBHI-Seg's form. Prints a Markdown table and writes runs/bench/pairs.json: `python tests/bench_pairs.py`.
+One core; the PNG files are synthetic fields in EBHI-Seg's form. Prints a Markdown table and writes
+runs/bench/pairs.json: `python tests/bench_pairs.py`.
 """
 
 import random
@@ -24,7 +25,7 @@ NEAREST, BILINEAR = TF.InterpolationMode.NEAREST, TF.InterpolationMode.BILINEAR
 
 
 class Torchvision:
-    "The transforms of `ebhi` as one writes them with torchvision on PIL images: the same strengths and chances, drawn once for picture and mask."
+    "The transforms of `ebhi` with torchvision on PIL images, drawn once for picture and mask."
 
     def __init__(self, elastic=True):
         self.elastic = elastic
@@ -121,7 +122,9 @@ def main():
         for stage, (theirs, ours) in runs.items()
     ]
     print(
-        f"| pairs of 224 px, {size / 1e3:.0f} kB a picture | PIL and torchvision, pairs/s | histonb, pairs/s | ratio |\n|---|---|---|---|"
+        f"| pairs of 224 px, {size / 1e3:.0f} kB a picture "
+        "| PIL and torchvision, pairs/s | histonb, pairs/s | ratio |\n"
+        "|---|---|---|---|"
     )
     for r in table:
         r["ratio"] = r["pairs_s"] / r["torchvision_pairs_s"]

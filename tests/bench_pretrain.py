@@ -2,7 +2,8 @@
 
     python tests/bench_pretrain.py [--arch xcit_small_12_p16_224] [--steps 8] [--batch 16]
 
-Every run is `histonb pretrain` on synthetic tiles with 2 x 224 + 6 x 96 crops; the first half of its steps warms up and is left
+Every run is `histonb pretrain` on synthetic tiles, 2 x 224 + 6 x 96 crops;
+the first half of its steps warms up and is left
 out. Prints a Markdown table and writes runs/bench/pretrain.json.
 """
 
@@ -60,11 +61,13 @@ def main():
             run(folder, 2, 1, batch_size=2 * args.batch, workers=1, **common),
         ]
     print(
-        f"\n| {args.arch}, {args.batch} tiles a process and step | threads of each | workers of each | images/s | times one process of 1 thread | waiting for data | peak memory of a process |\n|---|---|---|---|---|---|---|"
+        f"\n| {args.arch}, {args.batch} tiles a process and step | threads of each | workers of each | images/s "
+        "| times one process of 1 thread | waiting for data | peak memory of a process |\n|---|---|---|---|---|---|---|"
     )
     for r, workers in zip(rows, (2, 1, 1), strict=True):
         print(
-            f"| {r['processes']} process(es) | {r['threads']} | {workers} | {r['images_per_s']:.2f} | {r['images_per_s'] / rows[1]['images_per_s']:.2f} | {r['data_wait']:.1%} | {r['memory']:.2f} GiB |"
+            f"| {r['processes']} process(es) | {r['threads']} | {workers} | {r['images_per_s']:.2f} "
+            f"| {r['images_per_s'] / rows[1]['images_per_s']:.2f} | {r['data_wait']:.1%} | {r['memory']:.2f} GiB |"
         )
     write_json(repo_root() / "runs" / "bench" / "pretrain.json", vars(args) | {"rows": rows})
 

@@ -2,9 +2,10 @@
 
     python tests/bench_step.py [--models xcit_nano_12_p16_224 ...] [--rounds 5] [--threads 2] [--batch 16] [--clock cpu]
 
-Both train the same model with the same head on the same 2 x 224 + 6 x 96 crops, each in a process of its own, step by step
-in turn; a ratio is the median over the rounds' pairs, and peak memory that of the process. Then: where the time of our step
-goes, and what share of the machine's matrix-product peak is reached (counted for the whole network, also where ours leaves
+Both train the same model with the same head on the same 2 x 224 + 6 x 96 crops, each in a process of its own, step by
+step in turn; a ratio is the median over the rounds' pairs, and peak memory that of the process. Then: where the time of
+our step goes, and what share of the machine's matrix-product peak is reached (of the whole network,
+also where ours leaves
 work out). Prints Markdown tables and writes runs/bench/step.json.
 """
 
@@ -180,7 +181,7 @@ def serve(side, name, batch, clock):
 
 
 def in_turn(pair, name, batch, rounds, threads, clock):
-    "Steps of two sides in turn, each in a process of its own, which waits while the other works: {side: seconds}, {side: GiB}."
+    "Steps of two sides in turn, each in a process that waits for the other: {side: seconds}, {side: GiB}."
     command = [
         sys.executable,
         __file__,
@@ -256,7 +257,7 @@ def gemm_peak(dtype, clock, n=1536, repeats=8):
 
 
 def step_flops(name, batch):
-    "Multiplications and additions of the matrix products and convolutions of the paper's step; the last count nothing for the groups."
+    "Multiplications and additions of the matrix products and convolutions of the paper's step, groups not counted."
     from torch.utils.flop_counter import FlopCounterMode
 
     side = Plain(name, False)

@@ -233,7 +233,8 @@ def test_live_curves_leave_pyplot_alone(tmp_path):
     "In a fresh process: neither pyplot nor a backend is loaded, and the file is whole."
     a_run(tmp_path, rows(0.5))
     code = (
-        "import sys; from histonb.pretrain.diagnostics import LiveCurves; assert 'matplotlib' not in sys.modules; live = LiveCurves(sys.argv[1]); live(); "
+        "import sys; from histonb.pretrain.diagnostics import LiveCurves; assert 'matplotlib' not in sys.modules; "
+        "live = LiveCurves(sys.argv[1]); live(); "
         "assert 'matplotlib' not in sys.modules; live(now=True); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -122,7 +122,7 @@ def test_schedule_ends():
 
 
 def test_bony_names_what_dino_does_not_say():
-    "Every default of DINO's own trainer, but what the report, and for the rate Meta, say; the temperature is .04 from first to last."
+    "Every default of DINO's own trainer but the values of the Bony report, and Meta's rate; the temperature is .04."
     dino = dict(
         norm_last_layer=True,
         momentum=0.996,

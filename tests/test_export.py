@@ -29,10 +29,13 @@ work, out = sys.argv[1], {}
 images = torch.load(work + "/images.pt", weights_only=True)
 for folder, (name, kwargs) in json.loads(sys.argv[2]).items():
     loaded = [timm.create_model(f"local-dir:{work}/{folder}", pretrained=True).eval(),
-              timm.create_model(name, num_classes=0, checkpoint_path=f"{work}/{folder}/model.safetensors", **kwargs).eval()]
+              timm.create_model(
+                  name, num_classes=0, checkpoint_path=f"{work}/{folder}/model.safetensors", **kwargs
+              ).eval()]
     data = timm.data.resolve_model_data_config(loaded[0])
     with torch.inference_mode(): features = [[m(x) for x in images] for m in loaded]
-    out[folder] = {"features": features, "mean": list(data["mean"]), "std": list(data["std"]), "size": list(data["input_size"]),
+    out[folder] = {"features": features, "mean": list(data["mean"]), "std": list(data["std"]),
+                   "size": list(data["input_size"]),
                    "dim": loaded[0].num_features, "crop": data["crop_pct"]}
 torch.save(out, work + "/found.pt")
 """

@@ -1,4 +1,4 @@
-"Losses beyond DINO's in the same trainer: cut into parts, spread over processes, stopped and continued, they stay the same run."
+"Losses beyond DINO's: in micro-batches, over processes, stopped and continued, they stay the same run."
 
 import dataclasses
 
@@ -227,7 +227,7 @@ def test_front_ends_train_hide_and_come_back(tmp_path, front, network):
 @pytest.mark.parametrize("front", ["", *(f"{name}+" for name in FRONTENDS)])
 @pytest.mark.parametrize("network", ["xcit_nano_12_p8_224", "xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 def test_grids_and_masks_of_any_size(front, network):
-    "The grid is that of the tokens that come out, and of what hidden patches show nothing reaches them, up to the edge of the image."
+    "The grid is that of the tokens, and nothing of a masked patch reaches them, up to the edge of the image."
     model = build_backbone(front + network).eval()
     for size in ((70, 101), (67, 96), (80, 81)):
         grid = token_grid(model, size)

@@ -1,4 +1,4 @@
-"The memory estimate: what the ledger books, what the options change, and whether real steps need as much."
+"The memory estimate: what the tracker counts, what the options change, and whether real steps need as much."
 
 import gc
 import sys
@@ -43,30 +43,30 @@ def config(**changes):
     return preset("tiny", **SMALL | QUICK | changes)
 
 
-def test_ledger_by_hand():
+def test_tracker_by_hand():
     w = torch.ones(256, 256, requires_grad=True)  # 256 KiB, from before: not booked
-    with MemoryTracker() as ledger:
-        ledger.part = "forward"
+    with MemoryTracker() as tracker:
+        tracker.part = "forward"
         x = torch.ones(64, 256)  # 64 KiB
         y = (x @ w).relu()  # relu keeps its result, the product is gone
         loss = y.sum()
-        assert ledger.now == {"forward": 2 * 64 * 1024 + 4} and sum(ledger.peak.values()) == 3 * 64 * 1024
-        ledger.part = "backward"
+        assert tracker.now == {"forward": 2 * 64 * 1024 + 4} and sum(tracker.peak.values()) == 3 * 64 * 1024
+        tracker.part = "backward"
         loss.backward()
         for _ in range(2):
-            ledger.move(w.grad, "gradients")
+            tracker.move(w.grad, "gradients")
         del x, y, loss
-        assert +ledger.now == {"gradients": 256 * 1024}
+        assert +tracker.now == {"gradients": 256 * 1024}
     del w
     gc.collect()
-    assert not ledger.open and not ledger.now.total()
+    assert not tracker.open and not tracker.now.total()
 
 
 def test_views_and_overwriting_cost_nothing():
-    with MemoryTracker() as ledger:
+    with MemoryTracker() as tracker:
         x = torch.zeros(1024)
         x.view(32, 32)[3:, :5].add_(1)
-    assert sum(ledger.peak.values()) == 4096
+    assert sum(tracker.peak.values()) == 4096
 
 
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "test_vit", "resnet18"])

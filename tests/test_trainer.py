@@ -1,4 +1,4 @@
-"Pre-training runs: cut into parts, spread over processes, killed and continued, they stay the same run; and what happens when something goes wrong."
+"Pre-training runs: in micro-batches, over processes, killed and continued, they stay the same; and what goes wrong."
 
 import contextlib
 import dataclasses
@@ -421,7 +421,7 @@ def test_all_checkpoints_spoilt_is_refused_each_time_until_begun_anew(tmp_path):
         with pytest.warns(UserWarning) if checkpoints(tmp_path) else contextlib.nullcontext():
             with pytest.raises(
                 BadInput,
-                match="none of the 2 checkpoints is whole. Put a copy back, or begin again with restart=True, `--restart`",
+                match="none of the 2 checkpoints is whole. Put a copy back, or begin again with restart=True",
             ):
                 pretrain(config(tmp_path), Tiles())
         assert log(tmp_path) == before

@@ -25,7 +25,7 @@ def view_pairs(
     n_global: int,  # G, crops that both networks see
     n_local: int,  # L, small crops that only the student sees
 ) -> torch.Tensor:  # (G, V) bool, true where teacher view g is compared with student view v
-    "Pairs of (teacher view, student view) that enter the loss: all but those of the same crop."
+    "Return the pairs of (teacher view, student view) that enter the loss: all but those of the same crop."
     if n_global < 1 or n_local < 0 or n_global + n_local < 2:
         raise BadInput(
             "crops",
@@ -45,7 +45,8 @@ class CentredLoss(nn.Module):
         center_momentum: float = 0.9,  # m_c
     ):
         super().__init__()
-        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
 
     def teacher_probs(
@@ -53,7 +54,7 @@ class CentredLoss(nn.Module):
         teacher: torch.Tensor,  # (..., K) scores
         teacher_temp: float,  # tau_t
     ) -> torch.Tensor:  # (..., K) q, float32
-        "The teacher's centred and sharpened distribution."
+        "Compute the teacher's distribution: its scores centred and sharpened."
         return F.softmax((teacher.detach().float() - self.center) / teacher_temp, dim=-1)
 
     @torch.no_grad()
@@ -149,11 +150,11 @@ class MultiCropNet(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(backbone.num_features))
 
     def networks(self) -> list:  # of lists of parameters
-        "Parameters of the backbone, the token of its masked patches among them, and of each head."
+        "List the parameters of the backbone, the mask token among them, and of each head."
         heads = {id(head): head for head in (self.head, getattr(self, "patch_head", self.head))}.values()
-        parts = [list(head.parameters()) for head in heads]
-        of_heads = {id(p) for part in parts for p in part}
-        return [[p for p in self.parameters() if id(p) not in of_heads], *parts]
+        head_parameters = [list(head.parameters()) for head in heads]
+        of_heads = {id(p) for parameters in head_parameters for p in parameters}
+        return [[p for p in self.parameters() if id(p) not in of_heads], *head_parameters]
 
     def forward(
         self,
@@ -182,7 +183,7 @@ def cosine_schedule(
     warmup: int = 0,  # w, steps of linear rise from `warmup_start`
     warmup_start: float = 0.0,  # value of the first step where there is a warm-up
 ) -> np.ndarray:  # (n,) float64, one value a step
-    "Linear warm-up, then half a cosine."
+    "Compute a schedule of a linear warm-up, then half a cosine down to `end` at the last step."
     warmup = min(warmup, steps)
     i = np.arange(steps - warmup) / max(steps - warmup - 1, 1)
     return np.concatenate(
@@ -196,7 +197,7 @@ def linear_schedule(
     steps: int,  # n
     warmup: int,  # steps of the linear part
 ) -> np.ndarray:  # (n,) float64
-    "Linear for `warmup` steps, then constant: the teacher's temperature."
+    "Compute a schedule that is linear for `warmup` steps, then constant: the teacher's temperature."
     return np.interp(np.arange(steps), [0, max(warmup, 1e-9)], [start, end])
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-040
@@ -235,8 +236,8 @@ def clip_student(
     "Clip the gradients of a student in place."
     if how != "network":
         return clip_gradients(student.parameters(), max_norm, how)
-    trained = [part for part in student.networks() if any(p.grad is not None for p in part)]
-    return torch.stack([clip_gradients(part, max_norm, "global") for part in trained]).norm()
+    trained = [parameters for parameters in student.networks() if any(p.grad is not None for p in parameters)]
+    return torch.stack([clip_gradients(parameters, max_norm, "global") for parameters in trained]).norm()
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-047
 def freeze_last_layer(
