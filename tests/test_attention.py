@@ -1,4 +1,4 @@
-"Attention maps: against matrices that are formed whole, against timm with its fused attention off, over tiles and slides, and what is refused."
+"Attention maps: against explicit matrices, against timm with its fused attention off, over tiles and slides."
 
 import io
 import itertools
@@ -15,10 +15,8 @@ import torch
 from histonb.core.errors import BadInput
 from histonb.models.vit import class_attention, forward_with_attention, vit
 from histonb.models.xcit import xcit
-from histonb.probe.attention import (
-    View,
-    attention_maps,
-    available_maps,
+from histonb.probe.attention import View, attention_maps, available_maps, top_mass_mask, views
+from histonb.probe.attention_plots import (
     overlap_vs_shifts,
     overlay,
     patch_fractions,
@@ -26,8 +24,6 @@ from histonb.probe.attention import (
     plot_slide,
     slide_map,
     to_tile,
-    top_mass_mask,
-    views,
 )
 from histonb.probe.encoders import Encoder, EncoderSpec, load_encoder
 from histonb.slides.slides import open_slide
@@ -382,7 +378,7 @@ def test_tiles_lie_where_they_were(slide, level, mpp, side):
 
 
 def test_maps_of_odd_tiles_do_not_reach_into_the_next(slide):
-    "An XCiT on tiles of 90 pixels has six patches of 16 a side, 96 pixels: neighbours meet at the tile's edge nevertheless."
+    "An XCiT on tiles of 90 pixels has six patches of 16 a side, 96 pixels: neighbours still meet at the tile's edge."
     encoder = load_encoder("random:xcit_nano_12_p16_224")
     table = table_of([(0, 0), (64, 0)])
     both, first, second = (

@@ -1,4 +1,4 @@
-"""Cross-validation: cases stay together, nothing of the test is learnt, all encoders meet the same folds, intervals hold the truth."""
+"""Cross-validation: cases stay together, nothing of the test is learnt, folds are equal, intervals hold the truth."""
 
 import json
 from functools import partial
@@ -218,5 +218,8 @@ def test_paired_difference_on_the_same_folds_sees_what_two_intervals_do_not():
         np.tile(y, 3), good.argmax(-1).ravel(), bad.argmax(-1).ravel(), np.tile(case, 3), 3
     )["balanced_accuracy"]
     assert np.isclose(gap["value"], a["balanced_accuracy"]["value"] - b["balanced_accuracy"]["value"])
-    width = lambda r: r["high"] - r["low"]
+
+    def width(r):
+        return r["high"] - r["low"]
+
     assert width(gap) < width(a["balanced_accuracy"]) and gap["low"] > 0

@@ -264,7 +264,7 @@ def test_one_slide_has_no_interval(scored):
 
 
 def test_complete_resamples():
-    "A class on one slide only, the better drawn one: without it the mean is that of the other alone, below what any complete resample gives."
+    "A class on one slide only, the better drawn one: without it the mean is that of the other alone, below all others."
     confusion = np.zeros((10, 2, 2), int)
     confusion[:, 0] = [2, 8]
     confusion[0, 1] = [0, 30]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['input_digest', 'output_keys', 'outputs_digest', 'lost_outputs', 'git_state', 'package_versions', 'machine', 'Run',
-           'start', 'read_parameters', 'check_parameters', 'scalars']
+           'start', 'read_parameters', 'check_parameters', 'scalars', 'run_report']
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-002
 import ast
@@ -316,3 +316,23 @@ def scalars(
         for k, v in names.items()
         if not k.startswith("_") and k != "In" and isinstance(v, (str, bool, int, float, list))
     }
+
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-029
+def run_report(
+    notebook: str,  # name of a report, such as `probe`
+    folder,  # for its outputs
+    **parameters,  # of the report
+) -> Path:  # the folder
+    "Execute a report into a folder, as a study would execute a stage."
+    import papermill
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        repo_root() / f"nbs/reports/{notebook}.ipynb",
+        folder / "notebook.ipynb",
+        kernel_name="python3",
+        progress_bar=False,
+        parameters={"out": str(folder), **parameters},
+    )
+    return folder
