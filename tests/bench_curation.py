@@ -2,9 +2,10 @@
 
     python tests/bench_curation.py [--n 100000] [--small 50000]
 
-Synthetic features (kinds of very unequal frequency, variants of each, and 5% near-copies), N x 512 in float16, written to a file and
-read as a memory map. The comparison with scikit-learn is on the first `--small` rows in float32 in memory, which it needs: the same rows, as
-many clusters, and the same measure of quality, the mean of 1 - cosine to the direction of the own cluster. Prints two Markdown tables.
+Synthetic features (kinds of very unequal frequency, variants of each, and 5% near-copies), N x 512 in float16, written
+to a file and read as a memory map. scikit-learn is compared on the first `--small` rows in float32 in memory,
+which it needs: same rows, as many clusters, and the same measure of quality, the mean of 1 - cosine to the direction
+of the own cluster. Prints two Markdown tables.
 """
 
 import argparse
@@ -152,18 +153,22 @@ def main():
             )
         high = peak()
         print(
-            f"\n{n:,} x {x.shape[1]} float16, {torch.get_num_threads()} threads; all parts {total:.0f} s, {cpu:.0f} s of all cores; peak {high:.2f} GiB (the mapped file of {path.stat().st_size / 2**30:.2f} GiB counts as far as it is cached)\n"
+            f"\n{n:,} x {x.shape[1]} float16, {torch.get_num_threads()} threads; all parts {total:.0f} s, "
+            f"{cpu:.0f} s of all cores; peak {high:.2f} GiB "
+            f"(the mapped file of {path.stat().st_size / 2**30:.2f} GiB counts as far as it is cached)\n"
         )
         print("| part | seconds | of all cores | peak GiB so far | |\n|---|---|---|---|---|")
         for name, s, c, memory, note in rows:
             print(f"| {name} | {s:.1f} | {c:.1f} | {memory:.2f} | {note} |")
         compared = against(small, max(args.small // 100, 10)).round(4)
     print(
-        "\n| part | scikit-learn s of all cores | histonb s | times faster | scikit-learn | histonb |\n|---|---|---|---|---|---|"
+        "\n| part | scikit-learn s of all cores | histonb s | times faster | scikit-learn | histonb |\n"
+        "|---|---|---|---|---|---|"
     )
     for r in compared.to_dict("records"):
         print(
-            f"| {r['part']} | {r['scikit-learn s']:.1f} | {r['histonb s']:.1f} | {r['times faster']:.1f} | {r['scikit-learn']} | {r['histonb']} |"
+            f"| {r['part']} | {r['scikit-learn s']:.1f} | {r['histonb s']:.1f} | {r['times faster']:.1f} "
+            f"| {r['scikit-learn']} | {r['histonb']} |"
         )
     write_json(
         repo_root() / "runs/bench/curation.json",

@@ -1,4 +1,4 @@
-"The bootstrap through confusion matrices by slide against the plain loop over scikit-learn: python tests/bench_metrics.py"
+"The bootstrap through confusion matrices against a plain loop over scikit-learn: python tests/bench_metrics.py"
 
 import time
 import warnings

@@ -1,4 +1,4 @@
-"EBHI-Seg: the faults of the set, its cases and splits, broken folders, the part at hand, and the augmentation of pairs."
+"EBHI-Seg: the faults of the set, its cases and splits, broken folders, and the augmentation of pairs."
 
 import hashlib
 import multiprocessing

@@ -1,4 +1,4 @@
-"Figures of objects: by their definitions written as plain loops, against an independent implementation, and input that must be refused."
+"Metrics of objects: their definitions as plain loops, an independent implementation, and input that is refused."
 
 import json
 

@@ -1,4 +1,4 @@
-"Overlap of binary masks: by scikit-learn, by hand, empty and full masks, intervals by case, rows that cannot be, and input that must be refused."
+"Overlap of binary masks: scikit-learn, values by hand, intervals by case, impossible rows, and input that is refused."
 
 import numpy as np
 import pandas as pd

@@ -492,8 +492,18 @@ def test_broken_folders_and_tables(root):
 
 # The real sample
 
-DUPLICATES = """16B0001851_Block_Region_3 16B0003388_Block_Region_5 16B0003394_Block_Region_1 16B0022608_Block_Region_2 16B0022786_Block_Region_0
-16B0023614_Block_Region_3 16B0026792_Block_Region_3 16B0027040_Block_Region_10 18B0005478J_Block_Region_13 18B0005478J_Block_Region_10""".split()
+DUPLICATES = """
+    16B0001851_Block_Region_3
+    16B0003388_Block_Region_5
+    16B0003394_Block_Region_1
+    16B0022608_Block_Region_2
+    16B0022786_Block_Region_0
+    16B0023614_Block_Region_3
+    16B0026792_Block_Region_3
+    16B0027040_Block_Region_10
+    18B0005478J_Block_Region_13
+    18B0005478J_Block_Region_10
+""".split()
 
 
 def test_duplicate_regions_are_told_by_slide_and_number():
