@@ -1,4 +1,4 @@
-"Ten thousand nuclei and a slide's worth of glands, against the same steps with a loop over objects, in one run: python tests/bench_instances.py"
+"Ten thousand nuclei and the glands of a slide, against a loop over objects: python tests/bench_instances.py"
 
 import time
 
@@ -115,7 +115,8 @@ def main():
         print(f"{name}: {seconds:.2f} s; with loops {slow:.2f} s: {slow / seconds:.1f}x")
     fit = metrics_from_sums(object_sums(pair_counts(truth, ids)))
     print(
-        f"{len(np.unique(truth)) - 1:,} nuclei on {truth.shape[0]} x {truth.shape[1]} px, {ids.max():,} found, PQ {fit['pq']:.3f}"
+        f"{len(np.unique(truth)) - 1:,} nuclei on {truth.shape[0]} x {truth.shape[1]} px, "
+        f"{ids.max():,} found, PQ {fit['pq']:.3f}"
     )
     write_json(
         repo_root(__file__) / "runs/bench/instances.json",

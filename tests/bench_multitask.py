@@ -1,4 +1,4 @@
-"""Multi-task training: a step that runs each decoder only where there is truth, against one that runs all of them on all samples as the reference does; samples a second; time waited for data."""
+"""Multi-task training: decoders run only where there are labels against everywhere; samples/s; waiting for data."""
 
 import tempfile
 import time
@@ -56,10 +56,13 @@ def main():
             seconds[name].append(time.process_time() - began)
     step = {name: float(np.median(s[1:])) for name, s in seconds.items()}
     print(
-        f"a step of 12 samples of 192 px, three tasks, {config.precision}, one core: {step['where there is truth']:.2f} s, {step['everywhere'] / step['where there is truth']:.2f}x faster than with every decoder everywhere"
+        f"a step of 12 samples of 192 px, three tasks, {config.precision}, one core: "
+        f"{step['where there is truth']:.2f} s, "
+        f"{step['everywhere'] / step['where there is truth']:.2f}x faster than with every decoder everywhere"
     )
     print(
-        f"making a sample with its targets: {1000 * making:.0f} ms, {12 * making / step['where there is truth']:.0%} of what learning from it takes"
+        f"making a sample with its targets: {1000 * making:.0f} ms, "
+        f"{12 * making / step['where there is truth']:.0%} of what learning from it takes"
     )
     with tempfile.TemporaryDirectory() as folder:
         train(
@@ -76,7 +79,8 @@ def main():
         )
         rows = [row for row in read_jsonl(Path(folder) / "run/log.jsonl") if "data_wait" in row]
     print(
-        f"a run with one worker: {rows[-1]['images_per_s']:.1f} samples/s, {rows[-1]['data_wait']:.1%} of the time waiting for data (target: under 5%)"
+        f"a run with one worker: {rows[-1]['images_per_s']:.1f} samples/s, "
+        f"{rows[-1]['data_wait']:.1%} of the time waiting for data (target: under 5%)"
     )
 
 

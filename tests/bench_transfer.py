@@ -1,4 +1,4 @@
-"""Transfer: what making a picture costs beside learning from it, fine-tuning from the last layer on against all layers, the networks of masks against each other, and the time a training waits for data."""
+"""Transfer: the cost of making a picture, of fine-tuning from each layer on, of each network, and of waiting."""
 
 import tempfile
 import time
@@ -53,15 +53,18 @@ def main():
                 float(np.median([r[k] for r in rows[1:]])) for k in ("images_per_s", "data_wait")
             )
     print(
-        f"a picture of 96 px, ResNet18 of width .5, one core: {speed[1]:.0f} pictures/s from layer 1 on, {speed[4] / speed[1]:.1f}x that from layer 4 on"
+        f"a picture of 96 px, ResNet18 of width .5, one core: {speed[1]:.0f} pictures/s "
+        f"from layer 1 on, {speed[4] / speed[1]:.1f}x that from layer 4 on"
     )
     print(f"augmenting a picture: {1000 * making:.1f} ms, {making * speed[1]:.0%} of what learning from it takes")
     print(
-        f"with one worker: {wait[1]:.1%} of the time waiting for data from layer 1 on, {wait[4]:.1%} from layer 4 on (target: under 5%)"
+        f"with one worker: {wait[1]:.1%} of the time waiting for data "
+        f"from layer 1 on, {wait[4]:.1%} from layer 4 on (target: under 5%)"
     )
     for name in ("transferred", "unet", "segnet"):
         print(
-            f"masks, {NETWORK_NAMES[name]}: {speed[name] / speed['unet']:.2f}x U-Net's pictures/s ({speed[name]:.0f}), {wait[name]:.1%} of the time waiting for data"
+            f"masks, {NETWORK_NAMES[name]}: {speed[name] / speed['unet']:.2f}x U-Net's pictures/s "
+            f"({speed[name]:.0f}), {wait[name]:.1%} of the time waiting for data"
         )
 
 

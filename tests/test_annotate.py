@@ -1,4 +1,4 @@
-"""Annotating slides: tiles equal to the whole, objects on seams once and whole, files that others open, work that goes on."""
+"""Annotating slides: tiles equal to the whole, objects on seams once and whole, files others open, resuming."""
 
 import json
 import os
@@ -164,7 +164,7 @@ def certain(ids, task):
 
 
 def scene(seed, side=720):
-    "Objects on every seam and corner of 144 pixels, glands longer than any window, a gland with a hole, and types that change inside objects."
+    "Objects on every seam and corner, glands longer than any window, one with a hole, types that change inside."
     rng = np.random.default_rng(seed)
     glands, lumens, nuclei = np.zeros((3, side, side), np.int32)
     for i, (y, x) in enumerate(((y, x) for y in range(72, side, 72) for x in range(72, side, 72)), 1):
@@ -270,7 +270,10 @@ def test_an_object_around_a_tile_of_glass_has_an_owner(turn):
     for (t, l, b, r), there in zip(tile_boxes((288, 288), 144), has.ravel(), strict=True):
         if not there:
             found[:, t:b, l:r] = np.uint8([255, 0, 0])[:, None, None]
-    read = lambda name, box: found[:, box[0] : box[2], box[1] : box[3]]
+
+    def read(name, box):
+        return found[:, box[0] : box[2], box[1] : box[3]]
+
     tables = [
         instances_in_window(read, "gland", at, (288, 288), 144, has, halo=272)[0] for at in np.argwhere(has).tolist()
     ]
@@ -357,7 +360,7 @@ def test_parts_refuse_what_is_damaged(tmp_path):
 
 
 class Painted:
-    "A network that reads colours: red below 175 is gland, with much blue lumen, little green nucleus, of type 2 with little blue."
+    "A network of colours: red below 175 is gland, much blue lumen, little green nucleus (type 2: little blue)."
 
     def __init__(self, stop=None, digest="painted"):
         self.tasks = {n: TASKS[n] for n in ("nucleus", "nucleus-type", "lumen", "gland", "tissue")}
@@ -401,7 +404,7 @@ class Painted:
 
 
 def paint(shape=(2600, 2200)):
-    "A slide at 0.25 um/px: pink tissue with glass around, glands with lumens, one of them 2.5 tiles long, nuclei of two types."
+    "A slide at 0.25 um/px: glass, pink tissue, glands with lumina (one 2.5 tiles long), nuclei of two types."
     rng = np.random.default_rng(0)
     image = np.full((*shape, 3), 245, np.uint8)
     image[150:-500, 200:-150] = (220, 130, 180)

@@ -198,9 +198,9 @@ def test_encoders_of_all_sources_see_what_their_networks_see(tmp_path):
     want = cerberus.feature_maps(net.encoder, images)
     for path in (tmp_path / "c", tmp_path / "c" / "cerberus.safetensors"):
         got = load_freezable_encoder(path).eval()
-        assert all(a.equal(b) for a, b in zip(got.pyramid(images), want, strict=True)) and got.features(images).equal(
-            want[-1].mean((2, 3))
-        )
+        assert all(a.equal(b) for a, b in zip(got.feature_maps(images), want, strict=True)) and got.features(
+            images
+        ).equal(want[-1].mean((2, 3)))
     net = backbones.build_backbone("resnet18").eval()
     backbones.save_backbone(net, tmp_path / "d", "resnet18", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     got = load_freezable_encoder(tmp_path / "d").eval()
@@ -301,7 +301,7 @@ def test_a_transformer_has_no_maps(tmp_path):
     )
     net = load_freezable_encoder(tmp_path)
     with pytest.raises(BadInput, match="Give weights of Cerberus"):
-        net.pyramid(torch.rand(1, 3, 32, 32))
+        net.feature_maps(torch.rand(1, 3, 32, 32))
     with pytest.raises(BadInput, match="no maps"):
         net.widths  # noqa: B018
     with pytest.raises(BadInput, match="there is no layer 6"):

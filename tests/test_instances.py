@@ -1,4 +1,4 @@
-"From probabilities to objects: there and back, the rules one by one, odd pictures, types and tables, and input that must be refused."
+"From probabilities to objects: there and back, each rule, odd pictures, types and tables, and bad input."
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""Multi-task training: tasks and their tables, targets, samples, sets, and a training that goes on, learns and refuses what it cannot use."""
+"""Multi-task training: tasks, targets, samples, data sets, and a training that resumes, learns and refuses."""
 
 import argparse
 import dataclasses

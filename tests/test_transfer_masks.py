@@ -1,4 +1,4 @@
-"Transfer to masks: the networks of the comparison, loss, budget, closing, baselines, masks written as the set has them, and the report."
+"Transfer to masks: networks, loss, budget, closing, baselines, masks in the layout of the data set, report."
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def config(folder, **changes):
     )
 
 
-# Networks ----------------------------------------------------------------------------------------------------------------
+# Networks --------------------
 
 
 @pytest.mark.parametrize("name", ["transferred", "joint", "unet", "segnet", "medt"])
@@ -122,7 +122,7 @@ def test_a_picture_at_the_network_s_own_side_is_not_resized():
         assert torch.equal(net(x), net.net(x))
 
 
-# Loss and prediction -------------------------------------------------------------------------------------------------------
+# Loss and prediction --------------------
 
 
 def test_the_loss_of_empty_full_and_half_masks_by_hand():
@@ -184,7 +184,7 @@ def test_baselines_draw_what_they_say():
     assert set(np.unique(t.stain_mask(np.full((30, 30, 3), 200, np.uint8)))) <= {0, 1}  # nothing to tell apart
 
 
-# Training ------------------------------------------------------------------------------------------------------------------
+# Training --------------------
 
 
 def test_all_networks_get_one_budget(tmp_path, pictures):
@@ -215,7 +215,7 @@ def test_a_network_learns_and_the_best_epoch_is_kept(tmp_path, pictures):
         t.train_mask_network("unet", SMALL, plain["train"], plain["train"], c)
 
 
-# Scores --------------------------------------------------------------------------------------------------------------------
+# Scores --------------------
 
 
 def test_the_table_of_scores_has_the_counts_of_each_picture(pictures):
@@ -238,7 +238,7 @@ def test_the_table_of_scores_has_the_counts_of_each_picture(pictures):
         )
 
 
-# Masks where there are none --------------------------------------------------------------------------------------------------
+# Masks where there are none --------------------
 
 
 def test_written_masks_complete_the_set(root, tmp_path):
@@ -266,7 +266,7 @@ def test_truth_is_never_overwritten(root, tmp_path):
     assert path.relative_to(tmp_path).as_posix() == some["slide"].iloc[0].replace("/image/", "/label/")
 
 
-# What must be refused --------------------------------------------------------------------------------------------------------
+# What must be refused --------------------
 
 
 def test_networks_that_cannot_be_are_refused(tmp_path):
@@ -302,7 +302,7 @@ def test_sides_and_masks_that_do_not_fit_are_refused(tmp_path, pictures, root):
         t.close_masks(pictures["test"].masks, -1)
 
 
-# The report ------------------------------------------------------------------------------------------------------------------
+# The report --------------------
 
 
 def test_the_report_refuses_before_it_trains(tmp_path):

@@ -23,10 +23,7 @@ from ..training.augmentation import hed_from_rgb
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-005
 STAIN_LEVELS = np.arange(-300, 1200)  # hundredths of optical density
-MIN_THRESHOLD = {
-    "nucleus": 0.25,
-    "gland": 0.1,
-}  # optical density that a threshold has at least: a picture may have none of them
+MIN_THRESHOLD = {"nucleus": 0.25, "gland": 0.1}  # optical density; a picture may hold none of these objects
 
 
 def haematoxylin(
@@ -34,7 +31,7 @@ def haematoxylin(
     mpp: float,  # um per pixel
     to: float,  # um per pixel of the result
 ) -> np.ndarray:  # (h, w) float32, optical density
-    "The stain of nuclei, at a resolution."
+    "Compute the optical density of haematoxylin at a resolution."
     if not mpp > 0:
         raise BadInput("mpp", f"{mpp} um/px", "Give the resolution of the picture.")
     stain = np.ascontiguousarray(hed_from_rgb(image)[..., 0])
@@ -45,7 +42,7 @@ def haematoxylin(
 def stain_levels(
     stain: np.ndarray,  # of `haematoxylin`, any shape
 ) -> np.ndarray:  # number of pixels at each of `STAIN_LEVELS`
-    "The histogram of a stain, to a hundredth. Those of several pictures can be added."
+    "Compute the histogram of a stain in hundredths; histograms of several pictures can be added."
     levels = np.clip(np.rint(100 * stain.ravel()).astype(np.int32), STAIN_LEVELS[0], STAIN_LEVELS[-1])
     return np.bincount(levels - STAIN_LEVELS[0], minlength=len(STAIN_LEVELS))
 
@@ -54,16 +51,16 @@ def otsu(
     counts: np.ndarray,  # of `stain_levels`
     least: float,  # optical density
 ) -> float:  # optical density
-    "Otsu's threshold (1979) to a hundredth, but at least this much."
-    there = np.flatnonzero(counts)
-    if len(there) < 2:
-        return max(STAIN_LEVELS[there[0]] / 100, least) if len(there) else least
-    within = slice(there[0], there[-1] + 1)
+    "Compute Otsu's threshold (1979) to a hundredth, at least `least`."
+    levels = np.flatnonzero(counts)
+    if len(levels) < 2:
+        return max(STAIN_LEVELS[levels[0]] / 100, least) if len(levels) else least
+    within = slice(levels[0], levels[-1] + 1)
     return max(float(threshold_otsu(hist=(counts[within], STAIN_LEVELS[within]))) / 100, least)
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-005-2
 def _back(ids, shape):
-    "Instances at the size of the picture."
+    "Resize instances to the size of the picture."
     return _drop(cv2.resize(ids, shape[1::-1], interpolation=cv2.INTER_NEAREST), 1)
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-008
@@ -74,7 +71,7 @@ def nuclear_stain(
     image: np.ndarray,  # (H, W, 3) uint8
     mpp: float = 0.5,  # um per pixel
 ) -> np.ndarray:  # (h, w) float32, optical density at 0.5 um/px
-    "Haematoxylin, smoothed as `stain_nuclei` reads it."
+    "Compute haematoxylin, smoothed as `stain_nuclei` uses it."
     return cv2.GaussianBlur(haematoxylin(image, mpp, 0.5), (0, 0), 0.7)
 
 
@@ -83,7 +80,7 @@ def stain_nuclei(
     mpp: float = 0.5,  # um per pixel
     threshold: float | None = None,  # optical density; None: Otsu's of this picture
 ) -> np.ndarray:  # (H, W) int32, 0: none
-    "Nuclei as what is darker than its surroundings, cut where it is narrow."
+    "Segment nuclei: darker than their surroundings, split where they are narrow."
     stain = nuclear_stain(image, mpp)
     around = cv2.GaussianBlur(stain, (0, 0), 12)
     if threshold is None:
@@ -93,7 +90,7 @@ def stain_nuclei(
 
 
 def _fill_small(ids, most):
-    "Holes of at most so many pixels become part of the object around them."
+    "Fill the holes of at most `most` pixels."
     filled = _fill(ids)
     n, hole = cv2.connectedComponents(np.uint8(filled != ids), connectivity=4)
     small = np.bincount(hole.ravel(), minlength=n) <= most
@@ -101,7 +98,7 @@ def _fill_small(ids, most):
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-008-2
 def _cut(mask, apart):
-    "Cut a mask where it is narrow: a watershed from the peaks of the distance to its edge, so many pixels apart."
+    "Split a mask where it is narrow: a watershed from peaks of the distance to its edge, `apart` pixels apart."
     depth = cv2.GaussianBlur(cv2.distanceTransform(np.uint8(mask), cv2.DIST_L2, 5), (0, 0), 1)
     markers = np.zeros(mask.shape, np.int32)
     peaks = peak_local_max(depth, min_distance=apart, labels=mask.astype(np.int32), exclude_border=False)
@@ -113,20 +110,20 @@ def threshold_glands(
     image: np.ndarray,  # (H, W, 3) uint8
     mpp: float = 0.5,  # um per pixel
 ) -> np.ndarray:  # (H, W) int32, 0: none
-    "Glands as dark pieces with their holes."
+    "Segment glands as dark components with their holes."
     stain = cv2.GaussianBlur(haematoxylin(image, mpp, 2), (0, 0), 1)
     mask = _fill(_label(stain > otsu(stain_levels(stain), MIN_THRESHOLD["gland"]), 1, connectivity=8)) > 0
     return _back(_drop(_cut(mask, 20), 200), image.shape)
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-010
-MAX_GLAND_INTERIOR = 250_000  # pixels of 2 um: what is pale over more than 1 mm2 is no inside of a gland
+MAX_GLAND_INTERIOR = 250_000  # pixels of 2 um: a pale region above 1 mm2 is not inside a gland
 
 
 def stain_glands(
     image: np.ndarray,  # (H, W, 3) uint8
     mpp: float = 0.5,  # um per pixel
 ) -> np.ndarray:  # (H, W) int32, 0: none
-    "Glands as what rows of nuclei enclose."
+    "Segment glands as what rows of nuclei enclose."
     return _back(glands_on_map(haematoxylin(image, mpp, 2)), image.shape)
 
 
@@ -134,17 +131,16 @@ def glands_on_map(
     stain: np.ndarray,  # (h, w) float32, `haematoxylin` at 2 um/px
     counted: np.ndarray | None = None,  # (h, w) bool, pixels that set the threshold; None: all
 ) -> np.ndarray:  # (h, w) int32, 0: none
-    "Glands of a picture, or of a whole slide, at 2 um/px."
+    "Segment the glands of a picture or a whole slide from its stain at 2 um/px."
     stain = cv2.GaussianBlur(stain, (0, 0), 1.25)
     dark = stain > otsu(stain_levels(stain if counted is None else stain[counted]), MIN_THRESHOLD["gland"])
-    pale = cv2.connectedComponents(
-        cv2.morphologyEx(np.uint8(~dark), cv2.MORPH_OPEN, _disc(5), borderType=cv2.BORDER_REPLICATE), connectivity=4
-    )[1]
+    opened = cv2.morphologyEx(np.uint8(~dark), cv2.MORPH_OPEN, _disc(5), borderType=cv2.BORDER_REPLICATE)
+    pale = cv2.connectedComponents(opened, connectivity=4)[1]
     inside = np.zeros(pale.max() + 1, np.int32)
-    for part in regionprops(pale):
-        sized = 80 <= part.area <= min(0.5 * pale.size, MAX_GLAND_INTERIOR)
-        if sized and part.solidity > 0.65 and _rim(pale, part, dark) > 0.65:
-            inside[part.label] = part.label
+    for region in regionprops(pale):
+        sized = 80 <= region.area <= min(0.5 * pale.size, MAX_GLAND_INTERIOR)
+        if sized and region.solidity > 0.65 and _rim(pale, region, dark) > 0.65:
+            inside[region.label] = region.label
     seeds = inside[pale]
     far = distance_transform_edt(seeds == 0)
     ids = watershed(far, seeds, mask=(far == 0) | (far <= 8) & (cv2.dilate(np.uint8(dark), _disc(1)) > 0))
@@ -152,11 +148,11 @@ def glands_on_map(
     return _fill(_drop(ids * np.int32(smooth), 200))
 
 # %% ../../nbs/10_segment/07_baselines.ipynb #cell-010-2
-def _rim(ids, part, dark, width=2):
-    "Share of dark pixels between 1 and `width` pixels outside of a part."
-    y0, x0, y1, x1 = part.bbox
+def _rim(ids, region, dark, width=2):
+    "Share of dark pixels between 1 and `width` pixels outside of a region."
+    y0, x0, y1, x1 = region.bbox
     box = np.s_[max(y0 - width, 0) : y1 + width, max(x0 - width, 0) : x1 + width]
-    mask = np.uint8(ids[box] == part.label)
+    mask = np.uint8(ids[box] == region.label)
     rim = cv2.dilate(mask, _disc(width)) > cv2.dilate(mask, _disc(1))
     return dark[box][rim].mean() if rim.any() else 0.0
 
@@ -171,23 +167,23 @@ CLASSICAL = {
 TUNED_ON = {
     "GlaS": tuple(f"patient {i}" for i in (2, 3, 5, 10, 13)),
     "consep_patches": tuple(f"train_{i}" for i in range(1, 28, 2)),
-}  # set -> cases that set numbers
+}  # data set -> cases on which the recipes were tuned
 
 
 def classical_annotators(
     mpp: float = 0.5,  # um per pixel
 ) -> dict:  # name -> function of an image (h, w, 3) uint8 and names of tasks, giving the instances of those it knows
-    "The recipes as functions of a picture, as a network's `scoring.annotator` is one."
-    return {
-        who: lambda image, names, recipes=recipes: {n: recipes[n](image, mpp) for n in names if n in recipes}
-        for who, recipes in CLASSICAL.items()
-    }
+    "Return the recipes as functions of a picture, with the interface of `scoring.annotator`."
+
+    def annotator_of(recipes):
+        return lambda image, names: {n: recipes[n](image, mpp) for n in names if n in recipes}
+
+    return {name: annotator_of(recipes) for name, recipes in CLASSICAL.items()}
 
 
 def is_tuning_case(
     scores: pd.DataFrame,  # of `scoring.write_scores`: set, case
-) -> np.ndarray:  # (rows,) whether the case set numbers of a recipe
-    "The rows on which the recipes are too good."
-    return np.array(
-        [case in TUNED_ON.get(name, ()) for name, case in zip(scores["set"], scores["case"], strict=True)], bool
-    )
+) -> np.ndarray:  # (rows,) bool
+    "Mark the rows of cases on which the recipes were tuned, and so look better than they are."
+    pairs = zip(scores["set"], scores["case"], strict=True)
+    return np.array([case in TUNED_ON.get(name, ()) for name, case in pairs], bool)
