@@ -1,8 +1,9 @@
 """Measure tiling and the tile store: `python tests/bench_tiling.py`.
 
-On the slides of `bench_reading.py`, in interleaved rounds: the limit (decoding each internal tile of the kept tiles once, 2 threads,
-nothing else), the whole stage (metrics, labels, store), the same without the store, HistoPrep, and a script of openslide, numpy,
-skimage and PNG files in 2 processes. Then peak memory, false drops of the prefilter, the store, and cost against number of slides.
+On the slides of `bench_reading.py`, in interleaved rounds: the limit (decoding each internal tile of the kept tiles
+once, 2 threads, nothing else), the whole stage (metrics, labels, store), the same without the store, HistoPrep, and a
+script of openslide, numpy, skimage and PNG files in 2 processes. Then peak memory, false drops of the prefilter, the
+store, and cost against number of slides.
 """
 
 import argparse
@@ -35,7 +36,8 @@ start = time.perf_counter()
 slide = histoprep.SlideReader(sys.argv[1])
 threshold, mask = slide.get_tissue_mask()
 found = slide.get_tile_coordinates(mask, width=224, overlap=0.0, max_background=0.9)
-slide.save_regions(sys.argv[2], found, threshold=threshold, save_metrics=True, num_workers=2, overwrite=True, verbose=False)
+options = dict(save_metrics=True, num_workers=2, overwrite=True, verbose=False)
+slide.save_regions(sys.argv[2], found, threshold=threshold, **options)
 print(len(found), time.perf_counter() - start)
 """
 COHORT = """
@@ -306,17 +308,20 @@ def main():
 
 def show(result):
     print(
-        "| slide | kept of candidates | limit s | whole stage, x limit (<= 4.5) | coordinates only, x limit (<= 3.5) | tiles/s | x HistoPrep (>= 4) "
-        "| x script (>= 15) | peak MiB (< 300) | false drops | kB a tile (<= 10) | dB (>= 55) | files a shard (<= 2) | random reads, x files (>= 0.9) |\n|"
-        + "---|"
-        * 14
+        "| slide | kept of candidates | limit s | whole stage, x limit (<= 4.5) | coordinates only, x limit (<= 3.5) "
+        "| tiles/s | x HistoPrep (>= 4) "
+        "| x script (>= 15) | peak MiB (< 300) | false drops | kB a tile (<= 10) | dB (>= 55) "
+        "| files a shard (<= 2) | random reads, x files (>= 0.9) |\n|" + "---|" * 14
     )
     for r in result["slides"]:
         s = r["store"]
         print(
-            f"| {r['slide']} | {r['kept']} of {r['candidates']} | {r['seconds']['limit']:.2f} | {r['stage_to_limit']:.2f} | {r['coordinates_to_limit']:.2f} "
-            f"| {r['tiles_per_second']['whole stage']:.0f} | {'-' if r['to_histoprep'] is None else format(r['to_histoprep'], '.1f')} | {r['to_script']:.1f} "
-            f"| {r['peak_mib']:.0f} | {r['false_drops']} | {s['kb_a_tile']:.1f} | {s['db']:.1f} | {s['files'] / s['shards']:.0f} | {s['random_read_ratio']:.2f} |"
+            f"| {r['slide']} | {r['kept']} of {r['candidates']} | {r['seconds']['limit']:.2f} "
+            f"| {r['stage_to_limit']:.2f} | {r['coordinates_to_limit']:.2f} "
+            f"| {r['tiles_per_second']['whole stage']:.0f} "
+            f"| {'-' if r['to_histoprep'] is None else format(r['to_histoprep'], '.1f')} | {r['to_script']:.1f} "
+            f"| {r['peak_mib']:.0f} | {r['false_drops']} | {s['kb_a_tile']:.1f} | {s['db']:.1f} "
+            f"| {s['files'] / s['shards']:.0f} | {s['random_read_ratio']:.2f} |"
         )
     print("\n| slides | s a thousand tiles | peak MiB |\n|---|---|---|")
     for g in result["growth"]:

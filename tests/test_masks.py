@@ -1,4 +1,4 @@
-"Masks of tiles: against the files read by another library, other resolutions and codes, caching, and input that must be refused."
+"Masks of tiles: against another library, at other resolutions and codes, cached; and what must be refused."
 
 import pickle
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_order_is_that_of_the_table(tiled):
 
 
 def test_another_resolution(tiled):
-    "A tile of 96 pixels at 2.4 times the slide's resolution covers 230; each pixel takes a code of the mask, the nearest one."
+    "A tile of 96 pixels at 2.4 times the slide's resolution covers 230; each pixel takes the nearest code of the mask."
     cohort, root, _ = tiled
     mpp = 2.4 * 0.48
     table = tile_cohort(cohort, root / "coarse", TileRule(mpp=mpp, size=96), workers=1)
@@ -218,7 +218,7 @@ def test_no_tiles_and_damaged_store(tiled, tmp_path):
         store_masks(masks, tmp_path)
 
 
-# Masks of every kind ---------------------------------------------------------------------------------------------------
+# Masks of every kind ------------------------------------------------------------------------------------------------
 
 
 def codes():

@@ -195,7 +195,8 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_interrupt_leaves_only_whole_files(tmp_path, workers):
-    code = f"from histonb.synthetic.phantom import write_cohort; write_cohort({str(tmp_path)!r}, 30, shape={SHAPE}, workers={workers})"
+    arguments = f"{str(tmp_path)!r}, 30, shape={SHAPE}, workers={workers}"
+    code = f"from histonb.synthetic.phantom import write_cohort; write_cohort({arguments})"
     job = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""Slides: every TIFF layout against tifffile's own decoding, scale, sharing between threads and processes, and bad files."""
+"""Slides: every TIFF layout against tifffile's decoding, scale, sharing between threads and processes, bad files."""
 
 import multiprocessing
 import pickle
@@ -437,7 +437,7 @@ def test_an_error_in_the_function_ends_the_map(tmp_path):
         slide.map_tiles(fail, [(x, y) for y in range(0, 600, 50) for x in range(0, 500, 50)], size=50)
 
 
-# Bad files -------------------------------------------------------------------------------------------------------------
+# Bad files ----------------------------------------------------------------------------------------------------------
 
 
 def refused(path, fault, **options):
@@ -725,7 +725,7 @@ def test_files_that_were_altered_by_hand():
     assert "unexpected" not in done.stdout
 
 
-# Real files ------------------------------------------------------------------------------------------------------------
+# Real files ---------------------------------------------------------------------------------------------------------
 
 
 def real(pattern):

@@ -204,7 +204,7 @@ def test_both_providers_in_one_cohort(tmp_path):
 
 
 def test_what_a_cohort_says_of_whole_slides_goes_to_their_tiles(tmp_path):
-    "Split, case and, where no mask labels the tiles, the class: histonb's id, or a number by the alphabet with the names beside it."
+    "Split, case and, where no mask labels the tiles, the class: histonb's id, or a number by the alphabet."
     image, mask = half_slide(tmp_path / "a.tiff")
     cohort = cohort_of(
         [("masked", image, mask, "radboud"), ("bare", image, "", "radboud"), ("unknown", image, "", "radboud")]
@@ -319,10 +319,14 @@ def test_killed_and_run_again(phantoms, tmp_path, name, workers):
     whole = tile_cohort(cohort, tmp_path / "whole")
     cohort.slides.to_parquet(tmp_path / "slides.parquet")
     code = (
-        "import sys, pandas as pd; from histonb.slides.cohort import Cohort; from histonb.slides.tiling import tile_cohort\n"
+        "import sys, pandas as pd\n"
+        "from histonb.slides.cohort import Cohort\n"
+        "from histonb.slides.tiling import tile_cohort\n"
         "if __name__ == '__main__':\n"
         "    slides = pd.read_parquet(sys.argv[1] + '/slides.parquet')\n"
-        "    tile_cohort(Cohort('test', slides, pd.DataFrame(columns=['slide', 'path', 'fault', 'remedy'])), sys.argv[1] + '/killed', workers=int(sys.argv[2]))\n"
+        "    quarantine = pd.DataFrame(columns=['slide', 'path', 'fault', 'remedy'])\n"
+        "    cohort = Cohort('test', slides, quarantine)\n"
+        "    tile_cohort(cohort, sys.argv[1] + '/killed', workers=int(sys.argv[2]))\n"
     )
     (tmp_path / "job.py").write_text(code)
     job = subprocess.Popen(
@@ -508,7 +512,8 @@ def dying(job):
 dying.__module__, dying.__qualname__, tiling._tile = "histonb.slides.tiling", "_tile", dying
 if __name__ == "__main__":
     slides = pd.read_parquet("slides.parquet")
-    tiling.tile_cohort(Cohort("test", slides, pd.DataFrame(columns=["slide", "path", "fault", "remedy"])), "out", workers=4)
+    quarantine = pd.DataFrame(columns=["slide", "path", "fault", "remedy"])
+    tiling.tile_cohort(Cohort("test", slides, quarantine), "out", workers=4)
 """)
     done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -582,7 +587,7 @@ NAMES = [
 
 
 def test_names_of_every_kind(tmp_path):
-    "However a slide is called, hidden, long, or in any script: its tiles are kept under its own name, by one process and by two."
+    "Hidden, long, or in any script: the tiles of a slide are kept under its own name, by one process and by two."
     image, mask = half_slide(tmp_path / "a.tiff", shape=(896, 448))
     cohort = cohort_of(
         [(name, image, mask, "radboud") for name in NAMES]
@@ -748,7 +753,8 @@ def test_what_a_folder_is_protected_from(phantoms, tmp_path):
         ("journal.jsonl", '{"slide": "a"}\n', "a line is not of a journal of tiles"),
         (
             "journal.jsonl",
-            '{"slide": "phantom1_000", "key": "x", "shard": 0, "start": 0, "end": 5, "incomplete": 0, "background": 0, "damaged": "x"}\n',
+            '{"slide": "phantom1_000", "key": "x", "shard": 0, "start": 0, "end": 5, "incomplete": 0, "background": 0, '
+            '"damaged": "x"}\n',
             "a line is not of a journal",
         ),
         ("journal.jsonl", "[1]\n", "line 1 is not a record"),
@@ -756,7 +762,8 @@ def test_what_a_folder_is_protected_from(phantoms, tmp_path):
         ("journal.jsonl", b"\xff\xfe\n", "line 1 is not a record"),
         (
             "journal.jsonl",
-            '{"slide": "phantom1_000", "key": "x", "shard": "0", "start": 0, "end": 5, "incomplete": 0, "background": 0}\n',
+            '{"slide": "phantom1_000", "key": "x", "shard": "0", "start": 0, "end": 5, "incomplete": 0, '
+            '"background": 0}\n',
             "a line is not of a journal of tiles",
         ),
     ],

@@ -73,7 +73,7 @@ def _decode_plain(path, data, decoder, mask):
 
 # %% ../../nbs/02_slides/06_image_files.ipynb #cell-023-3
 def _open_with_magic(path):
-    "Open a file and read its first four bytes. Raises `BadInput` for a folder, and a missing, empty or unreadable file."
+    "Open a file and read its first four bytes. Raises `BadInput` where that is impossible, and for an empty file."
     if path.is_dir():
         raise BadInput(path, "a folder, not a slide", "Name one TIFF or SVS file in it.")
     if not path.exists():

@@ -78,7 +78,7 @@ class DescribedImage:
         return tuple(_microns(*size, f"a pixel's size in {self.name}") for size in self.pixel)
 
     def level_ratios(self) -> list[float]:
-        "Return how much smaller each level is than the first by `spacings`; empty where these are missing or unreadable."
+        "Return how much smaller each level is than the first, by `spacings`; empty where these are unreadable."
         try:
             sizes = sorted(parse_number(x, "a pixel") for x, _ in self.spacings)
         except UnreadableNumber:
