@@ -11,11 +11,11 @@ import torch
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_jsonl
+from histonb.models import backbones
 from histonb.models.backbones import build_backbone
 from histonb.models.heads import DINOHead
 from histonb.models.vit import VIT, class_attention, set_positions, vit
 from histonb.models.xcit import xcit
-from histonb.pretrain import trainer
 from histonb.pretrain.config import PretrainConfig, resolve
 from histonb.pretrain.dino import MultiCropNet, param_groups
 from histonb.pretrain.pretraining import load_frozen_backbone, pretrain
@@ -179,7 +179,7 @@ class Tiles:
 @pytest.mark.parametrize("sizes", [(224, 96), (32, 16)], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_trains(tmp_path, sizes, precision, monkeypatch):
-    monkeypatch.setattr(trainer.backbones, "build_backbone", partial(build_backbone, depth=2))
+    monkeypatch.setattr(backbones, "build_backbone", partial(build_backbone, depth=2))
     config = PretrainConfig(
         str(tmp_path),
         arch=SMALL,
