@@ -34,25 +34,26 @@ def parse_names(
     return numbers.astype({c: float for c in numbers.columns[1:]}).assign(slide=names.astype(str).str.split("_").str[0])
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-008
-def _step(lying):
+def _step(place):
     "Return the scanner pixels from one column, or row, to the next."
-    first = lying.groupby(["slide", "region"])[["row", "column", "x", "y"]].transform("first")
-    moved = (lying[first.columns] - first).replace(0, np.nan)
+    first = place.groupby(["slide", "region"])[["row", "column", "x", "y"]].transform("first")
+    moved = (place[first.columns] - first).replace(0, np.nan)
     step = pd.concat([moved["x"] / moved["column"], moved["y"] / moved["row"]]).median()
     return 1024.0 if np.isnan(step) else step
 
 
 def non_overlapping(
-    lying: pd.DataFrame,  # from `parse_names`, without NaN
+    place: pd.DataFrame,  # from `parse_names`, without NaN
 ) -> np.ndarray:  # bool, one a patch: whether to keep it
     "Choose patches that share no pixel."
-    keep = np.zeros(len(lying), bool)
-    reach = 2 * _step(lying) - 1e-6
-    for _, patches in lying.reset_index(drop=True).sort_values(["region", "row", "column"]).groupby("slide"):
-        kept = np.empty((0, 2))
+    keep = np.zeros(len(place), bool)
+    reach = 2 * _step(place) - 1e-6
+    for _, patches in place.reset_index(drop=True).sort_values(["region", "row", "column"]).groupby("slide"):
+        corners = np.empty((0, 2))  # of the patches that are kept
         for i, *xy in patches[["x", "y"]].itertuples():
-            if not (np.abs(kept - xy) < reach).all(1).any():
-                keep[i], kept = True, np.vstack([kept, xy])
+            if not (np.abs(corners - xy) < reach).all(1).any():
+                keep[i] = True
+                corners = np.vstack([corners, xy])
     return keep
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-duplicates
@@ -71,10 +72,10 @@ DUPLICATE_REGIONS = {
 
 
 def in_duplicate(
-    lying: pd.DataFrame,  # from `parse_names`
+    place: pd.DataFrame,  # from `parse_names`
 ) -> np.ndarray:  # bool, one a patch
     "Find the patches of regions that show the tissue of another region again."
-    return np.array([key in DUPLICATE_REGIONS for key in zip(lying["slide"], lying["region"], strict=True)], bool)
+    return np.array([key in DUPLICATE_REGIONS for key in zip(place["slide"], place["region"], strict=True)], bool)
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-025
 GRADES = {"NC": 1, "G3": 2, "G4": 3, "G5": 4}  # column of the workbooks -> histonb id
@@ -92,11 +93,11 @@ def _partition(root, name):
     ]
     table = pd.concat(sides, ignore_index=True)
     table = table.assign(patch=table["image_name"].map(stem))
-    twice = table["patch"][table["patch"].duplicated()]
-    if len(twice):
+    repeated = table["patch"][table["patch"].duplicated()]
+    if len(repeated):
         raise BadInput(
             folder,
-            f"{len(twice)} patches are in both parts, or twice in one ({twice.iloc[0]})",
+            f"{len(repeated)} patches are in both parts, or twice in one ({repeated.iloc[0]})",
             "Download the partition again, or take them out of one.",
         )
     return table.assign(slide=table["patch"].str.split("_").str[0])
@@ -134,7 +135,7 @@ _ENOUGH = 32  # masks to look at, where they decide
 
 def _detect(masks, path):  # mask files in the order to look at, the folder
     "Find the code table of a folder of masks."
-    found = []
+    seen = []
     names = []
     for mask in masks:
         try:
@@ -143,13 +144,13 @@ def _detect(masks, path):  # mask files in the order to look at, the folder
                 check_colors(m)
         except BadInput:
             continue  # a broken mask is set aside when it is cut
-        found.append(evidence(values))
+        seen.append(evidence(values))
         names.append(mask)
-        if len(found) >= _ENOUGH and sum(all(name in e.fits for e in found) for name in ENCODINGS) < 2:
+        if len(seen) >= _ENOUGH and sum(all(name in e.fits for e in seen) for name in ENCODINGS) < 2:
             break
-    if found and all(e.values == [0] for e in found):
+    if seen and all(e.values == [0] for e in seen):
         return {0: GRADES["NC"]}
-    return encoding_table(decide_encoding(found, path, names))
+    return encoding_table(decide_encoding(seen, path, names))
 
 
 def _code_column(slides, codes, path):
@@ -163,6 +164,37 @@ def _code_column(slides, codes, path):
     tables = {"": "histonb", **{k: _detect(masks, path) for k, masks in first["mask"].groupby(kind) if k}}
     return [tables[k] for k in kind]
 
+# %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-1
+def _read_partition(root, partition, val):
+    "Read a partition with the split `val`, and the case of each patch; refuse shared slides and cases."
+    table = _partition(root, partition)
+    if val:
+        if partition != "Test" or val == "Test":
+            fault = f"`{val}` beside the partition `{partition}`"
+            raise BadInput("val", fault, "Give a fold, such as Val1, beside the partition Test.")
+        fold = _partition(root, val)
+        held_out = table["patch"].isin(fold["patch"][fold["split"] == "test"]) & (table["split"] == "train")
+        table["split"] = table["split"].mask(held_out, "val")
+    table["case"] = _cases(root, table["slide"])
+    for column in ("slide", "case"):
+        check_sides(table, column, root / "partition" / PARTITIONS[partition])
+    return table
+
+
+def _read_classes(table):
+    "Return the class of each patch, and which patches have exactly one."
+    one_hot = table[[*GRADES]].apply(pd.to_numeric, errors="coerce")
+    valid = one_hot.isin([0, 1]).all(axis=1) & (one_hot.sum(axis=1) == 1)
+    return one_hot.fillna(0).idxmax(axis=1).map(GRADES).map(LABELS), valid
+
+
+def _unlisted(patches, root, table):
+    "Return rows for patches that no table lists: without class, in the split of their case."
+    rows = pd.DataFrame({"patch": patches, "slide": [p.split("_")[0] for p in patches], "class": ""})
+    rows["case"] = _cases(root, rows["slide"])
+    split_of = table.drop_duplicates("case").set_index("case")["split"]
+    return rows.assign(split=rows["case"].map(split_of).fillna(""))
+
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-2
 def sicapv2(
     root,  # folder with images, partition and, where they are at hand, masks and wsi_labels.xlsx
@@ -171,9 +203,8 @@ def sicapv2(
     overlap: bool = True,  # False: only patches that share no pixel
     unlisted: bool = False,  # take patches that no table lists, too
     masks: bool = True,  # False: do without masks; tiles get the class of their patch
-    codes: str
-    | dict[int, int]
-    | None = None,  # what mask values mean: a key of `ENCODINGS`, or as `code_table` takes it; None: find out
+    # what mask values mean: a key of `ENCODINGS`, or as `code_table` takes it; None: find out
+    codes: str | dict[int, int] | None = None,
     duplicates: bool = False,  # take the regions of `DUPLICATE_REGIONS`, too
 ) -> Images:  # its `slides` also have `wsi`, the slide a patch is of
     """Read SICAPv2 as published.
@@ -181,105 +212,62 @@ def sicapv2(
     Raises `BadInput` for broken tables, sides that share a slide or patient, and masks that could mean two things."""
     root = Path(root).expanduser().resolve()
     if not (root / "images").is_dir() or not (root / "partition").is_dir():
-        raise BadInput(
-            root,
-            "there are no `images` and `partition` here",
-            "Give the folder that holds images, masks, partition and wsi_labels.xlsx.",
-        )
-    table = _partition(root, partition)
-    if val:
-        if partition != "Test" or val == "Test":
-            raise BadInput(
-                "val",
-                f"`{val}` beside the partition `{partition}`",
-                "Give a fold, such as Val1, beside the partition Test.",
-            )
-        fold = _partition(root, val)
-        held = table["patch"].isin(fold["patch"][fold["split"] == "test"]) & (table["split"] == "train")
-        table["split"] = table["split"].mask(held, "val")
-    table["case"] = _cases(root, table["slide"])
-    for column in ("slide", "case"):
-        check_sides(table, column, root / "partition" / PARTITIONS[partition])
-
+        remedy = "Give the folder that holds images, masks, partition and wsi_labels.xlsx."
+        raise BadInput(root, "there are no `images` and `partition` here", remedy)
+    table = _read_partition(root, partition, val)
     files = by_stem(find_pictures(root / "images"), root / "images")
     here = table["patch"].isin(files)
     if not here.any():
-        raise BadInput(
-            root / "images",
-            f"none of the {len(table)} patches of partition {partition} is here",
-            f"It lists, for example, {table['patch'].iloc[0]}.",
-        )
+        fault = f"none of the {len(table)} patches of partition {partition} is here"
+        raise BadInput(root / "images", fault, f"It lists, for example, {table['patch'].iloc[0]}.")
     quarantine = missing_files(table["patch"], here, lambda p: root / f"images/{p}.jpg", f"partition {partition}")
     rest = sorted(files.keys() - {*table["patch"]})
-    hot = table[[*GRADES]].apply(pd.to_numeric, errors="coerce")
-    clear = hot.isin([0, 1]).all(axis=1) & (hot.sum(axis=1) == 1)
-    quarantine += [
-        (
-            r.patch,
-            str(files[r.patch]),
-            f"not of one class: {', '.join(f'{g} {getattr(r, g)}' for g in GRADES)}",
-            "Correct its row, or leave it out.",
-        )
-        for r in table[here & ~clear].itertuples()
-    ]
-    table["class"] = hot.fillna(0).idxmax(axis=1).map(GRADES).map(LABELS)
-    missing = int((~here).sum())
-    table = table[here & clear]
+    table["class"], valid = _read_classes(table)
+    for r in table[here & ~valid].itertuples():
+        fault = f"not of one class: {', '.join(f'{g} {getattr(r, g)}' for g in GRADES)}"
+        quarantine.append((r.patch, str(files[r.patch]), fault, "Correct its row, or leave it out."))
+    n_missing = int((~here).sum())
+    table = table[here & valid]
     if unlisted:
-        more = pd.DataFrame({"patch": rest, "slide": [p.split("_")[0] for p in rest], "class": ""})
-        more["case"] = _cases(root, more["slide"])
-        table = pd.concat(
-            [
-                table,
-                more.assign(
-                    split=more["case"].map(table.drop_duplicates("case").set_index("case")["split"]).fillna("")
-                ),
-            ],
-            ignore_index=True,
-        )
-    twice = in_duplicate(parse_names(table["patch"])) if not duplicates else np.zeros(len(table), bool)
-    dropped = 0
-    table = table[~twice]
+        table = pd.concat([table, _unlisted(rest, root, table)], ignore_index=True)
+    repeated = np.zeros(len(table), bool) if duplicates else in_duplicate(parse_names(table["patch"]))
+    table = table[~repeated]
+    n_overlapping = 0
     if not overlap:
-        lying = parse_names(table["patch"])
-        lost = lying.isna().any(axis=1)
-        quarantine += [
-            (
-                p,
-                str(files[p]),
-                "its name does not say where it lies",
-                "Call it <slide>_Block_Region_<region>_<row>_<column>_xini_<x>_yini_<y>, or take all patches.",
-            )
-            for p in table["patch"][lost]
-        ]
-        table = table[~lost]
-        lying = lying[~lost]
-        keep = non_overlapping(lying)
-        dropped = int((~keep).sum())
-        table = table[keep]
-
-    masked = by_stem(find_pictures(root / "masks", masks=True), root / "masks") if masks else {}
-    slides = pd.DataFrame(
-        {
-            "slide": table["patch"],
-            "image": [str(files[p]) for p in table["patch"]],
-            "mask": [str(masked.get(p, "")) for p in table["patch"]],
-            "codes": "",
-            "mpp": SICAP_MPP,
-            "cohort": "sicapv2",
-            "case": table["case"],
-            "wsi": table["slide"],
-            "class": table["class"],
-            "split": table["split"],
-        }
-    ).reset_index(drop=True)
+        place = parse_names(table["patch"])
+        unknown = place.isna().any(axis=1)
+        fault = "its name does not say where it lies"
+        remedy = "Call it <slide>_Block_Region_<region>_<row>_<column>_xini_<x>_yini_<y>, or take all patches."
+        quarantine += [(p, str(files[p]), fault, remedy) for p in table["patch"][unknown]]
+        keep = non_overlapping(place[~unknown])
+        n_overlapping = int((~keep).sum())
+        table = table[~unknown][keep]
+    mask_files = by_stem(find_pictures(root / "masks", masks=True), root / "masks") if masks else {}
+    slides = _slide_rows(table, files, mask_files)
     slides["codes"] = pd.Series(_code_column(slides, codes, root / "masks"), index=slides.index, dtype=object)
     counts = {
         "without mask": int((slides["mask"] == "").sum()),
         "left out": len(quarantine),
-        "overlapping": dropped,
-        "in duplicate regions": int(twice.sum()),
-        "listed but not in the folder": missing,
+        "overlapping": n_overlapping,
+        "in duplicate regions": int(repeated.sum()),
+        "listed but not in the folder": n_missing,
         "in the folder but not listed": 0 if unlisted else len(rest),
     }
     return Images("sicapv2", slides, pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)
+
+
+def _slide_rows(table, files, mask_files):
+    "Return the columns of a cohort for a table of patches, yet without codes."
+    columns = {
+        "slide": table["patch"],
+        "image": [str(files[p]) for p in table["patch"]],
+        "mask": [str(mask_files.get(p, "")) for p in table["patch"]],
+        "codes": "",
+        "mpp": SICAP_MPP,
+        "cohort": "sicapv2",
+        "case": table["case"],
+        "wsi": table["slide"],
+        "class": table["class"],
+        "split": table["split"],
+    }
+    return pd.DataFrame(columns).reset_index(drop=True)
