@@ -615,7 +615,7 @@ def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
     notebook(
         root,
         "10_first",
-        'out = ""\nn = 1\nworkers = 0\nkoleo_weight = 0.1',
+        'out = ""\nn = 1\nworkers = 0\nregulariser_weight = 0.1',
         [
             "# First",
             "from histonb.studies import runs\nrun = runs.start(out, runs.scalars(globals()))",
@@ -640,7 +640,7 @@ def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
         "out": str(root / "o"),
         "n": 3,
         "workers": 0,
-        "koleo_weight": 0.1,
+        "regulariser_weight": 0.1,
     }
 
 

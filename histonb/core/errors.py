@@ -19,12 +19,12 @@ from pathlib import Path
 def printable(
     text,  # name of a file, or what a file holds
 ) -> str:
-    "Spell out what stands in a text and is no letter: names from other systems, and JSON, may hold halves of characters."
+    "Spell out what is not a character: names from other systems, and JSON, may hold half of a surrogate pair."
     return str(text).encode(errors="backslashreplace").decode()
 
 
 class BadInput(ValueError):
-    "An input that cannot be used: which one, its fault, and the remedy. Jobs quarantine these and go on."
+    "An input that cannot be used: which one, what is wrong with it, and the remedy. Jobs set such inputs aside."
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ def foreign_errors(
     except Exception as e:
         if disk_is_full(e):
             raise
-        said = " ".join(str(e).split())[:200]
-        said = f": {said}" if said else ""
+        message = " ".join(str(e).split())[:200]
+        message = f": {message}" if message else ""
         if fault:
-            raise BadInput(path, f"{fault} ({type(e).__name__}{said})", remedy) from e
-        raise BadInput(path, f"unexpected {type(e).__name__} in {_place(e)}{said}", remedy) from e
+            raise BadInput(path, f"{fault} ({type(e).__name__}{message})", remedy) from e
+        raise BadInput(path, f"unexpected {type(e).__name__} in {_place(e)}{message}", remedy) from e
 
 
 def _place(error):
@@ -78,8 +78,8 @@ def _place(error):
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-008
 def nearest(
-    name: str,  # what was asked for
-    names: typing.Iterable[str],  # what there is
+    name: str,  # the misspelt name
+    names: typing.Iterable[str],  # the names that exist
 ) -> str:  # a sentence: the nearest name, or all of them where none is near, or the first of very many
     "Suggest the right name for a misspelt one."
     names = [str(n) for n in names]
@@ -92,7 +92,7 @@ def one_line(
     text,  # of a file or an error of another library
     length: int = 100,  # characters to keep
 ) -> str:
-    "Cut a foreign text to one readable line, without control characters."
+    "Cut a text to its first line, at most `length` characters long and without control characters."
     line = re.sub(r"\x1b\[[0-9;]*m", "", str(text)).strip().partition("\n")[0]
     line = "".join(c if c.isprintable() else "?" for c in line)
     return line if len(line) <= length else line[: length - 3] + "..."
@@ -121,7 +121,7 @@ _REFUSALS = {  # number of the system's error: what is wrong, what to do
 
 
 class Refused(BadInput, OSError):
-    "What the file system refused. Still an `OSError`, with its number, for no slide is to blame."
+    "What the file system refused: a `BadInput` that is still an `OSError` with its number, as no slide is to blame."
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ def explain_refusal(
     error: OSError,  # of writing or reading a file
     path="",  # what was being written, where the error does not name a file
 ) -> Refused | None:  # None for an error that is no refusal of the file system
-    "Say in one sentence what the file system refused, and what to do."
+    "Turn an error of the file system into a `Refused` that says what was refused and what to do."
     if isinstance(error, Refused):
         return error
     if error.errno not in _REFUSALS:
@@ -157,7 +157,7 @@ def refusals_explained(
     try:
         yield
     except OSError as e:
-        told = explain_refusal(e, path)
-        if told is None or told is e:
+        refused = explain_refusal(e, path)
+        if refused is None or refused is e:
             raise
-        raise told from e
+        raise refused from e

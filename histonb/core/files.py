@@ -23,7 +23,7 @@ def atomic_path(
 ):
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any failure.
 
-    Who may read the file is for the umask to say."""
+    The umask decides who may read the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix if len(path.suffix) <= 16 else ""
@@ -39,7 +39,7 @@ def atomic_path(
 
 # %% ../../nbs/00_core/04_files.ipynb #cell-013
 def json_default(value):
-    "What JSON cannot hold: numpy scalars and arrays as numbers and lists, anything else as text."
+    "Convert what JSON cannot hold: numpy scalars and arrays to numbers and lists, anything else to text."
     if hasattr(value, "tolist"):
         return value.tolist()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
@@ -48,7 +48,7 @@ def json_default(value):
 def as_json(
     value,  # dicts, lists, numbers, text; numpy values and dataclasses are converted
 ):  # dicts with texts as keys, lists, numbers, text
-    "What would be read back if the value were written as JSON."
+    "Return what would be read back if the value were written as JSON."
     return json.loads(json.dumps(value, default=json_default))
 
 
@@ -56,7 +56,7 @@ def write_json(
     path,  # file to write, atomically
     value,  # dicts, lists, numbers, text; numpy values and dataclasses are converted
 ):
-    "Write `value` as indented JSON."
+    "Write a value as indented JSON, whole or not at all."
     with atomic_path(path) as p:
         p.write_text(json.dumps(value, indent=2, default=json_default) + "\n", encoding="utf-8")
 
@@ -92,7 +92,7 @@ def append_jsonl(
     path,  # log file, made where missing
     row: dict,  # one record
 ):
-    "Add one record to a JSON-lines log; a last line that a crash cut short is taken out first."
+    "Append one record to a JSON-lines log; a last line that a crash cut short is removed first."
     with open(path, "ab+") as f:
         if f.tell() and f.seek(-1, 2) is not None and f.read(1) != b"\n":
             f.seek(0)
@@ -126,7 +126,7 @@ def write_parquet(
     path,  # file to write, atomically
     table,  # pandas DataFrame; its index is not kept
 ):
-    "Write a table with checksums."
+    "Write a table as Parquet with a checksum for every page."
     with atomic_path(path) as p:
         table.to_parquet(p, index=False, write_page_checksum=True)
 

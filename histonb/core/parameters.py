@@ -66,7 +66,7 @@ _RISING = ("global_scale", "local_scale", "mask_ratio")  # least and most
 
 
 def _numbers(value):
-    "The numbers of a parameter's value; none where it is no number."
+    "List the numbers in a parameter's value; empty where there are none."
     values = value if isinstance(value, (list, tuple)) else [value]
     return [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
@@ -76,7 +76,7 @@ def check_ranges(
     source="parameters",  # where they come from, for the error
     **own: str,  # name -> its range in this place, of the words of `RANGES`
 ):
-    "Refuse numbers that no run could use: out of range, not finite, too few or too many, least and most exchanged."
+    "Refuse numbers that no run could use: out of range, not finite, too few, too many, or in the wrong order."
     for name, value in values.items():
         numbers = _numbers(value)
         words = own.get(name) or _RANGE_OF.get(name, "of any size")
@@ -87,15 +87,11 @@ def check_ranges(
             raise BadInput(source, f"`{name}` is {value!r}", f"Give {count} numbers.")
         if name in _RISING and list(numbers) != sorted(numbers):
             raise BadInput(source, f"`{name}` is {value!r}", "Give the least first, then the most.")
-    least = values.get("min_lr")
-    rate = values.get("lr")
-    peak = rate * (values.get("batch_size") or 256) / 256 if rate else None
-    if least and peak and least > peak:
-        raise BadInput(
-            source,
-            f"`min_lr` is {least:g}, above the peak lr * batch_size/256 = {peak:g}",
-            "Lower min_lr, or raise lr.",
-        )
+    min_lr = values.get("min_lr")
+    peak_lr = (values.get("lr") or 0) * (values.get("batch_size") or 256) / 256
+    if min_lr and peak_lr and min_lr > peak_lr:
+        fault = f"`min_lr` is {min_lr:g}, above the peak lr * batch_size/256 = {peak_lr:g}"
+        raise BadInput(source, fault, "Lower min_lr, or raise lr.")
 
 # %% ../../nbs/00_core/02_parameters.ipynb #cell-021
 def _fits(value, hint) -> bool:
@@ -104,12 +100,12 @@ def _fits(value, hint) -> bool:
     origin = typing.get_origin(hint)
     if hint is typing.Any:
         return True
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is int:
+        return type(value) is int  # and not bool, which is an int
     if origin is None:
-        return (
-            type(value) in (int, float)
-            if hint is float
-            else (type(value) is int if hint is int else isinstance(value, hint))
-        )
+        return isinstance(value, hint)
     if origin in (tuple, list):
         return isinstance(value, (tuple, list)) and all(_fits(v, options[0]) for v in value)
     if origin is typing.Literal:
@@ -161,31 +157,27 @@ def _present_words(value):
     return value
 
 # %% ../../nbs/00_core/02_parameters.ipynb #cell-021-2
+def _has_default(field):
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
 def build(
     cls,  # a dataclass
     values: dict,  # its fields by name
     source="parameters",  # where they come from, for the error
 ):  # the instance
-    "Build a dataclass from a dictionary, refusing unknown keys, values of another type and numbers out of their range."
+    "Build a dataclass from a dictionary. Unknown keys, wrong types and numbers out of range are `BadInput`."
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:
             check_renamed(key, hints, source)
             raise BadInput(source, f"unknown parameter `{key}`", nearest(str(key), hints))
         if not _fits(value, hints[key]):
-            want = getattr(hints[key], "__name__", None) if typing.get_origin(hints[key]) is None else hints[key]
-            raise BadInput(source, f"`{key}` is {value!r}, not of type {want}", "Correct the value.")
+            wanted = getattr(hints[key], "__name__", None) if typing.get_origin(hints[key]) is None else hints[key]
+            raise BadInput(source, f"`{key}` is {value!r}, not of type {wanted}", "Correct the value.")
     check_ranges(values, source)
-    lacking = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if lacking:
-        raise BadInput(source, f"`{lacking[0]}` is missing", "Give it.")
-    return cls(
-        **{
-            k: tuple(v) if isinstance(v, list) and typing.get_origin(hints[k]) is tuple else v
-            for k, v in values.items()
-        }
-    )
+    for field in dataclasses.fields(cls):
+        if field.name not in values and not _has_default(field):
+            raise BadInput(source, f"`{field.name}` is missing", "Give it.")
+    tuples = {key for key in values if isinstance(values[key], list) and typing.get_origin(hints[key]) is tuple}
+    return cls(**{key: tuple(value) if key in tuples else value for key, value in values.items()})

@@ -12,7 +12,7 @@ import time
 
 # %% ../../nbs/00_core/03_progress.ipynb #cell-024
 def in_notebook() -> bool:  # False in a batch job, where nobody looks
-    "Whether a cell of a notebook runs this, for a person to see."
+    "Tell whether this runs in a notebook that a person looks at."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel") and not os.environ.get("HISTONB_BATCH")
 
@@ -22,7 +22,7 @@ def _in_batch():
 
 # %% ../../nbs/00_core/03_progress.ipynb #cell-024-2
 class progress:
-    "Iterate while showing how far it is: a bar for people, plain lines (at most one every `every` seconds) in batch logs."
+    "Iterate with a progress bar; in batch logs print a plain line at most every `every` seconds instead."
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class progress:
             self.bar = tqdm(desc=desc, total=self.total, unit=unit, leave=False)
 
     def update(self, n=1, note=""):
-        "Count `n` more items; `note` is shown beside the count."
+        "Count `n` more items and show `note` beside the count."
         self.n, self.note = self.n + n, note or self.note
         if self.bar is not None:
             if note:
@@ -56,10 +56,11 @@ class progress:
             print(self.line(), flush=True)
 
     def line(self):
-        "The state as one line of text."
+        "Return the state as one line of text."
         rate = self.n / max(time.monotonic() - self.start, 1e-9)
+        count = f"{self.n}/{self.total}" if self.total else f"{self.n}"
         left = f", {(self.total - self.n) / rate:.0f} s left" if self.total and rate else ""
-        return f"{self.desc}: {self.n}{f'/{self.total}' if self.total else ''} {self.unit}, {rate:.3g} {self.unit}/s{left} {self.note}".rstrip()
+        return f"{self.desc}: {count} {self.unit}, {rate:.3g} {self.unit}/s{left} {self.note}".rstrip()
 
     def close(self):
         if self.bar is not None:

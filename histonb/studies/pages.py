@@ -19,7 +19,7 @@ from ..core.files import atomic_path, read_record
 def format_value(
     value,  # number or text
 ) -> str:  # as it is shown
-    "A headline figure: four significant digits, thousands apart."
+    "Format a number with four significant digits and commas between thousands; text stays as it is."
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if type(value) is int else str(value)
@@ -28,7 +28,7 @@ def format_value(
 def format_duration(
     seconds: float | None,  # None = unknown
 ) -> str:  # such as `2 h 5 min`
-    "A length of time in its two largest units."
+    "Format a length of time in its two largest units."
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -43,36 +43,39 @@ _MATH = re.compile(r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|(?<![\\$\w])\$(?![\s$])([
 
 def extract_math(
     text: str,  # Markdown
-    found: list,  # formulas so far, as MathML; those of `text` are appended
+    formulas: list,  # formulas so far, as MathML; those of `text` are appended
 ) -> str:  # Markdown with a placeholder for each formula
-    "Set the formulas of a Markdown text aside as MathML."
+    "Replace the formulas of a Markdown text by placeholders, and append them to `formulas` as MathML."
     from latex2mathml.converter import convert
 
     def one(match):
         latex = match[1] or match[2]
         if latex is None:
             return match[0]
-        found.append(convert(latex.strip(), display="block" if match[1] else "inline"))
-        return f"formula{len(found) - 1}placeholder"
+        formulas.append(convert(latex.strip(), display="block" if match[1] else "inline"))
+        return f"formula{len(formulas) - 1}placeholder"
 
     return _MATH.sub(one, text)
 
 
 def insert_math(
     page: str,  # HTML with placeholders
-    found: list,  # the formulas
+    formulas: list,  # as MathML
 ) -> str:  # HTML with formulas
     "Put the formulas back in place."
-    return re.sub(r"formula(\d+)placeholder", lambda m: found[int(m[1])], page)
+    return re.sub(r"formula(\d+)placeholder", lambda m: formulas[int(m[1])], page)
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-011
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2129; --soft: #5d6673; --line: #dde1e7; --back: #ffffff; --panel: #f5f6f8;
+:root { color-scheme: light dark;
+  --ink: #1d2129; --soft: #5d6673; --line: #dde1e7; --back: #ffffff; --panel: #f5f6f8;
   --link: #7a2d6b; --good: #1d7a46; --bad: #b3261e; --warn: #8a5a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #9aa3b0; --line: #353b45; --back: #16191e; --panel: #20242b;
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e4e6ea; --soft: #9aa3b0; --line: #353b45; --back: #16191e; --panel: #20242b;
   --link: #e3a5d6; --good: #6fce98; --bad: #ff8a80; --warn: #e8b95a; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main, header { max-width: 56rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 2rem; }
 main { padding-bottom: 4rem; }
@@ -93,15 +96,18 @@ table { border: 0; border-collapse: collapse; font-size: .92rem; font-variant-nu
 th, td { padding: .28rem .8rem .28rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 .dataframe th, .dataframe td { text-align: right; border-width: 0 0 1px; }
 img, svg { max-width: 100%; height: auto; }
-.output_png img, .output_jpeg img, .output_svg img { background: #fff; border-radius: 4px; display: block; margin: .8rem 0; }
+.output_png img, .output_jpeg img, .output_svg img {
+  background: #fff; border-radius: 4px; display: block; margin: .8rem 0; }
 pre, code { font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { background: var(--panel); padding: .7rem .9rem; border-radius: 6px; overflow: auto; max-height: 30rem; margin: .6rem 0; }
+pre { background: var(--panel); padding: .7rem .9rem; border-radius: 6px; overflow: auto; max-height: 30rem;
+  margin: .6rem 0; }
 .output_stderr pre { color: var(--soft); max-height: 8rem; }
 summary { cursor: pointer; width: fit-content; }
 details.code { margin: .1rem 0; }
 details.code summary { opacity: .65; }
 details.facts { margin: .4rem 0; }
-button { font: inherit; font-size: .88rem; color: var(--ink); background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .25rem .8rem; cursor: pointer; margin: .8rem 0; }
+button { font: inherit; font-size: .88rem; color: var(--ink); background: var(--panel); border: 1px solid var(--line);
+  border-radius: 6px; padding: .25rem .8rem; cursor: pointer; margin: .8rem 0; }
 .stage { border-top: 1px solid var(--line); padding: 1rem 0; }
 .stage h2 { margin: 0; font-size: 1.15rem; }
 .state { font-size: .88rem; font-weight: 600; }
@@ -119,7 +125,7 @@ _PAGE = """<!doctype html>
 
 
 def _figures(headline):
-    "Headline figures as large numbers with their names."
+    "Show headline results as large numbers with their names."
     cells = "".join(
         f"<div><b>{html.escape(format_value(v))}</b><span>{html.escape(str(k))}</span></div>"
         for k, v in headline.items()
@@ -128,31 +134,33 @@ def _figures(headline):
 
 
 def _facts(title, rows):
-    "A folded table of names and values."
-    cells = "".join(
-        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
-        for k, v in rows.items()
-    )
-    return (
-        f'<details class="facts"><summary>{title}</summary><div class="scroll"><table>{cells}</table></div></details>'
-        if cells
-        else ""
-    )
+    "Show names and values as a folded table; empty text where there are none."
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rows.items()}
+    lines = [f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(text)}</td></tr>" for k, text in texts.items()]
+    if not lines:
+        return ""
+    table = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return f'<details class="facts"><summary>{title}</summary>{table}</details>'
 
 
 def _table(rows):
-    "Rows of named cells as a table."
-    columns = list(dict.fromkeys(c for cells in rows.values() for c in cells))
-    line = lambda tag, cells: "".join(f"<{tag}>{html.escape(format_value(c))}</{tag}>" for c in cells)
-    body = "".join(
-        f"<tr>{line('th', [name])}{line('td', (cells.get(c, '-') for c in columns)).replace(', ', ',&nbsp;')}</tr>"
-        for name, cells in rows.items()
-    )
-    return f'<div class="scroll"><table class="dataframe"><tr>{line("th", ["", *columns])}</tr>{body}</table></div>'
+    "Show rows of named cells as a table; intervals do not break after their comma."
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    lines = [_cells("th", ["", *columns])]
+    for name, cells in rows.items():
+        values = _cells("td", [cells.get(column, "-") for column in columns])
+        lines.append(_cells("th", [name]) + values.replace(", ", ",&nbsp;"))
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="dataframe">{body}</table></div>'
+
+
+def _cells(tag, values):
+    return "".join(f"<{tag}>{html.escape(format_value(value))}</{tag}>" for value in values)
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-011-3
-_LOADED = re.compile(
-    r"<(script|link|img|iframe|source|video|audio|embed)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?",
+_LOADED = re.compile(  # elements that would load something from the network
+    r"<(script|link|img|iframe|source|video|audio|embed)\b[^>]*"
+    r"\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?",
     re.I,
 )
 
@@ -166,14 +174,22 @@ def _write_page(path, title, style, header, main):
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-013
 _TEMPLATE = """
 {%- extends 'classic/base.html.j2' -%}
-{%- block in_prompt -%}{%- endblock -%}{%- block empty_in_prompt -%}{%- endblock -%}{%- block output_area_prompt -%}{%- endblock -%}
-{%- block input -%}<details class="code"><summary>code</summary>{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>{%- endblock -%}
+{%- block in_prompt -%}{%- endblock -%}
+{%- block empty_in_prompt -%}{%- endblock -%}
+{%- block output_area_prompt -%}{%- endblock -%}
+{%- block input -%}
+<details class="code"><summary>code</summary>{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>
+{%- endblock -%}
 """
-_TOGGLE = """<button onclick="var d=document.querySelectorAll('details.code'),o=!d[0].open;d.forEach(function(e){e.open=o});this.textContent=o?'Hide code':'Show code'">Show code</button>"""
+_TOGGLE_SCRIPT = (
+    "var d=document.querySelectorAll('details.code'),o=!d[0].open;"
+    "d.forEach(function(e){e.open=o});this.textContent=o?'Hide code':'Show code'"
+)
+_TOGGLE = f'<button onclick="{_TOGGLE_SCRIPT}">Show code</button>'
 
 
 def _tidy(book, formulas):
-    "Take out what is not for reading: injected parameters, hidden cells, directives; returns the title."
+    "Remove what is not for reading (injected parameters, hidden cells, directives); return the title."
     title = ""
     cells = []
     for cell in book.cells:
@@ -196,7 +212,7 @@ def _tidy(book, formulas):
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-013-2
 def _body(book):
-    "The cells as HTML, without prompts, the code folded."
+    "Render the cells as HTML, without prompts and with the code folded."
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
     from traitlets.config import Config
@@ -208,9 +224,8 @@ def _body(book):
         extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})],
         exclude_anchor_links=True,
     )
-    exporter.register_preprocessor(
-        "nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True
-    )  # a log is one block
+    # a log is one block
+    exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)
     exporter.log.setLevel("ERROR")
     return exporter.from_notebook_node(book)[0]
 
@@ -219,11 +234,8 @@ def _code_colors():
     from pygments.formatters import HtmlFormatter
 
     def rules(style):
-        return "\n".join(
-            r
-            for r in HtmlFormatter(style=style).get_style_defs(".highlight").splitlines()
-            if r.startswith(".highlight .")
-        )
+        lines = HtmlFormatter(style=style).get_style_defs(".highlight").splitlines()
+        return "\n".join(line for line in lines if line.startswith(".highlight ."))
 
     return f"{rules('friendly')}\n@media (prefers-color-scheme: dark) {{ {rules('github-dark')} }}"
 
@@ -240,8 +252,18 @@ def write_report(
     return _write_page(folder / "report.html", *page)
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-013-4
+def _provenance(record):
+    "List inputs, machine, CPU time and packages of a provenance.json by name; nothing where it is empty."
+    if not record:
+        return {}
+    inputs = {f"input {name}": f"{v['path']} ({v['digest']})" for name, v in record.get("inputs", {}).items()}
+    packages = {f"package {name}": version for name, version in record.get("packages", {}).items() if version}
+    cpu_time = {"CPU time": format_duration(record.get("cpu_seconds"))}
+    return inputs | record.get("machine", {}) | cpu_time | packages
+
+
 def _report(folder):
-    "Title, style, header and body of a run's page."
+    "Return title, style, header and body of a run's page."
     import nbformat
 
     records = {
@@ -259,40 +281,26 @@ def _report(folder):
     machine = made.get("machine", {})
     commit = f"commit {git['commit'][:10]}{' with local changes' if git['dirty'] else ''}" if git.get("commit") else ""
     line = [made.get("started", "")[:10], format_duration(made.get("wall_seconds")), machine.get("device", ""), commit]
-    up = (
-        f'<a href="../index.html">{html.escape(folder.parent.name)}</a> / '
-        if (folder.parent / "study.json").exists()
-        else ""
-    )
-    bad = (
-        ""
-        if state == "finished"
-        else f'<p class="state {state}">{state}: {html.escape(records["stage"].get("error", ""))}</p>'
-    )
-    header = (
-        f"<nav>{up}{html.escape(folder.name)}</nav><h1>{html.escape(title)}</h1>{bad}"
-        f'<p class="soft">{html.escape(" · ".join(filter(None, line)))}</p>{_figures(records["metrics"].get("headline", {}))}'
-        + _facts("Parameters", made.get("parameters", {}))
-        + _facts(
-            "Provenance",
-            {
-                **{f"input {k}": f"{v['path']} ({v['digest']})" for k, v in made.get("inputs", {}).items()},
-                **{k: v for k, v in machine.items()},
-                "CPU time": format_duration(made.get("cpu_seconds")),
-                **{f"package {k}": v for k, v in made.get("packages", {}).items() if v},
-            }
-            if made
-            else {},
-        )
-        + _TOGGLE
-    )
+    nav = html.escape(folder.name)
+    if (folder.parent / "study.json").exists():
+        nav = f'<a href="../index.html">{html.escape(folder.parent.name)}</a> / {nav}'
+    header = [f"<nav>{nav}</nav><h1>{html.escape(title)}</h1>"]
+    if state != "finished":
+        header.append(f'<p class="state {state}">{state}: {html.escape(records["stage"].get("error", ""))}</p>')
+    header.append(f'<p class="soft">{html.escape(" · ".join(filter(None, line)))}</p>')
+    header.append(_figures(records["metrics"].get("headline", {})))
+    header.append(_facts("Parameters", made.get("parameters", {})))
+    header.append(_facts("Provenance", _provenance(made)))
+    header = "".join([*header, _TOGGLE])
     return title, STYLE + _code_colors(), header, insert_math(_body(book), formulas)
 
 # %% ../../nbs/13_studies/02_pages.ipynb #cell-019
 def write_index(
     study_folder,  # folder of a study, with the study.json its runner keeps
 ) -> Path:  # the page, `index.html`
-    "Write a study's overview: the tables of its stages, then all stages in order, their state, time and headline figures, each linked to its report."
+    """Write a study's overview: the tables of its stages, then all stages in order.
+
+    Each stage stands with its state, time and headline results, and links to its report."""
     study_folder = Path(study_folder)
     if not (study_folder / "study.json").exists():
         raise BadInput(study_folder, "no study.json in it", "Run the study first.")
@@ -302,10 +310,10 @@ def write_index(
 
 
 def _index(study_folder):
-    "Title, style, header and body of a study's page."
+    "Return title, style, header and body of a study's page."
     study = read_record(study_folder / "study.json", "study", "title", "stages")
     tables = []
-    parts = []
+    sections = []
     for row in study["stages"]:
         name = html.escape(row["stage"])
         metrics = study_folder / row["stage"] / "metrics.json"
@@ -317,7 +325,7 @@ def _index(study_folder):
                 for title, rows in read_record(metrics).get("tables", {}).items()
             ]
         note = " · ".join(filter(None, [row["state"], format_duration(row["seconds"]), row["why"]]))
-        parts.append(
+        sections.append(
             f'<section class="stage"><h2>{link}</h2><p class="state {row["state"]}">{html.escape(note)}</p>'
             f'{_figures(row["headline"])}<p class="soft">{html.escape(row["notebook"])}</p></section>'
         )
@@ -327,4 +335,4 @@ def _index(study_folder):
         f"<nav>{html.escape(study['study'])}</nav><h1>{html.escape(study['title'])}</h1>"
         f'<p class="soft">{finished} of {len(study["stages"])} stages finished{" · " + total if finished else ""}</p>'
     )
-    return study["title"], STYLE, header, "".join(tables + parts)
+    return study["title"], STYLE, header, "".join(tables + sections)

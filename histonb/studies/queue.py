@@ -17,20 +17,24 @@ from .study import Stage, Study
 def read_queue(
     text: str,  # what squeue printed: number, state, restarts, name, reason
 ) -> dict:  # number -> (name, state, what it is called in words)
-    "The jobs that wait or run."
-    found = {}
-    for job, state, restarts, name, reason in (
-        line.split(None, 4) for line in text.splitlines() if len(line.split()) > 4
-    ):
-        waits = state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")
-        if state != "COMPLETING":  # it has ended, or will be pending again in a moment
-            again = f", restart {restarts}" if restarts != "0" else ""
-            found[job] = (
-                name,
-                ("requeued" if again else "pending") if waits else "running",
-                f"job {job}{again}{f': waits for {reason.strip()}' if waits else ''}",
-            )
-    return found
+    "List the jobs that wait or run."
+    jobs = {}
+    for line in text.splitlines():
+        words = line.split(None, 4)
+        if len(words) < 5:
+            continue
+        job, state, restarts, name, reason = words
+        if state == "COMPLETING":
+            continue  # it has ended, or will be pending again in a moment
+        description = f"job {job}"
+        if restarts != "0":
+            description += f", restart {restarts}"
+        if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+            description += f": waits for {reason.strip()}"
+            jobs[job] = (name, "pending" if restarts == "0" else "requeued", description)
+        else:
+            jobs[job] = (name, "running", description)
+    return jobs
 
 
 def last_job(
@@ -45,23 +49,22 @@ def last_job(
 def queued_stages(
     study: Study,  # the study
 ) -> dict:  # stage -> (state, in words); stages of this very job are left out
-    "Which stages wait or run on the cluster."
+    "Ask SLURM which stages of a study wait or run on the cluster."
     columns = "JobID:20,State:20,RestartCnt:10,Name:200,Reason:100"
     try:
-        asked = subprocess.run(
-            ["squeue", "--me", "--noheader", f"--Format={columns}"], capture_output=True, text=True, timeout=30
-        )
-        jobs = None if asked.returncode else read_queue(asked.stdout)
+        command = ["squeue", "--me", "--noheader", f"--Format={columns}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        jobs = None if done.returncode else read_queue(done.stdout)
     except (OSError, subprocess.TimeoutExpired):
         jobs = None  # in a container, or on another machine
-    found = {}
+    stages = {}
     for stage in study.stages.values():
         job = last_job(study, stage)
         if job is None or job == os.environ.get("SLURM_JOB_ID"):
             continue
         if jobs is None:
             if stage_record(study, stage).get("state", "running") == "running":
-                found[stage.name] = ("submitted", f"job {job}; the queue cannot be asked here")
+                stages[stage.name] = ("submitted", f"job {job}; the queue cannot be asked here")
         elif jobs.get(job, ("",))[0] == f"{study.name}.{stage.name}":
-            found[stage.name] = jobs[job][1:]
-    return found
+            stages[stage.name] = jobs[job][1:]
+    return stages

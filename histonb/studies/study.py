@@ -41,8 +41,10 @@ MAX_YAML_VALUES = 100_000  # that a YAML file may hold, aliases written out
 
 def _count(value, left):
     "Count down the values of nested lists and mappings; below 0 there are too many."
-    for part in value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-        left = _count(part, left - 1)
+    if isinstance(value, dict):
+        value = [*value.items()]
+    for item in value if isinstance(value, (list, tuple)) else ():
+        left = _count(item, left - 1)
         if left < 0:
             break
     return left
@@ -51,7 +53,7 @@ def _count(value, left):
 def read_yaml(
     path,  # YAML file
 ):  # what it holds
-    "Read a YAML file; what is wrong in it is a `BadInput` with the line."
+    "Read a YAML file; a fault in it is a `BadInput` with the line."
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
         if _count(values, MAX_YAML_VALUES) < 0:
@@ -61,11 +63,8 @@ def read_yaml(
         raise BadInput(path, "no such file", "Give the path of a study, such as runs/demo.yaml.") from None
     except RecursionError:
         raise BadInput(path, "not readable as YAML: nested without end", "Correct it.") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OSError,
-    ) as e:  # ValueError: bytes that are no text, a date that does not exist ...
+    # ValueError: bytes that are no text, a date that does not exist ...
+    except (yaml.YAMLError, ValueError, OSError) as e:
         mark = getattr(e, "problem_mark", None)
         problem = getattr(e, "problem", None) or str(e).splitlines()[0]
         where = f" in line {mark.line + 1}" if mark else ""
@@ -84,7 +83,7 @@ def read_notebook(
 
 
 def _is_cell(cell):
-    "Whether this is a cell of a notebook, its tags a list and its source text."
+    "Tell whether this is a cell of a notebook, its tags a list and its source text."
     if (
         not isinstance(cell, dict)
         or not isinstance(cell.get("metadata"), dict)
@@ -96,12 +95,15 @@ def _is_cell(cell):
     return isinstance(cell["metadata"].get("tags", []), list) and all(isinstance(line, str) for line in lines)
 
 
-def cell_source(cell):
+def cell_source(
+    cell: dict,  # of a notebook
+) -> str:
+    "Join the lines of a cell."
     return "".join(cell["source"])
 
 
 def _parameters(path):
-    "Name, default value and type of each parameter, in the notebook's order."
+    "Read name, default value and type of each parameter, in the notebook's order."
     cells = [c for c in read_notebook(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise BadInput(path, f"{len(cells)} cells are tagged `parameters`, not one", "Tag the cell of its parameters.")
@@ -111,26 +113,27 @@ def _parameters(path):
 def notebook_parameters(
     path,  # report notebook
 ) -> dict:  # parameter name -> default value, in the notebook's order
-    "The assignments in the cell tagged `parameters`."
+    "Read the assignments in the cell tagged `parameters`."
     return {name: value for name, value, _ in _parameters(path)}
 
 
 def parameter_types(
     path,  # report notebook
 ) -> dict:  # parameter name -> type: what is written, or else that of its default
-    "What the values of a notebook's parameters must be."
+    "Read the types that the values of a notebook's parameters must have."
     return {name: hint for name, _, hint in _parameters(path)}
 
 # %% ../../nbs/13_studies/03_study.ipynb #cell-015
 @dataclasses.dataclass
 class Resources:
-    "What a stage asks of a SLURM cluster. A run on this machine takes no notice of it."
+    "What a stage requests from a SLURM cluster. A run on this machine ignores it."
 
     nodes: int = 1
     gpus: int = 0  # of each node
     cpus: int = 0  # cores of each node; 0: what the site's profile gives with each GPU, or else the site's default
     memory: str = ""  # of each node, such as 64G; empty: the site's default
-    time: str = ""  # longest duration, such as 24:00:00 or 2-00:00:00, of which the last five minutes are for a checkpoint; empty: the site's default
+    # longest duration, such as 24:00:00 or 2-00:00:00, with five minutes for a checkpoint; empty: the site's default
+    time: str = ""
     partition: str = ""  # instead of the profile's
     qos: str = ""  # instead of the profile's
 
@@ -176,6 +179,10 @@ def _keys(values, allowed, where, what):
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
+_FORMATS = {  # resource -> what it must match, an example
+    "memory": (r"(\d+[KMGT]?)?$", "64G"),
+    "time": (r"((\d+-)?\d+(:\d\d){0,2})?$", "24:00:00"),
+}
 
 
 def _resolve(value, folder_of):
@@ -186,20 +193,17 @@ def _resolve(value, folder_of):
 
 
 def _resources(shared, own, where):
-    "A stage's own resources and those it shares, checked, so that the queue does not refuse half of a study."
+    "Check a stage's own and shared resources, so that the queue does not refuse half of a study."
     known = [f.name for f in dataclasses.fields(Resources)]
-    asked = build(
-        Resources,
-        {k: v for part in (shared, own) for k, v in _keys(part or {}, known, where, "`resources`").items()},
-        where,
-    )
-    for name, pattern, example in [
-        ("memory", r"(\d+[KMGT]?)?$", "64G"),
-        ("time", r"((\d+-)?\d+(:\d\d){0,2})?$", "24:00:00"),
-    ]:
-        if not re.match(pattern, getattr(asked, name)):
-            raise BadInput(where, f"`{name}` is {getattr(asked, name)!r}", f"Write it like {example}.")
-    return asked
+    values = {}
+    for given in (shared, own):
+        values |= _keys(given or {}, known, where, "`resources`")
+    resources = build(Resources, values, where)
+    for name, (pattern, example) in _FORMATS.items():
+        text = getattr(resources, name)
+        if not re.match(pattern, text):
+            raise BadInput(where, f"`{name}` is {text!r}", f"Write it like {example}.")
+    return resources
 
 # %% ../../nbs/13_studies/03_study.ipynb #4b160491
 RENAMED_REPORTS = {  # former name of a report -> its name now
@@ -232,6 +236,63 @@ def _check_renamed_report(
     if former in RENAMED_REPORTS:
         raise BadInput(where, f"the report `{former}` is now called `{RENAMED_REPORTS[former]}`", "Rename it.")
 
+# %% ../../nbs/13_studies/03_study.ipynb #cell-015-4
+def _read_stage(study, plan, stage, spec):
+    "Read one stage; the references of its parameters lead to the stages before it."
+    where = f"{study.path}, stage `{stage}`"
+    if not isinstance(stage, str):
+        raise BadInput(where, f"YAML reads its name as {stage!r}, not as text", "Put the name in quotes.")
+    if not _NAME.fullmatch(stage):
+        raise BadInput(where, "not a name for a folder", "Use letters, digits, - and _.")
+    notebook = _find_report(study, spec, where)
+    folder = f"runs/{study.name}/{stage}"
+    values, needs = _stage_parameters(study, plan, spec, study.root / notebook, where, folder)
+    resources = _resources(plan.get("resources"), spec.get("resources"), where)
+    return Stage(stage, notebook, folder, {**values, "out": folder}, needs, resources)
+
+
+def _find_report(study, spec, where):
+    "Find a stage's notebook, as a path from the root."
+    notebook = _keys(spec, ["notebook", "parameters", "resources"], where, "the stage").get("notebook")
+    reports = sorted(p.stem for p in (study.root / "nbs/reports").glob("*.ipynb"))
+    if notebook not in reports:
+        _check_renamed_report(notebook, where)
+        raise BadInput(where, f"no notebook `{notebook}` in nbs/reports", nearest(notebook, reports))
+    return f"nbs/reports/{notebook}.ipynb"
+
+# %% ../../nbs/13_studies/03_study.ipynb #cell-015-5
+def _stage_parameters(study, plan, spec, notebook, where, folder):
+    "Check a stage's parameters; returns them with their references resolved, and the stages they refer to."
+    defaults = notebook_parameters(notebook)
+    if "out" not in defaults:
+        path = notebook.relative_to(study.root)
+        raise BadInput(path, 'no parameter `out = ""`', "Stages write into the folder it names.")
+    given = spec.get("parameters") or {}
+    if "out" in given:
+        raise BadInput(where, f"`out` is always {folder} in a study", "Leave it out.")
+    values = _keys(given, [name for name in defaults if name != "out"], where, "`parameters`")
+    needs = []
+
+    def folder_of(name):
+        if name not in study.stages:
+            _refuse_reference(name, study, plan, where, folder)
+        if name not in needs:
+            needs.append(name)
+        return study.stages[name].folder
+
+    values = {name: _resolve(value, folder_of) for name, value in values.items()}
+    check_parameters(values, parameter_types(notebook), where)
+    return values, needs
+
+
+def _refuse_reference(name, study, plan, where, folder):
+    "Say why a stage cannot be referred to: it comes later, or there is none of this name."
+    if name in plan["stages"]:
+        fault = f"it needs `{{{name}}}`, which comes no earlier"
+        raise BadInput(where, fault, f"Move `{name}` above `{Path(folder).name}`.")
+    earlier = [*study.stages] or ["(no earlier stage)"]
+    raise BadInput(where, f"it needs `{{{name}}}`, which is no stage", nearest(name, earlier))
+
 # %% ../../nbs/13_studies/03_study.ipynb #cell-015-3
 def load_study(
     path,  # the study's YAML file
@@ -241,55 +302,14 @@ def load_study(
     plan = _keys(read_yaml(path), ["study", "title", "stages", "resources", "profile"], path, "the study")
     name = plan.get("study")
     if name != path.stem:
-        raise BadInput(
-            path, f"`study` is {name!r}", f"Name it {path.stem} like its file: its outputs go to runs/{path.stem}."
-        )
+        remedy = f"Name it {path.stem} like its file: its outputs go to runs/{path.stem}."
+        raise BadInput(path, f"`study` is {name!r}", remedy)
     if not _NAME.fullmatch(name):
         raise BadInput(path, f"`{name}` is not a name for a folder", "Use letters, digits, - and _.")
     if not isinstance(plan.get("stages"), dict) or not plan["stages"]:
         raise BadInput(path, "no `stages`", "Give at least one stage.")
-    root = repo_root(path.parent)
-    study = Study(name, str(plan.get("title") or name), path, root, {}, str(plan.get("profile") or ""))
-    reports = sorted(p.stem for p in (root / "nbs/reports").glob("*.ipynb"))
+    title = str(plan.get("title") or name)
+    study = Study(name, title, path, repo_root(path.parent), {}, str(plan.get("profile") or ""))
     for stage, spec in plan["stages"].items():
-        where = f"{path}, stage `{stage}`"
-        if not isinstance(stage, str):
-            raise BadInput(where, f"YAML reads its name as {stage!r}, not as text", "Put the name in quotes.")
-        if not _NAME.fullmatch(stage):
-            raise BadInput(where, "not a name for a folder", "Use letters, digits, - and _.")
-        notebook = _keys(spec, ["notebook", "parameters", "resources"], where, "the stage").get("notebook")
-        if notebook not in reports:
-            _check_renamed_report(notebook, where)
-            raise BadInput(where, f"no notebook `{notebook}` in nbs/reports", nearest(notebook, reports))
-        defaults = notebook_parameters(root / f"nbs/reports/{notebook}.ipynb")
-        if "out" not in defaults:
-            raise BadInput(
-                f"nbs/reports/{notebook}.ipynb", 'no parameter `out = ""`', "Stages write into the folder it names."
-            )
-        if "out" in (spec.get("parameters") or {}):
-            raise BadInput(where, f"`out` is always {'runs/' + name + '/' + stage} in a study", "Leave it out.")
-        values = _keys(spec.get("parameters") or {}, [k for k in defaults if k != "out"], where, "`parameters`")
-        needs = []
-
-        def folder_of(other, where=where, stage=stage, needs=needs):
-            if other not in study.stages:
-                later = other in plan["stages"]
-                raise BadInput(
-                    where,
-                    f"it needs `{{{other}}}`, " + ("which comes no earlier" if later else "which is no stage"),
-                    f"Move `{other}` above `{stage}`."
-                    if later
-                    else nearest(other, [s for s in study.stages] or ["(no earlier stage)"]),
-                )
-            if other not in needs:
-                needs.append(other)
-            return study.stages[other].folder
-
-        values = {k: _resolve(v, folder_of) for k, v in values.items()}
-        check_parameters(values, parameter_types(root / f"nbs/reports/{notebook}.ipynb"), where)
-        folder = f"runs/{name}/{stage}"
-        asked = _resources(plan.get("resources"), spec.get("resources"), where)
-        study.stages[stage] = Stage(
-            stage, f"nbs/reports/{notebook}.ipynb", folder, {**values, "out": folder}, needs, asked
-        )
+        study.stages[stage] = _read_stage(study, plan, stage, spec)
     return study
