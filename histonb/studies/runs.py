@@ -31,7 +31,7 @@ from ..core.parameters import build
 def input_digest(
     path,  # file or folder; a folder with a metrics.json is a finished stage
 ) -> str:  # 16 hexadecimal digits
-    "Key of an input's content; an absent path is a `BadInput`."
+    "Compute the key of an input's content; an absent path is a `BadInput`."
     path = Path(path)
     if path.is_file():
         return content_key(path)
@@ -42,14 +42,14 @@ def input_digest(
     return digest(folder_keys(path))
 
 
-_LOG_SUFFIXES = (".jsonl", ".ipynb", ".html", ".png", ".out", ".log")  # what tells of a run, and is no result of it
+_LOG_SUFFIXES = (".jsonl", ".ipynb", ".html", ".png", ".out", ".log")  # logs and pages of a run, not its results
 _RECORDS = ("metrics.json", "provenance.json", "stage.json", "job.json", "stop", "stopped")
 
 
 def output_keys(
     folder,  # of a run
 ) -> dict:  # path from the folder -> key of its content
-    "What a run leaves for others to read, besides its metrics."
+    "Compute the key of every file that later stages may read from a run, besides its metrics."
     return folder_keys(folder, _is_result)
 
 
@@ -64,24 +64,24 @@ def outputs_digest(
     metrics: dict,  # results of a run
     keys: dict,  # its `output_keys`
 ) -> str:  # 16 hexadecimal digits
-    "Key of what a run leaves for others to read: its results and the bytes of its files."
+    "Compute the key of all that later stages may read from a run: its metrics and its files."
     return digest(metrics, keys)
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-005-2
 def lost_outputs(
     folder,  # of a finished run
 ) -> list:  # names, in order
-    "Which outputs of a run are gone or no longer what it wrote."
+    "List the outputs of a run that are gone or no longer what it wrote."
     path = Path(folder) / "provenance.json"
     known = read_record(path).get("files", {})
     if not isinstance(known, dict):
-        raise BadInput(path, "does not tell the files of its run", "Run the stage again.")
+        raise BadInput(path, "does not list the files of its run", "Run the stage again.")
     now = output_keys(folder)
     return [name for name, key in known.items() if now.get(name) != key]
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-008
 def git_state() -> dict:  # `commit` (None outside a repository) and `dirty`
-    "Commit of the checkout the run uses, and whether tracked or new files differ from it."
+    "Read the commit of the checkout in use, and whether tracked or new files differ from it."
 
     def git(*args):
         return subprocess.run(("git", "-C", str(repo_root()), *args), capture_output=True, text=True, check=True).stdout
@@ -93,10 +93,11 @@ def git_state() -> dict:  # `commit` (None outside a repository) and `dirty`
 
 
 def package_versions() -> dict:  # package -> version
-    "Versions of histonb and of the packages it requires, as installed."
-    asked = [re.match(r"[\w.-]+", r)[0] for r in importlib.metadata.requires("histonb") or [] if "extra ==" not in r]
+    "Read the installed versions of histonb and of the packages it requires."
+    lines = importlib.metadata.requires("histonb") or []
+    required = [re.match(r"[\w.-]+", line)[0] for line in lines if "extra ==" not in line]
     installed = {}
-    for name in ["histonb", *asked]:
+    for name in ["histonb", *required]:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -105,14 +106,14 @@ def package_versions() -> dict:  # package -> version
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-008-2
 def machine() -> dict:  # python, platform, processor, cores, threads, device
-    "What the run computes on; torch is asked only where the run has loaded it."
+    "Describe what the run computes on; torch is asked only where the run has loaded it."
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {
+    facts = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu,
@@ -120,9 +121,9 @@ def machine() -> dict:  # python, platform, processor, cores, threads, device
     }
     torch = sys.modules.get("torch")
     if torch is None:
-        return found | {"device": "cpu"}
+        return facts | {"device": "cpu"}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found | {"threads": torch.get_num_threads(), "device": device}
+    return facts | {"threads": torch.get_num_threads(), "device": device}
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-011
 def _now():
@@ -142,7 +143,9 @@ class Run:
         parameters: dict,  # parameters by name, kept in the provenance
         inputs: dict,  # input records by name, kept in the provenance
     ):
-        self.out, self.parameters, self.inputs = out, parameters, inputs
+        self.out = out
+        self.parameters = parameters
+        self.inputs = inputs
         self.started = _now()
         self._clock = time.monotonic()
         self._cpu = _cpu_seconds()
@@ -151,7 +154,7 @@ class Run:
         self,
         name: str,  # file name, or `folder/name`, inside the run
     ) -> Path:  # where to write it; its folder exists
-        "Where an output of this run belongs."
+        "Return where an output of this run belongs, and make its folder."
         path = self.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -160,14 +163,16 @@ class Run:
         self,
         **row,  # what to record, such as `step=10, loss=3.2`
     ):
-        "Add a line to the run's log.jsonl, with the seconds since the start."
+        "Append a line to the run's log.jsonl, with the seconds since the start."
         append_jsonl(self.out / "log.jsonl", {"seconds": round(time.monotonic() - self._clock, 3), **row})
 
     def finish(
         self,
-        **metrics,  # the results; `headline={name: number or text}` and `tables={title: {row: {column: number or text}}}` are what overviews show
+        **metrics,  # the results by name
     ) -> dict:  # the metrics as written
-        "Write provenance.json, then metrics.json: from here on the run counts as finished."
+        """Write provenance.json, then metrics.json: from here on the run counts as finished.
+
+        Overviews show `headline={name: number or text}` and `tables={title: {row: {column: number or text}}}`."""
         metrics = as_json(metrics)
         files = output_keys(self.out)
         write_json(
@@ -192,7 +197,7 @@ class Run:
         return metrics
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-011-3
-_HELD = {}  # folders of this process' open runs -> what lets go of them
+_HELD = {}  # folders of this process' open runs -> the stack that releases them
 
 
 def _let_go(out):
@@ -205,19 +210,18 @@ def start(
     parameters: dict,  # the notebook's parameters by name
     inputs: dict | None = None,  # name -> file or folder that the run reads
 ) -> Run:  # the open run
-    """Open a run in `out`, which is this process' own until it has finished. Where another process runs there, that is `BadInput`.
+    """Open a run in `out` and hold that folder until the run has finished.
 
-    An older run's metrics.json is removed: what is being redone does not count as done."""
+    Where another process runs there, that is a `BadInput`. An older run's metrics.json is removed: what is being
+    redone does not count as done."""
     inputs = {name: Path(path) for name, path in (inputs or {}).items()}
     out = Path(out) if str(out) else Path(tempfile.mkdtemp(prefix="histonb-"))
     root = Path.cwd()
-    records = {
-        name: {
-            "path": path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.name,
-            "digest": input_digest(path),
-        }
-        for name, path in inputs.items()
-    }
+    records = {}
+    for name, path in inputs.items():
+        below_root = path.resolve().is_relative_to(root)
+        shown = path.resolve().relative_to(root).as_posix() if below_root else path.name
+        records[name] = {"path": shown, "digest": input_digest(path)}
     _let_go(out)  # a cell that is executed again
     if os.environ.get("HISTONB_STAGE") != str(out.resolve()):  # a study holds its stages itself
         held = contextlib.ExitStack()
@@ -242,7 +246,7 @@ _TYPES = {
 
 
 def _assignment(line):
-    "Name, value and type of one line of a parameters cell; None as the type where the value has it."
+    "Return name, value and type of one line of a parameters cell; None where no type is written."
     if isinstance(line, ast.AnnAssign):
         return line.target.id, ast.literal_eval(line.value), _TYPES[ast.unparse(line.annotation)]
     return line.targets[0].id, ast.literal_eval(line.value), None
@@ -261,7 +265,7 @@ def read_parameters(
             f"line {getattr(e, 'lineno', None) or 1} of the parameters cell is not Python ({getattr(e, 'msg', e)})",
             "Only `name = plain value` may stand there, no magics.",
         ) from None
-    found = []
+    parameters = []
     for line in lines:
         try:
             name, value, hint = _assignment(line)
@@ -276,8 +280,8 @@ def read_parameters(
             raise BadInput(path, f"`{name} = None` in the parameters cell", f"Write its type: `{name}: float = None`.")
         if hint is None:
             hint = type(value)
-        found.append((name, value, hint | None if value is None else hint))
-    return found
+        parameters.append((name, value, hint | None if value is None else hint))
+    return parameters
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-parameters-3
 def check_parameters(
@@ -285,10 +289,9 @@ def check_parameters(
     types: dict,  # name -> type
     source,  # where the values come from, for the error
 ):
-    "Refuse unknown names, values of another type and numbers out of their range."
-    build(
-        dataclasses.make_dataclass("Parameters", [(name, hint, None) for name, hint in types.items()]), values, source
-    )
+    "Refuse unknown and former names, values of another type and numbers out of their range."
+    fields = [(name, hint, None) for name, hint in types.items()]
+    build(dataclasses.make_dataclass("Parameters", fields), values, source)
 
 
 def _check_given(names):
@@ -307,9 +310,9 @@ def _check_given(names):
 def scalars(
     names: dict,  # `globals()`, before anything else is assigned or imported
 ) -> dict:  # the parameters: numbers, text, and lists of them, by name
-    """The parameters of a report, from the names it has defined so far.
+    """Collect the parameters of a report from the names it has defined so far.
 
-    What papermill was given under a name that the report does not have, of another type or out of its range is `BadInput`."""
+    A value that papermill was given under an unknown name, of another type or out of its range is a `BadInput`."""
     _check_given(names)
     return {
         k: v
