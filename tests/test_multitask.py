@@ -358,10 +358,10 @@ def test_a_set_is_seen_whole_before_anything_comes_again():
 
 def test_kept_fields_stay_within_their_limit():
     found, tasks = sets.read_sets([PHANTOMS])
-    seen = samples.MultiTaskDataset(found, tasks, keep=2e-4)
+    seen = samples.MultiTaskDataset(found, tasks, cache_gib=2e-4)
     for row in range(4):
         seen.field(0, row)
-    assert len(seen.kept) == 1 and np.array_equal(
+    assert len(seen.cache) == 1 and np.array_equal(
         seen.field(0, 0).image, samples.MultiTaskDataset(found, tasks).field(0, 0).image
     )
 
