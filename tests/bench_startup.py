@@ -1,6 +1,6 @@
 """How long a person waits before anything happens: `python tests/bench_startup.py` writes runs/bench/startup.json.
 
-Wall time of whole processes, the interpreter's own start included; the targets are .3 s for the import and .5 s for help.
+Wall time of whole processes, the interpreter's own start included. Targets: .3 s for the import, .5 s for help.
 """
 
 import statistics

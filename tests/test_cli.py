@@ -55,7 +55,8 @@ def test_debug_shows_the_traceback():
     ],
 )
 def test_nothing_heavy_is_imported_early(module):
-    code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'pandas', 'papermill', 'nbformat', 'nbconvert', 'matplotlib', 'timm'}} & set(sys.modules)))"
+    heavy = {"torch", "numpy", "pandas", "papermill", "nbformat", "nbconvert", "matplotlib", "timm"}
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

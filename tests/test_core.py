@@ -1,4 +1,4 @@
-"""What every room stands on: one writer a folder, whole files, keys of content, parameters that a run can use, errors in one sentence."""
+"""What every room stands on: one writer a folder, whole files, keys of content, parameters, errors in one sentence."""
 
 import dataclasses
 import errno
@@ -29,7 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # One writer
 
-HOLDER = "import sys, time; from histonb.core.claims import hold\nwith hold(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+HOLDER = """
+import sys, time
+from histonb.core.claims import hold
+with hold(sys.argv[1]): print('held', flush=True); time.sleep(300)
+"""
 
 
 @pytest.fixture
@@ -299,7 +303,7 @@ CONFIGS = {
     "histonb.pretrain.config": "PretrainConfig",
     "histonb.segment.training": "TrainConfig",
     "histonb.transfer.supervised": "FitConfig",
-    "histonb.transfer.masks": "Sizes",
+    "histonb.transfer.masks": "NetworkConfig",
     "histonb.slides.tiles": "TileRule",
     "histonb.studies.study": "Resources",
     "histonb.studies.slurm": "Profile",
@@ -372,7 +376,7 @@ def test_impossible_settings_of_a_pre_training(values, says):
     ],
 )
 def test_impossible_settings_of_other_trainings(module, values):
-    where = {} if CONFIGS[module] == "Sizes" else {"out": "out"}
+    where = {} if CONFIGS[module] == "NetworkConfig" else {"out": "out"}
     with pytest.raises(BadInput, match=f"`{next(iter(values))}` is"):
         config_class(module)(**where, **values)
 

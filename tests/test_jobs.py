@@ -51,9 +51,11 @@ SECOND = [
 ]
 SLOW = [
     "# Slow",
-    "import multiprocessing, time\nfrom histonb.core.files import atomic_path\nfrom histonb.studies.runs import start\nrun = start(out, {})",
+    "import multiprocessing, time\nfrom histonb.core.files import atomic_path\n"
+    "from histonb.studies.runs import start\nrun = start(out, {})",
     "worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(300,)); worker.start()\n"
-    "with atomic_path(run.path('half.txt')) as f:\n    f.write_text('half'); print('worker', worker.pid, flush=True); time.sleep(300)",
+    "with atomic_path(run.path('half.txt')) as f:\n"
+    "    f.write_text('half'); print('worker', worker.pid, flush=True); time.sleep(300)",
     "run.finish()",
 ]
 

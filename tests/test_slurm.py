@@ -30,7 +30,7 @@ LAUNCH = (
     "from histonb.studies.ranks import launch\nlaunch([run.out, steps, pause, failing], processes, module='standin')"
 )
 STANDIN = '''
-"""A training in small: each rank has a state of its own, each step needs all ranks, and it stops and resumes exactly."""
+"""A training in small: ranks with states of their own, steps that need all of them, exact stop and resume."""
 import datetime, json, os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -481,7 +481,8 @@ def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weigh
         "21_dino",
         'out = ""',
         START,
-        f"from histonb.core.files import write_json\nwrite_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
+        "from histonb.core.files import write_json\n"
+        f"write_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
         "from histonb.studies.ranks import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)",
         "run.finish()",
     )
