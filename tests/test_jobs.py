@@ -428,7 +428,7 @@ def test_an_input_file_that_changes_makes_its_stage_stale(root):
 
 @pytest.mark.parametrize("given", ["cohort", "[cohort]", "[{reader: glas, root: cohort}]"])
 def test_a_label_corrected_in_place_makes_its_stage_stale(root, given):
-    """Of equal size, in a folder, whether it is named alone, in a list, or in a set's description; a touched file changes nothing."""
+    """Of equal size, in a folder named alone, in a list, or in a set's description; touching a file changes nothing."""
     (root / "cohort").mkdir()
     labels = root / "cohort/train.csv"
     labels.write_text("slide,grade\na,1\n")
