@@ -155,7 +155,7 @@ def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypat
     from histonb.annotate import slide as annotate
     from histonb.core.errors import BadInput
     from histonb.core.files import write_json
-    from histonb.segment import tiled_inference as stitching
+    from histonb.segment import predictors
 
     def annotated(slide, scorer, out, **options):
         if slide.stem == "bad":
@@ -169,7 +169,7 @@ def test_annotate_goes_on_after_a_slide_that_raises_anything(tmp_path, monkeypat
         return out / slide.stem
 
     monkeypatch.setattr(annotate, "annotate_slide", annotated)
-    monkeypatch.setattr(stitching, "load_predictor", lambda *args: None)
+    monkeypatch.setattr(predictors, "load_predictor", lambda *args: None)
     for name in ("a", "bad", "full"):
         (tmp_path / f"{name}.svs").touch()
 
