@@ -21,7 +21,7 @@ from histonb.core.claims import hold
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.core.tasks import TASKS, Task, find_tasks
-from histonb.datasets import annotations
+from histonb.datasets import glands
 from histonb.datasets import readers as sets
 from histonb.datasets import regions as data
 from histonb.datasets.readers import training_cases
@@ -385,7 +385,7 @@ def test_publishers_test_pictures_stay_test_pictures():
 
 @needs_real
 def test_glas_is_divided_by_patient():
-    found = sets.split_by_case(annotations.glas(REAL / "GlaS"), val=0.1, test=0.25)
+    found = sets.split_by_case(glands.glas(REAL / "GlaS"), val=0.1, test=0.25)
     assert (
         set(found.table["split"]) == {"train", "val", "test"}
         and found.table.groupby("case")["split"].nunique().max() == 1
@@ -611,11 +611,11 @@ def test_types_that_nobody_knows_are_not_learnt_nor_judged():
     scores = torch.randn(7, 8, 8)
     types = np.zeros((8, 8), np.uint8)
     types[2:6, 2:6] = targets.UNKNOWN
-    assert watching._right(task, scores, (types,)) is None
+    assert watching._task_metric(task, scores, (types,)) is None
     types[2:4, 2:4] = 1
     scores[:] = -9.0
     scores[1] = 9.0
-    assert watching._right(task, scores, (types,)) == 1
+    assert watching._task_metric(task, scores, (types,)) == 1
 
 
 def test_a_field_smaller_than_the_crop_is_reflected():

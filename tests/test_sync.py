@@ -275,6 +275,12 @@ def test_lint():
     assert done.returncode == 0, done.stdout
 
 
+def test_modules_are_short():
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in (ROOT / "histonb").rglob("*.py")}
+    long = {name: lines for name, lines in lengths.items() if lines > 400 and name != "histonb/_modidx.py"}
+    assert not long, f"divide what has two ideas: {long}"
+
+
 def test_nothing_heavy_or_private_is_tracked():
     for path in tracked():
         assert path.stat().st_size < 1_500_000, f"{path} is too large for the repository"

@@ -28,7 +28,7 @@ def read_objects(
 
 
 def _objects(features):
-    "The polygons of a list of GeoJSON's features, a row each."
+    "Return the polygons of a list of GeoJSON's features, a row each."
     features = [f for f in features if f["geometry"] and f["geometry"].get("type") in ("Polygon", "MultiPolygon")]
     shapes = [shapely.geometry.shape(f["geometry"]) for f in features]
     about = [f.get("properties") or {} for f in features]

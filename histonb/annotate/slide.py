@@ -147,7 +147,7 @@ def _objects(work, task):
 
 # %% ../../nbs/11_annotate/04_slide.ipynb #cell-012-4
 def _gland_tree(tables):
-    "A search tree of the outlines of all glands; None where there is none."
+    "Return a search tree of the outlines of all glands; None where there is none."
     return shapely.STRtree(shapely.from_wkb(np.concatenate([t["outline"] for t in tables]))) if tables else None
 
 
@@ -175,7 +175,7 @@ def _groups(work):
 
 
 def _tissue_classes(work, name):
-    "The class of each square, 0 where no tile was computed."
+    "Return the class of each square, 0 where no tile was computed."
     ids = np.zeros([max(1, -(-side // 16) * 16 // PATCH) for side in work.shape], np.uint8)
     for i in work.tiles:
         p = work.cache.load(i, name)
@@ -231,7 +231,7 @@ def annotate_slide(
 
 
 def _settings(slide, predictor, tile):
-    "What the result depends on: a folder belongs to one set of these."
+    "Return what the result depends on: a folder belongs to one set of these."
     return {
         "slide": slide.path.name,
         "file": content_key(slide.path),
@@ -287,7 +287,7 @@ def _provenance(work, settings):
 
 
 def _state(work, start):
-    "What was written, and what a reader of the counts should know."
+    "Return what was written, and what a reader of the counts should know."
     files = [name for name in OUTPUTS if (work.folder / name).exists()]
     return {
         "files": {name: content_key(work.folder / name) for name in files},

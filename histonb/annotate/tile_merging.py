@@ -52,7 +52,7 @@ def largest_outline(
 
 
 def _filled(parts):
-    "The largest component without its holes."
+    "Return the largest component without its holes."
     return shapely.Polygon(shapely.get_exterior_ring(max(shapely.get_parts(parts), key=shapely.area)))
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-005-2
@@ -147,7 +147,7 @@ def _floats(probabilities):
 
 
 def _likeliest(probs):
-    "The type that a pixel votes for: the likeliest one besides none, if any has a probability."
+    "Return the type that a pixel votes for: the likeliest one besides none, if any has a probability."
     return np.where(probs[1:].any(0), probs[1:].argmax(0) + 1, 0).astype(np.uint8)
 
 

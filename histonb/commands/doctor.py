@@ -62,7 +62,7 @@ def _missing_packages():
 
 
 def _check_packages():
-    "Required and optional packages."
+    "Report required and optional packages."
     missing = _missing_packages()
     names = ", ".join(missing.get("", []))
     yield _finding(not names, "required packages", f"packages: {names}", "pip install -e .", "MISSING")
@@ -84,7 +84,7 @@ def _check_machine():
 
 
 def _check_torch():
-    "The version of torch, its device, and whether that computes in bfloat16."
+    "Return the version of torch, its device, and whether that computes in bfloat16."
     try:
         import torch
     except (ImportError, OSError) as e:
@@ -144,7 +144,7 @@ def _check_kernel():
 
 # %% ../../nbs/14_commands/02_doctor.ipynb #cell-014
 def _check_slurm():
-    "The cluster's partitions, where there is a cluster."
+    "Return the cluster's partitions, where there is a cluster."
     if not shutil.which("sbatch"):
         return Finding("note", "no SLURM here", "studies run on this machine")
     try:

@@ -88,7 +88,7 @@ def unit(
 def moments(
     features,  # (N,D) array or memory map
 ) -> tuple[np.ndarray, np.ndarray]:  # mean (D,) and standard deviation (D,), 1 where a number does not vary; float32
-    "What `UnitRows` standardises by, from one pass."
+    "Return what `UnitRows` standardises by, from one pass."
     # offsets from one row: no digits are lost to a large mean
     n = len(features)
     first = np.asarray(features[0], np.float64)
@@ -109,7 +109,7 @@ def neighbours(
     k: int = 1,  # neighbours wanted, at most N
     desc: str = "neighbours",  # what the progress bar says
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of the base (Q,k) int64, nearest first; their cosines (Q,k) float32
-    "The nearest rows by cosine, exactly, without holding all pairs."
+    "Return the nearest rows by cosine, exactly, without holding all pairs."
     queries = unit(queries)
     base = unit(base)
     if queries.shape[1] != base.shape[1]:

@@ -103,14 +103,14 @@ def picture_size(
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-009
 def _aliases(picture, root):
-    "What a table may call a picture."
+    "Return what a table may call a picture."
     paths = picture.relative_to(root), picture.relative_to(root.parent), Path(picture.name)
     names = {p.as_posix() for p in paths} | {p.with_name(stem(p)).as_posix() for p in paths}
     return {to_nfc(name).strip() for name in names}
 
 
 def _listed(table, root, pictures, columns):
-    "The table's rows, a picture each, as `picture, class, case, split`; and the names that no picture has."
+    "Return the table's rows, a picture each, as `picture, class, case, split`; and the names that no picture has."
     rows = read_csv(table, [c for c in columns.values() if c], key=columns["picture"])
     named = {}
     for picture in pictures:
@@ -142,7 +142,7 @@ class Images(Cohort):
     "A cohort of pictures; its `slides` also have `class` and `split`, empty where unknown."
 
     def grades(self):
-        "Number of pictures by class (rows) and split (columns)."
+        "Count pictures by class (rows) and split (columns)."
         known = self.slides[["class", "split"]].replace("", "-")
         return pd.crosstab(known["class"], known["split"], margins=True, margins_name="all")
 

@@ -148,7 +148,7 @@ def clean_instances(
     ids: np.ndarray,  # (h, w) numbers of instances, 0 = none
     path,  # of the map, for the error
 ) -> np.ndarray:  # (h, w) int32, 0..n without gaps, in the order of the old numbers
-    """Number instances without gaps, and separate pieces of one as instances of their own.
+    """Give instances numbers without gaps, and separate pieces of one as instances of their own.
 
     Pieces below `SLIVER` pixels beside a larger one are dropped. Raises `BadInput` for what is no map of instances."""
     whole = _whole_numbers(ids, path)

@@ -20,7 +20,7 @@ def group_ids(
     n: int,  # how many there must be
     what: str = "tiles",  # what they are, for the error
 ) -> tuple[np.ndarray, int]:  # (N,) ids 0..G-1 in order of first appearance; G
-    "Number groups. Raises `BadInput` where there are too few or too many names, or one is missing."
+    "Map groups to 0, 1, ... Raises `BadInput` where there are too few or too many names, or one is missing."
     ids, names = pd.factorize(np.asarray(groups))
     if len(ids) != n:
         raise BadInput("groups", f"{len(ids)} groups for {n} {what}", "Give the slide or case of each.")

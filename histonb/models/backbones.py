@@ -150,7 +150,7 @@ def find_backbone_files(
 
 
 def _own_files(path):
-    "The JSON and the weights that `save_backbone` writes, for a folder or the weights in it."
+    "Return the JSON and the weights that `save_backbone` writes, for a folder or the weights in it."
     if path.is_dir():
         return path / "backbone.json", path / "backbone.safetensors"
     return path.with_suffix(".json"), path

@@ -53,12 +53,13 @@ PERIOD_MARGIN = 3  # how far the period is continued on each side, in pixels of 
 
 
 def _period(n, J):
-    "The length that kymatio takes as a period, in pixels."
+    "Return the length that kymatio takes as a period, in pixels."
     return ((n + 2**J >> J) + 1) << J
 
 
 def _continued(n, J):
-    "The pixels that lay an axis out: mirrored to a period, which is continued to a length without large prime factors."
+    """Return the pixels that lay an axis out: mirrored to a period, which is continued to a length without large
+    prime factors."""
     period = _period(n, J)
     if (period - n + 1) // 2 >= n:
         wide = f"J={J} pads by more than the image: use larger images, or a smaller J."
@@ -69,7 +70,7 @@ def _continued(n, J):
 
 # %% ../../nbs/04_models/02_scattering.ipynb #cell-005-2
 def _coarser(spectrum, halvings):
-    "The low frequencies of a spectrum, for an image that was halved so often along each axis."
+    "Return the low frequencies of a spectrum, for an image that was halved so often along each axis."
     for axis, n in enumerate(spectrum.shape):
         size = n >> halvings
         half = n >> halvings + 1

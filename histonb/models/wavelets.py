@@ -138,7 +138,7 @@ def _transpose(bands, wavelet, mode):
 @lru_cache(256)
 @torch.inference_mode(False)  # cached beyond this call: an inference tensor could not take part in a gradient later
 def _matrix(n, wavelet, mode, back):
-    "The matrix (n, 2k) of `_convolve`; or with `back` the matrix (2n, m) of `_transpose` for bands of length n."
+    "Return the matrix (n, 2k) of `_convolve`; or with `back` the matrix (2n, m) of `_transpose` for bands of length n."
     unit = torch.eye(2 * n if back else n, dtype=torch.float64)
     if back:
         return _transpose(unit.view(-1, 2, n), wavelet, mode)
@@ -207,7 +207,7 @@ class _Unblocks(torch.autograd.Function):
 
 # %% ../../nbs/04_models/01_wavelets.ipynb #cell-014-2
 def _rotation(k, dtype, device):
-    "The orthogonal matrix (2^k, 2^k) of sums and differences of 2^k values."
+    "Return the orthogonal matrix (2^k, 2^k) of sums and differences of 2^k values."
     h = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
     out = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(k):

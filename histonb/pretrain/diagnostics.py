@@ -90,7 +90,8 @@ class Collapse:
 
 
 def _lasting(rows, name, limit, floor, patience):
-    "The rows at the end of the log whose `name` is below `limit`, if they last and are not on their way out; else []."
+    """Return the rows at the end of the log whose `name` is below `limit`, if they last and are not on their way
+    out; else []."""
     tail = list(itertools.takewhile(lambda row: row[name] < limit, reversed([row for row in rows if name in row])))[
         ::-1
     ]
@@ -222,7 +223,7 @@ def _panel(ax, points, title, log_k):
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-034-2
 def _panels(fig, rows, log_k):
-    "A curve for each of `PANELS`."
+    "Draw a curve for each of `PANELS`."
     for ax, (name, title) in zip(fig.subplots(4, 4).flat, PANELS.items(), strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
         wide = [y for _, y in points if 0 < y < math.inf] if name == "grad_norm" else []

@@ -141,7 +141,7 @@ def simulate_step(c, tiles, parts, world):
 
 # %% ../../nbs/08_pretrain/12_memory.ipynb #cell-010-3
 def _accumulate(c, tracker, student, teacher, loss, crops, masks):
-    "The passes over one micro-batch, as in `Trainer`."
+    "Return the passes over one micro-batch, as in `Trainer`."
     cast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=c.precision == "bf16")
     tracker.part = "teacher pass"
     with torch.no_grad(), cast():

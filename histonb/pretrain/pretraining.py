@@ -106,7 +106,7 @@ class _Identity:
 
 # %% ../../nbs/08_pretrain/10_pretraining.ipynb #cell-resume
 def _latest_state(folder, device):
-    "The latest whole checkpoint, the same on all processes; None where there is none."
+    "Return the latest whole checkpoint, the same on all processes; None where there is none."
     latest = ranks.first_does(lambda: latest_checkpoint(folder), device)
     if not ranks.broadcast(int(latest is not None), device):
         return None
@@ -209,7 +209,7 @@ class _Monitor:
 
 # %% ../../nbs/08_pretrain/10_pretraining.ipynb #cell-015-6
 def _train_first(trainer, batches, monitor, stop):
-    "Steps of the first process: with log, validation, progress and checkpoints."
+    "Run the steps of the first process: with log, validation, progress and checkpoints."
     c = trainer.config
     if trainer.step == c.steps:
         _save(trainer)  # killed after its last checkpoint, before its backbone was written
@@ -227,7 +227,7 @@ def _train_first(trainer, batches, monitor, stop):
 
 
 def _train_other(trainer, batches, stop):
-    "Steps of the other processes."
+    "Run the steps of the other processes."
     c = trainer.config
     run_steps(trainer, iter(batches), c.steps, [(c.log_every, lambda figures: trainer.window.clear())], stop=stop)
     if trainer.step < c.steps:
@@ -235,7 +235,7 @@ def _train_other(trainer, batches, stop):
 
 # %% ../../nbs/08_pretrain/10_pretraining.ipynb #cell-015-7
 def _tiles(config):
-    "The tiles that a configuration names."
+    "Return the tiles that a configuration names."
     dataset = TileShards(config.tiles, columns=["split"] if config.split else ())
     if config.split:
         dataset = TileShards(config.tiles, table=dataset.table[dataset.table["split"] == config.split])

@@ -277,7 +277,7 @@ def train_step(
 
 @patch
 def _figures(self: Trainer, mean, norm):
-    "The figures of a step for the log."
+    "Return the figures of a step for the log."
     loss, target_entropy, std = torch.stack([mean.loss, mean.entropy, mean.feature_std]).tolist()
     return {
         "loss": loss,
@@ -292,7 +292,7 @@ def _figures(self: Trainer, mean, norm):
 
 @patch
 def _further_losses(self: Trainer, mean):
-    "The losses beside DINO's that the run has."
+    "Return the losses beside DINO's that the run has."
     losses = {}
     if self.config.patch_weight:
         losses["patch_loss"] = mean.patch_loss.item()

@@ -110,7 +110,7 @@ def views(
 
 # %% ../../nbs/07_probe/12_attention.ipynb #8d06e111
 def _indices(name, kind, what, value, count):
-    "Indices from 0 of one or several blocks or heads, negative ones counted from the end."
+    "Return indices from 0 of one or several blocks or heads, negative ones counted from the end."
     values = [value] if isinstance(value, (int, np.integer, str)) else list(value)
     for v in values:
         if not isinstance(v, (int, np.integer)) or not -count <= v < count:

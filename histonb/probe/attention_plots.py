@@ -150,7 +150,7 @@ class SlideMap:
 
 
 def _tiles(items):
-    "A batch (B,H,W,3)."
+    "Return a batch (B,H,W,3)."
     return np.stack([np.asarray(image) for image, _ in items])
 
 # %% ../../nbs/07_probe/13_attention_plots.ipynb #cell-035-2
@@ -204,7 +204,7 @@ def _boxes(slide, table, tile, shape):
 
 
 def _covering(values, shape, patch, scale):
-    "Maps on their scale, and the shares of the tile's height and width that their patches cover."
+    "Return maps on their scale, and the shares of the tile's height and width that their patches cover."
     if scale == "tile":
         values = values - values.min((2, 3), keepdims=True)
         values = values / np.maximum(values.max((2, 3), keepdims=True), 1e-12)

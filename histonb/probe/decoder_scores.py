@@ -150,7 +150,7 @@ def _grouped(repeats, groups, metrics, n_boot, seed):
 
 # %% ../../nbs/07_probe/10_decoder_scores.ipynb #cell-013-2
 def _mask_columns(n_classes):
-    "Sums of tiles of which the metrics of masks are made."
+    "Return sums of tiles of which the metrics of masks are made."
     C = (n_classes,)
     return _Columns(
         confusion=C * 2,  # pixels: truth, predicted
@@ -164,7 +164,7 @@ def _mask_columns(n_classes):
 
 
 def _mask_sums(columns, counts):
-    "The sums (n,K) of each tile, from `mask_counts`."
+    "Return the sums (n,K) of each tile, from `mask_counts`."
     dice, iou = dice_and_iou(counts["confusion"])
     return columns.pack(
         confusion=counts["confusion"],

@@ -182,7 +182,7 @@ def _channels(key, values):
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-016-2
 def _pooled(name, model, architecture, pool, blocks, head):
-    "The model of a pooling, its dimension, and the architecture with the pooling's name, for the key."
+    "Return the model of a pooling, its dimension, and the architecture with the pooling's name, for the key."
     pools = (*backbones.POOLS, "patch", "head")
     if pool not in pools:
         raise BadInput("pool", f"unknown pooling `{pool}`", nearest(pool, pools))
@@ -210,7 +210,7 @@ def _prefix_tokens(model):
 
 
 def _network(spec, model, architecture, bf16, pool, blocks, positions, head=None, report=None):
-    "An encoder around a backbone, from which the spec's dimension, patch and prefix are read."
+    "Return an encoder around a backbone, from which the spec's dimension, patch and prefix are read."
     set_positions(model, positions)
     if positions != "timm":
         architecture = f"{architecture} {positions}"
@@ -259,14 +259,14 @@ def load_encoder(
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #3abadc5e
 def _colour(name):
-    "The colour control."
+    "Return the colour control."
     model = ColourStatistics()
     spec = EncoderSpec(name, 6 + 3 * model.bins, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0, None, False)
     return Encoder(spec, model, f"colour {model.top}")
 
 
 def _saved(name, checkpoint, mean, std, pool, **options):
-    "A backbone that a pre-training run has saved."
+    "Return a backbone that a pre-training run has saved."
     model, info = backbones.load_backbone(checkpoint)
     report = {"matched": len(model.state_dict()), "missing": [], "unexpected": [], "reshaped": []}
     spec = EncoderSpec(name, 0, None, mean or info["mean"], std or info["std"], 0, info.get("mpp"), False)
@@ -274,7 +274,7 @@ def _saved(name, checkpoint, mean, std, pool, **options):
 
 
 def _random(name, seed, mean, std, **options):
-    "A backbone with random weights; the caller's random state is left alone."
+    "Return a backbone with random weights; the caller's random state is left alone."
     architecture = name.removeprefix("random:")
     with seeded(seed):
         model = backbones.build_backbone(architecture)
@@ -283,7 +283,7 @@ def _random(name, seed, mean, std, **options):
 
 
 def _published(name, checkpoint, mean, std, strict, hub, pool, **options):
-    "A published encoder, or an architecture of `timm` with a file of weights."
+    "Return a published encoder, or an architecture of `timm` with a file of weights."
     if timm.is_model(name) and checkpoint is None:
         raise BadInput(name, "an architecture without weights", f"Use `random:{name}`, or give a checkpoint.")
     known = find_published(name)

@@ -72,7 +72,7 @@ def tiles_key(
 
 # %% ../../nbs/07_probe/03_features.ipynb #cell-010
 def _stack(items):
-    "A batch of tiles (B,H,W,3); labels stay in the table."
+    "Return a batch of tiles (B,H,W,3); labels stay in the table."
     images = [np.asarray(image) for image, _ in items]
     shapes = {i.shape for i in images}
     if len(shapes) > 1:
@@ -166,7 +166,7 @@ def _finish(part, path, dataset, encoder, seconds):
 
 # %% ../../nbs/07_probe/03_features.ipynb #cell-012-3
 def _fault(path):
-    "What is wrong with the cached features at `path`; empty where nothing is."
+    "Return what is wrong with the cached features at `path`; empty where nothing is."
     record = path.with_suffix(".json")
     table = path.with_suffix(".parquet")
     if not (path.exists() and record.exists() and table.exists()):

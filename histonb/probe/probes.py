@@ -61,7 +61,7 @@ def _classes(y, n_classes, n_rows, name):
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-005-2
 def _training(x, y, n_classes):
-    "Checked training features and labels."
+    "Return checked training features and labels."
     x = _features(x, "training features")
     y = _classes(y, n_classes, len(x), "training labels")
     if len(np.unique(y)) < 2:

@@ -84,7 +84,7 @@ def _patches(model, state):
 
 
 def _vit(name, state, **kwargs):
-    "A ViT without weights, for the square of patches that the position codes of a file are for."
+    "Return a ViT without weights, for the square of patches that the position codes of a file are for."
     with torch.device("meta"):
         model = build_backbone(name, **kwargs)
     patches = _patches(model, state)
@@ -106,7 +106,7 @@ def _merge_class_position(model, state):
 
 
 def _hibou(size, state):
-    "A Hibou without weights."
+    "Return a Hibou without weights."
     dim, name = {"b": (768, "vit_base_patch14_reg4_dinov2"), "l": (1024, "vit_large_patch14_reg4_dinov2")}[size]
     hidden = (dim * 8 // 3 + 7) // 8 * 8
     return _vit(name, state, img_size=224, mlp_layer=SwiGLUPacked, mlp_ratio=2 * hidden / dim, act_layer=nn.SiLU)

@@ -75,11 +75,11 @@ class DecoderInputs:
         return self.encoder.spec.random_init
 
     def options(self, row):
-        "What a decoder of tokens needs to know besides its features."
+        "Return what a decoder of tokens needs to know besides its features."
         return {"span": self.spans[row]} if row in self.spans else {}
 
     def labels(self, row):
-        "The protocol of a row of results, and whether its weights are random."
+        "Return the protocol of a row of results, and whether its weights are random."
         known = row in self.features
         return {
             "protocol": row.split(",")[0] if known else "baseline",

@@ -190,7 +190,7 @@ class TaskBatchSampler:
 
 # %% ../../nbs/10_segment/03_samples.ipynb #cell-010-3
 def _turn(order, place):
-    "The data set whose turn it is in rounds of `order`, and how many turns it has had."
+    "Return the data set whose turn it is in rounds of `order`, and how many turns it has had."
     rounds, at = divmod(place, len(order))
     return order[at], rounds * order.count(order[at]) + order[:at].count(order[at])
 

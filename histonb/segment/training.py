@@ -215,7 +215,7 @@ class MultiTaskTrainer:
 # %% ../../nbs/10_segment/05_training.ipynb #cell-step
 @patch
 def _task_losses(self: MultiTaskTrainer, images, truth):
-    "The loss of each task that the batch has labels for."
+    "Return the loss of each task that the batch has labels for."
     c = self.config
     truth = {name: [t.to(self.device, non_blocking=True) for t in truth[name]] for name in self.tasks if name in truth}
     images = images.to(self.device, memory_format=self.layout, non_blocking=True).float() / 255
@@ -256,7 +256,7 @@ def train_step(
 
 # %% ../../nbs/10_segment/05_training.ipynb #cell-008-2
 def _network(c, tasks):
-    "The network, and the names of the tasks that it has been trained for."
+    "Return the network, and the names of the tasks that it has been trained for."
     if not c.start:
         return Cerberus(tasks, c.arch, c.width), []
     before, about = cerberus.load_cerberus(c.start)

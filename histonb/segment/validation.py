@@ -26,7 +26,7 @@ def central_crop(
     field: Region,  # at the network's resolution
     side: int = MAX_SIDE,  # pixels
 ) -> Region:  # at most so large
-    "The middle of a field."
+    "Return the middle of a field."
     h, w = field.image.shape[:2]
     box = tuple(slice((n - min(n, side)) // 2, (n + min(n, side)) // 2) for n in (h, w))
     return Region(field.image[box], {k: a[box] if np.ndim(a) == 2 else a for k, a in field.labels.items()}, field.mpp)
@@ -97,7 +97,7 @@ def draw_progress(
     precision: str = "fp32",  # or bf16
     side: int = 256,  # pixels of a picture
 ):
-    "What the network draws on a validation field of each task of instances or types."
+    "Return what the network draws on a validation field of each task of instances or types."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -93,7 +93,7 @@ def _known_pyramid(self: Slide):
 
 @patch(as_prop=True)
 def levels(self: Slide) -> list[Level]:
-    "The levels of the pyramid, the largest first."
+    "Return the levels of the pyramid, the largest first."
     return self._known_pyramid()[0]
 
 

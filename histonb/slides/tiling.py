@@ -167,7 +167,7 @@ def _same_rule(out, rule, store):
 
 
 def _classes(slides):
-    "Number the classes of slides: by `LABELS` where all have its names; without masks, by the alphabet."
+    "Give the classes of slides their numbers: by `LABELS` where all have its names; without masks, by the alphabet."
     names = sorted({*slides.get("class", ())} - {""})
     own = {name: label for label, name in LABELS.items()}
     if own.keys() >= {*names}:

@@ -176,7 +176,7 @@ def _read_order(folder):
 
 
 def _write_order(folder, arguments, processes, module):
-    "Number a new order; only where there are further nodes is it written."
+    "Give a new order its number; write it only where there are further nodes."
     previous = _read_order(folder)
     order = {
         "attempt": _job_attempt(),

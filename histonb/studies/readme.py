@@ -15,7 +15,7 @@ from ..core.files import atomic_path, repo_root
 
 # %% ../../nbs/13_studies/12_readme.ipynb #cell-005
 def _outputs(cell) -> str:
-    "The outputs of a code cell: Markdown as it is, text in a fence."
+    "Return the outputs of a code cell: Markdown as it is, text in a fence."
     texts = []
     for output in cell["outputs"]:
         data = output.get("data", {})

@@ -189,7 +189,7 @@ def draw_field(
 
 
 def _renumber(instances):
-    "Number instances 1, 2, ... without gaps; also return the old number of each new one."
+    "Give instances the numbers 1, 2, ... without gaps; also return the old number of each new one."
     old, new = np.unique(np.append(0, instances), return_inverse=True)
     return new[1:].reshape(instances.shape).astype(np.int32), old
 

@@ -137,7 +137,7 @@ def keep_precision(
 
 # %% ../../nbs/05_training/05_checkpoint.ipynb #cell-same
 def _other_run(folder, changed, elastic):
-    "The error for a folder whose run has other parameters; `changed` maps a name to (old, new)."
+    "Return the error for a folder whose run has other parameters; `changed` maps a name to (old, new)."
     changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
     remedy = f"Choose another folder, or {RESTART}."
     if set(changed) <= set(elastic):

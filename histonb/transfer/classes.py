@@ -155,12 +155,12 @@ def fit_svm(
 
 # %% ../../nbs/12_transfer/05_classes.ipynb #cell-015
 def _calls(pictures, method, seed, called, p=np.nan):
-    "A row for each test picture, with its prediction."
+    "Return a row for each test picture, with its prediction."
     return pictures.slides[["slide", "case", "cls"]].assign(method=method, seed=seed, called=called, p=p)
 
 
 def _kept(rows, folder):
-    "The validation accuracy of the chosen epoch, and the speed, from the log."
+    "Return the validation accuracy of the chosen epoch, and the speed, from the log."
     path = Path(folder) / "fit.json"
     with foreign_errors(path, "Train it again.", "does not tell the epoch that was kept"):
         row = rows[read_record(path, "epoch")["epoch"] - 1]

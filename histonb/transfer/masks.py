@@ -144,7 +144,7 @@ def mask_network(
 
 
 def _random_like(sizes, seed):
-    "An encoder with the architecture of the source and random weights."
+    "Return an encoder with the architecture of the source and random weights."
     given = load_freezable_encoder(sizes.source, sizes.arch, sizes.width, inputs=sizes.inputs)
     arch = "resnet34" if len(given.net.layer1) == 3 else "resnet18"
     return load_freezable_encoder("", arch, given.widths[0] / 64, seed)
