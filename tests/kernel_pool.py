@@ -46,8 +46,9 @@ def serve(path):
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended kernels leave nothing behind
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(path + ".new")
     listener.listen()
+    os.rename(path + ".new", path)  # whoever sees it is heard
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
