@@ -39,7 +39,7 @@ def _check_arguments(name, arguments):
     takes = inspect.signature(_ANNOTATED[name]).parameters
     for key in arguments:
         if key not in takes:
-            check_renamed(key, takes, f"sets, {name}")
+            check_renamed(key, (*takes, "labels"), f"sets, {name}")
             raise BadInput(f"sets, {name}", f"its reader takes no `{key}`", nearest(key, takes))
     for key, parameter in takes.items():
         if parameter.default is parameter.empty and key not in arguments:
@@ -56,8 +56,6 @@ def read_set(
     Raises `BadInput` for unknown readers, arguments, labels and cases, and names the nearest."""
     arguments = dict(spec)
     name = arguments.pop("reader", "")
-    if "truths" in arguments:
-        check_renamed("truths", ("labels",), f"sets, {name}")
     labels = arguments.pop("labels", None)
     test_cases = arguments.pop("test", ())
     if name not in _ANNOTATED:

@@ -12,8 +12,8 @@ import torch
 
 from .config import PretrainConfig
 from .dino import stack_crops
+from .loading import multi_crop
 from .networks import build_networks
-from ..training.augmentation import MultiCrop
 
 # %% ../../nbs/08_pretrain/14_agreement.ipynb #cell-005
 def agreement(
@@ -36,17 +36,7 @@ def agreement_at_start(
     `global` and `local` are those of a large crop with another large or a small one; to be compared with one over
     `gain`, which is tau_s/tau_t at the first step."""
     c = dataclasses.replace(config, n_global=2, n_local=min(config.n_local, 1))
-    crops = MultiCrop(
-        2,
-        c.n_local,
-        c.global_size,
-        c.local_size,
-        c.global_scale or None,
-        c.local_scale or None,
-        c.recipe,
-        c.mean,
-        c.std,
-    )
+    crops = multi_crop(c)
     views = stack_crops([crops(images[i][0], (c.seed, i)) for i in range(min(len(images), 64))])
     torch.manual_seed(c.seed)
     teacher = build_networks(c, torch.device("cpu"))[1]
