@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from histonb.core.errors import BadInput
 from histonb.models.heads import DINOHead
+from histonb.models.published import ENCODERS, load_published
 from histonb.probe.encoders import load_encoder
-from histonb.probe.published import BONY_REPORT, ENCODERS, load_published
+from histonb.probe.published import BONY_REPORT
 from histonb.studies.study import load_study
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -300,10 +301,10 @@ def test_a_file_runs_no_code(tmp_path):
 def test_weights_are_found_in_a_folder_and_never_fetched_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTONB_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: pytest.fail("went to the network"))
-    with pytest.raises(BadInput, match="no weights here.*hub=True"):
+    with pytest.raises(BadInput, match="no weights here.*weights fetch"):
         load_encoder("histoencoder-small", mean=(0.5,) * 3, std=(0.2,) * 3)
     with pytest.raises(BadInput, match="HPAI-BSC/Bony.*pass the file as checkpoint.$"):
-        load_encoder("bony", hub=True)
+        load_encoder("bony", download=True)
     body = timm.create_model("xcit_small_12_p16_224", num_classes=0)
     torch.save(body.state_dict(), tmp_path / "histoencoder-small.pth")
     assert load_encoder("histoencoder-small", mean=(0.5,) * 3, std=(0.2,) * 3).spec.dim == 384

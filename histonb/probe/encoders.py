@@ -21,8 +21,8 @@ from ..core.digests import digest
 from ..core.errors import BadInput, nearest
 from ..models import backbones
 from ..models.frontends import token_pixels
+from ..models.published import ENCODERS, find_published, load_published
 from ..models.vit import set_positions
-from .published import ENCODERS, find_published, load_published
 from ..training.loop import seeded
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #cell-005
@@ -232,7 +232,7 @@ def load_encoder(
     mean=None,  # of the channels, in 0..1, where the encoder's own is not known or not wanted
     std=None,  # of the channels
     strict: bool = True,  # refuse a file that does not fit in every tensor
-    hub: bool = False,  # fetch published weights that are not here
+    download: bool = False,  # fetch weights that are not on this machine
     positions: str = "timm",  # of `vit.POSITIONS`: how a ViT resizes its position codes for tiles of another size
 ) -> Encoder:
     "Load an encoder by name. A name or a path that does not exist, or a file of another model, is a `BadInput`."
@@ -255,7 +255,7 @@ def load_encoder(
     if not known:
         names = "colour", "random:<backbone>", "run:<folder>", *ENCODERS
         raise BadInput(name, "no such encoder", nearest(name, names))
-    return _published(name, checkpoint, mean, std, strict, hub, pool=pool, **options)
+    return _published(name, checkpoint, mean, std, strict, download, pool=pool, **options)
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #3abadc5e
 def _colour(name):
@@ -282,7 +282,7 @@ def _random(name, seed, mean, std, **options):
     return _network(spec, model, architecture, **options)
 
 
-def _published(name, checkpoint, mean, std, strict, hub, pool, **options):
+def _published(name, checkpoint, mean, std, strict, download, pool, **options):
     "Return a published encoder, or an architecture of `timm` with a file of weights."
     if timm.is_model(name) and checkpoint is None:
         raise BadInput(name, "an architecture without weights", f"Use `random:{name}`, or give a checkpoint.")
@@ -290,6 +290,6 @@ def _published(name, checkpoint, mean, std, strict, hub, pool, **options):
     if not (mean or known.mean):
         remedy = "Pass mean and std of your own tiles: `augmentation.channel_stats(tiles)` gives them."
         raise BadInput(name, "its makers publish no normalisation", remedy)
-    model, head, report = load_published(name, checkpoint, strict, hub)
+    model, head, report = load_published(name, checkpoint, strict, download)
     spec = EncoderSpec(name, 0, None, mean or known.mean, std or known.std, 0, known.mpp, False)
     return _network(spec, model, name, pool=pool or known.pool, head=head, report=report, **options)
