@@ -84,8 +84,8 @@ def test_bony(bony):
     assert (
         scores.spec.dim == 4096 and np.allclose(scores(TILES), (z @ v.T).detach(), atol=1e-5) and scores.key != ours.key
     )
-    both = load_encoder("bony", path, pool="class+mean", blocks=2)
-    assert both(TILES).shape == (2, 3 * 512) and np.allclose(both(TILES)[:, 512:1024], token, atol=1e-4)
+    both = load_encoder("bony", path, pool="class+mean", depths=(-2, -1))
+    assert both(TILES).shape == (2, 4 * 512) and np.allclose(both(TILES)[:, 1024:1536], token, atol=1e-4)
 
 
 def test_bonywave_sees_the_haar_approximation(bony):

@@ -46,10 +46,10 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     """,
     "from 0 to below 1": "drop_path val_share test_share val_fraction test_fraction",
     "above 0, up to 1": "std",
-    "from 1 to 5": "depth depths",
+    "from 1 to 5": "depth",
     "from 3 to 5": "patterns",
     "from 1 to 255": "white gradient",
-    "of any size": "class_blocks norm_blocks channel_blocks",
+    "of any size": "class_blocks norm_blocks channel_blocks depths",
 }
 _RANGE_OF = {name: words for words, names in RANGES.items() for name in names.split()}
 
@@ -114,6 +114,7 @@ def _fits(value, hint) -> bool:
 
 # %% ../../nbs/00_core/02_parameters.ipynb #fa466ec0
 RENAMED = {  # former name of a parameter -> its name now
+    "blocks": "depths",
     "glass": "glass_probability",
     "mask_chance": "mask_probability",
     "mask_share": "mask_ratio",
