@@ -27,8 +27,9 @@ _WITHIN = {  # words of an error -> whether a number lies within
     "of any size": lambda x: True,
 }
 RANGES = {  # where the numbers of a parameter lie; of a list, each of them
-    "above 0": "lr student_temp teacher_temp teacher_temp_start width zoom sigma knn_every",
+    "above 0": "kappa lr student_temp teacher_temp teacher_temp_start width zoom sigma knn_every",
     "0 or more": """
+        embed_lr freeze_layers freeze_backbone_epochs start_pull
         epochs min_lr weight_decay weight_decay_end clip warmup_epochs freeze_last_epochs teacher_temp_epochs
         patch_weight regulariser_weight steps micro_batch regulariser_group n_local workers threads processes seed
         seeds split_seed weights_seed watch_every val_fields level size mpp slide_mpp picture_mpp limit
@@ -45,7 +46,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
         fractions max_emptiness min_edges max_homogeneity min_coverage background mean share
     """,
     "from 0 to below 1": "drop_path val_share test_share val_fraction test_fraction",
-    "above 0, up to 1": "std",
+    "above 0, up to 1": "std layer_decay",
     "from 1 to 5": "depth",
     "from 3 to 5": "patterns",
     "from 1 to 255": "white gradient",

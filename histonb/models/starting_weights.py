@@ -39,6 +39,7 @@ class Start:
     std: tuple = ()
     mpp: float | None = None  # um/px it was trained at; None: unknown
     pool: str = "class"  # the feature that was trained, of `backbones.POOLS`
+    depths: tuple = ()  # where it is read, as for `depths.read_features`; empty: at the end
     report: dict = dataclasses.field(default_factory=dict)  # of `load_weights`; empty: random weights
     file: str = ""  # name of the file of weights
     digest: str = ""  # of its content
@@ -111,7 +112,8 @@ def _saved_start(name, path):
     model, info = load_backbone(path)
     weights = find_backbone_files(path)[1]
     report = {"matched": len(model.state_dict()), "missing": [], "unexpected": [], "reshaped": []}
-    known = dict(mean=tuple(info["mean"]), std=tuple(info["std"]), mpp=info.get("mpp"), pool=info.get("pool", "class"))
+    read = dict(pool=info.get("pool", "class"), depths=tuple(info.get("depths", ())))
+    known = dict(mean=tuple(info["mean"]), std=tuple(info["std"]), mpp=info.get("mpp"), **read)
     return Start(name, info["name"], model, report=report, file=weights.name, digest=content_key(weights), **known)
 
 

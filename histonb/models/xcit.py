@@ -120,6 +120,14 @@ class XCiT(nn.Module):
         "Switch activation checkpointing: a third more computation for a fraction of the memory."
         self.grad_checkpointing = enable
 
+    def group_matcher(
+        self,
+        coarse: bool = False,  # of `timm`'s interface; the layers are the same
+    ) -> dict:  # part -> patterns of names, from the input on
+        "Return the order of the layers, as `timm`'s networks do."
+        late = [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)", "cls_attn_blocks": late}
+
     def no_weight_decay(
         self,
     ) -> set[str]:  # names of parameters

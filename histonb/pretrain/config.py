@@ -29,6 +29,9 @@ class PretrainConfig:
     arch: str = "xcit_nano_12_p16_224"  # backbone by its timm name
     # what the head is given: the class token (DINO), the mean patch token, or both
     pool: Literal["class", "mean", "class+mean"] = "class"
+    depths: tuple[int, ...] = ()  # where, from 0 or negative from the end, side by side; empty = at the end
+    weights: str = "random"  # what the backbone starts from, a name as of `histonb weights list`; the head is random
+    download: bool = False  # fetch weights that are not on this machine
     drop_path: float = 0.1  # stochastic depth of the student, 0..1; the teacher has none
     out_dim: int = 4096  # K, prototypes
     hidden: int = 2048  # width of the head's hidden layers
@@ -43,15 +46,16 @@ class PretrainConfig:
     local_size: int = 96  # pixels
     global_scale: tuple[float, ...] = ()  # share of the tile's area, least and most; empty = the recipe's own
     local_scale: tuple[float, ...] = ()
-    mean: tuple[float, ...] = MEAN  # of each channel, 0..1
-    std: tuple[float, ...] = STD
+    mean: tuple[float, ...] = ()  # of each channel, 0..1; empty = the weights' own, or ImageNet's
+    std: tuple[float, ...] = ()
     # length
     epochs: float = 100.0  # passes over the tiles
     steps: int = 0  # optimiser steps; where set it counts instead of `epochs`
     batch_size: int = 64  # tiles of a step, over all processes
     micro_batch: int = 0  # tiles that a process holds at a time; 0 = its whole share of the batch
     # optimiser (AdamW)
-    lr: float = 5e-4  # peak learning rate for a batch of 256; the rate used is lr * batch_size/256
+    lr: float = 5e-4  # peak learning rate for a batch of 256, or of 1024 with `sqrt`
+    lr_rule: Literal["linear", "sqrt"] = "linear"  # the rate used is lr * batch_size/256, or lr * sqrt(batch_size/1024)
     min_lr: float = 1e-6  # of the last step, as it is
     warmup_epochs: float = 10.0  # linear rise of the learning rate
     weight_decay: float = 0.04  # of the first step
@@ -60,6 +64,14 @@ class PretrainConfig:
     # each tensor by itself (DINO), backbone and heads apart (DINOv2), or all together
     clip_how: Literal["tensor", "network", "global"] = "tensor"
     freeze_last_epochs: float = 1.0  # the prototypes stand still so long
+    # what keeps good weights good
+    layer_decay: float = 1.0  # factor of the learning rate from one layer of the backbone to the one before
+    embed_lr: float = 1.0  # further factor of the patch embedding, or stem
+    freeze_layers: int = 0  # first layers of the backbone that stand still
+    freeze_backbone_epochs: float = 0.0  # the head learns alone so long
+    start_pull: float = 0.0  # towards the starting weights, as strong as weight decay is towards 0; 0 = none
+    # statistics of the backbone's batch norms: of each batch, or those of the weights
+    batch_norm: Literal["train", "frozen"] = "train"
     # teacher
     momentum: float = 0.996  # of the teacher's average, first step
     momentum_end: float = 1.0  # last step
@@ -79,6 +91,7 @@ class PretrainConfig:
     mask_ratio: tuple[float, ...] = (0.1, 0.5)  # of the patches of such a crop, least and most
     regulariser_weight: float = 0.0  # a sum over the large crops; 0 = none, .1 = DINOv2
     regulariser: Literal["koleo", "kde"] = "koleo"  # away from the nearest neighbour, or from the density of all
+    kappa: float = 5.0  # concentration of the density's kernel
     regulariser_group: int = 0  # images among which neighbours are sought; 0 = a micro-batch of one process
     # what is watched
     knn_tiles: str = ""  # folder of a labelled tile table with splits, for the online kNN score; empty = none
@@ -98,8 +111,8 @@ class PretrainConfig:
 
     def __post_init__(self):
         check_ranges(vars(self), "PretrainConfig")
-        if not (self.mean and self.std):
-            raise BadInput("PretrainConfig", "`mean` or `std` is empty", "Give 3 numbers.")
+        if bool(self.mean) != bool(self.std):
+            raise BadInput("PretrainConfig", "one of `mean` and `std` is empty", "Give both, or neither.")
 
 # %% ../../nbs/08_pretrain/04_config.ipynb #cell-008
 PRESETS = {
@@ -317,7 +330,8 @@ def resolve(
     steps = c.steps or round(c.epochs * (n_images // c.batch_size))
     if steps < 1:
         raise BadInput("epochs", f"{c.epochs} make no step", "Choose more epochs, or set steps.")
-    return dataclasses.replace(c, device=device, precision=precision, sync_bn=sync_bn, steps=steps)
+    stats = {"mean": c.mean or MEAN, "std": c.std or STD}
+    return dataclasses.replace(c, device=device, precision=precision, sync_bn=sync_bn, steps=steps, **stats)
 
 # %% ../../nbs/08_pretrain/04_config.ipynb #cell-015
 def schedules(
@@ -327,8 +341,9 @@ def schedules(
     "Compute learning rate, weight decay, teacher momentum and teacher temperature of every step."
     c = config
     per_epoch = n_images // config.batch_size
+    peak = c.lr * (c.batch_size / 256 if c.lr_rule == "linear" else (c.batch_size / 1024) ** 0.5)
     return {
-        "lr": cosine_schedule(c.lr * c.batch_size / 256, c.min_lr, c.steps, round(c.warmup_epochs * per_epoch)),
+        "lr": cosine_schedule(peak, c.min_lr, c.steps, round(c.warmup_epochs * per_epoch)),
         "weight_decay": cosine_schedule(c.weight_decay, c.weight_decay_end, c.steps),
         "momentum": cosine_schedule(c.momentum, c.momentum_end, c.steps),
         "teacher_temp": linear_schedule(

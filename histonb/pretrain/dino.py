@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import BadInput
-from ..models.backbones import image_features, pool_tokens
+from ..models.backbones import pool_tokens
+from ..models.depths import read_features
 from ..models.heads import DINOHead
 from ..models.masking import mask_patches
 
@@ -142,9 +143,10 @@ class MultiCropNet(nn.Module):
         head: nn.Module,  # (..., D) -> (..., K)
         pool: str = "class",  # what of the backbone's tokens the head is given, of `backbones.POOLS`
         patch_head: nn.Module | None = None,  # (..., D) -> (..., K), for single patches; may be `head` itself
+        depths=(),  # where the backbone is read, as for `depths.read_features`; empty: at its end
     ):
         super().__init__()
-        self.backbone, self.head, self.pool = backbone, head, pool
+        self.backbone, self.head, self.pool, self.depths = backbone, head, pool, depths
         if patch_head is not None:
             self.patch_head = patch_head
             self.mask_token = nn.Parameter(torch.zeros(backbone.num_features))
@@ -164,9 +166,8 @@ class MultiCropNet(nn.Module):
         hidden: bool = False,  # those patches are not shown
     ) -> tuple:  # features (V, B, D), scores (V, B, K), and with masks the scores (M, K) of those patches
         if masks is None:
-            tokens = torch.cat(
-                [image_features(self.backbone, c.flatten(0, 1), self.pool).unflatten(0, c.shape[:2]) for c in crops]
-            )
+            read = [read_features(self.backbone, c.flatten(0, 1), self.pool, self.depths) for c in crops]
+            tokens = torch.cat([x.unflatten(0, c.shape[:2]) for x, c in zip(read, crops, strict=True)])
             return tokens, self.head(tokens)
         (views,), at = crops, masks.flatten().nonzero().flatten()
         with mask_patches(self.backbone, masks.flatten(0, 1), self.mask_token) if hidden else contextlib.nullcontext():

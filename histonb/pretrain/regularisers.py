@@ -64,6 +64,7 @@ def regulariser_loss(
     features: torch.Tensor,  # (v, B, D) of v crops of B images
     how: str = "koleo",  # of REGULARISERS
     group: int = 0,  # images among which neighbours are sought; 0 = all B
+    kappa: float = 5.0,  # of `kde`
 ) -> torch.Tensor:  # (v,) float32: mean over the groups of each crop; their sum enters the loss
     "Compute a regulariser over each crop's features, in groups."
     if how not in REGULARISERS:
@@ -75,6 +76,7 @@ def regulariser_loss(
             f"{group} for {features.shape[1]} images at a time",
             "Choose 2 or more, and a divisor of the micro-batch.",
         )
+    options = {"kappa": kappa} if how == "kde" else {}
     return torch.stack(
-        [torch.stack([REGULARISERS[how](part) for part in view.split(group)]).mean() for view in features]
+        [torch.stack([REGULARISERS[how](part, **options) for part in view.split(group)]).mean() for view in features]
     )

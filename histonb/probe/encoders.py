@@ -257,6 +257,7 @@ def encoder_from(
     if positions != "timm":
         architecture = f"{architecture} {positions}"
     pool = pool or start.pool
+    depths = depths or start.depths
     pooled, dim, architecture = _pooled(name or start.name, model, architecture, pool, depths, start.head)
     spec = EncoderSpec(
         name=name or start.name,
