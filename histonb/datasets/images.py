@@ -288,7 +288,7 @@ def _quarantined(store):
     path = store / "quarantine.csv"
     return read_csv(path, QUARANTINE_COLUMNS) if path.exists() else pd.DataFrame(columns=QUARANTINE_COLUMNS, dtype=str)
 
-
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-024-5
 def join_stores(
     stores,  # folders of tile stores
     out,  # folder of the joined store

@@ -149,7 +149,7 @@ class Stage:
     needs: list  # names of the stages whose folders it reads
     resources: Resources  # what it asks of a cluster
 
-
+# %% ../../nbs/13_studies/03_study.ipynb #cell-015-7
 @dataclasses.dataclass
 class Study:
     "A chain of stages, read from a YAML file and checked."
