@@ -234,7 +234,7 @@ def _drop_overlapping(
     keep = non_overlapping(place[~unknown])
     return table[~unknown][keep], rows, int((~keep).sum())
 
-
+# %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-9
 def _slide_rows(table, files, mask_files):
     "Return the columns of a cohort for a table of patches, yet without codes."
     columns = {

@@ -264,7 +264,7 @@ def _round(rng, points, axes):
     "Give cancer cells of no direction their shape and stain."
     return _shaped(rng, points, axes, rng.uniform(0, np.pi, len(points)), EPITHELIAL, 0.85, 1)
 
-
+# %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-030-6
 def _gland_nuclei(rng, outline, pattern):
     "Line a gland with nuclei: a list of rows as of `_shaped`, one item a layer."
     if pattern == 2:  # two layers: flat basal cells under tall columnar ones
