@@ -14,6 +14,8 @@ import pytest
 import torch
 from kernel_pool import Pool
 
+from histonb.studies.study import _write_notebook
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,6 +27,11 @@ def kernel_pool():
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(pool.close)
     return pool
+
+
+def write_report_notebook(root, name, parameters, cells):
+    "Write a small report notebook into a repository; a cell that begins with # is prose."
+    _write_notebook(root / f"nbs/reports/{name}.ipynb", parameters, *cells)
 
 
 def run_report(notebook, folder, **parameters):

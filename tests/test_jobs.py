@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_origin, get_type_hints
 
 import pytest
+from conftest import write_report_notebook
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
@@ -60,31 +61,14 @@ SLOW = [
 ]
 
 
-def notebook(root, name, parameters, cells):
-    """Write a report notebook; a cell that begins with # is prose."""
-    cells = [
-        {"cell_type": "markdown" if c.startswith("#") else "code", "metadata": {}, "source": c, "id": f"c{i}"}
-        for i, c in enumerate([parameters, *cells])
-    ]
-    for c in cells:
-        if c["cell_type"] == "code":
-            c.update(outputs=[], execution_count=None)
-    cells[0]["metadata"]["tags"] = ["parameters"]
-    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    path = root / f"nbs/reports/{name}.ipynb"
-    path.write_text(
-        json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
-    )
-
-
 @pytest.fixture
 def root(tmp_path):
     """A repository with a study of two stages."""
     (tmp_path / "nbs/reports").mkdir(parents=True)
     (tmp_path / "runs").mkdir()
     (tmp_path / "settings.ini").touch()
-    notebook(tmp_path, "10_first", 'out = ""\nn = 1', FIRST)
-    notebook(tmp_path, "20_second", 'out = ""\nfirst = ""', SECOND)
+    write_report_notebook(tmp_path, "10_first", 'out = ""\nn = 1', FIRST)
+    write_report_notebook(tmp_path, "20_second", 'out = ""\nfirst = ""', SECOND)
     (tmp_path / "runs/tiny.yaml").write_text(STUDY)
     return tmp_path
 
@@ -122,7 +106,7 @@ def test_a_study_runs_once_and_again_only_where_something_changed(root):
     assert ran(run(root, "runs/tiny.yaml", "--only", "first", "--force").stdout) == ["first"]
     assert states(root) == ["finished", "finished"]  # what it read was made again, and is the same
     (root / "more.txt").write_text("5")
-    notebook(
+    write_report_notebook(
         root,
         "10_first",
         'out = ""\nn = 1',
@@ -157,7 +141,7 @@ def test_records_and_pages_hold_no_path_of_the_machine_and_load_nothing(root):
 
 
 def test_a_failing_stage_stops_the_study_and_leaves_no_success(root):
-    notebook(
+    write_report_notebook(
         root,
         "10_first",
         'out = ""\nn = 1',
@@ -172,18 +156,18 @@ def test_a_failing_stage_stops_the_study_and_leaves_no_success(root):
     assert not (folder / "metrics.json").exists() and not (folder / "report.html").exists()
     assert read_json(folder / "notebook.ipynb")["metadata"]["histonb"] == {"state": "failed"}
     assert "failed" in (root / "runs/tiny/index.html").read_text()
-    notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
+    write_report_notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
     assert run(root, "runs/tiny.yaml").returncode == 0
 
 
 def test_a_notebook_that_forgets_to_finish_has_failed(root):
-    notebook(root, "10_first", 'out = ""\nn = 1', FIRST[:-1])
+    write_report_notebook(root, "10_first", 'out = ""\nn = 1', FIRST[:-1])
     with pytest.raises(StageFailed, match="without a metrics.json"):
         run_study(root / "runs/tiny.yaml")
 
 
 def test_a_fault_in_the_input_is_told_in_one_line(root):
-    notebook(
+    write_report_notebook(
         root,
         "10_first",
         'out = ""\nn = 1',
@@ -195,7 +179,7 @@ def test_a_fault_in_the_input_is_told_in_one_line(root):
 
 
 def test_a_kernel_that_dies_is_a_failure(root):
-    notebook(
+    write_report_notebook(
         root,
         "10_first",
         'out = ""\nn = 1',
@@ -210,7 +194,7 @@ def test_a_kernel_that_dies_is_a_failure(root):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_ends_everything_in_order(root, signum, code):
-    notebook(root, "10_first", 'out = ""\nn = 1', SLOW)
+    write_report_notebook(root, "10_first", 'out = ""\nn = 1', SLOW)
     process = subprocess.Popen(
         [HISTONB, "run", "runs/tiny.yaml"],
         cwd=root,
@@ -235,7 +219,7 @@ def test_ctrl_c_ends_everything_in_order(root, signum, code):
 
 
 def test_a_killed_runner_leaves_no_lock_and_no_kernel(root):
-    notebook(
+    write_report_notebook(
         root,
         "10_first",
         'out = ""\nn = 1',
@@ -253,7 +237,7 @@ def test_a_killed_runner_leaves_no_lock_and_no_kernel(root):
             break
         time.sleep(0.2)
     assert not alive(kernel)
-    notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
+    write_report_notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
     assert ran(run(root, "runs/tiny.yaml").stdout) == ["first", "second"]
 
 
@@ -263,7 +247,7 @@ def test_what_a_stopped_stage_had_computed_is_there_when_it_resumes_but_not_when
         "seen = run.path('part.txt').exists(); run.path('part.txt').write_text('x')\nassert seen, 'first time'",
         "run.finish(seen=seen)",
     ]
-    notebook(root, "10_first", 'out = ""\nn = 1', resume)
+    write_report_notebook(root, "10_first", 'out = ""\nn = 1', resume)
     assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 1
     assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 0
     (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", "n: 5"))
@@ -300,7 +284,7 @@ def test_full_disk_for_the_whole_command(root):
         pytest.skip("mounting a small disk needs root")
     try:
         (disk / "tiny.yaml").write_text(plan)
-        notebook(
+        write_report_notebook(
             root,
             "10_first",
             'out = ""\nn = 1',
@@ -349,7 +333,7 @@ def test_the_former_name_of_a_report_leads_to_its_present_one(root, former, now)
 
 @pytest.mark.parametrize("former, now", RENAMED.items())
 def test_the_former_name_of_a_parameter_leads_to_its_present_one(root, former, now):
-    notebook(root, "10_first", f'out = ""\nn = 1\n{now} = 0.5', FIRST)
+    write_report_notebook(root, "10_first", f'out = ""\nn = 1\n{now} = 0.5', FIRST)
     (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", f"{former}: 0.5"))
     with pytest.raises(BadInput) as e:
         load_study(root / "runs/tiny.yaml")
@@ -416,7 +400,7 @@ def test_only_refuses_to_start_what_was_not_asked_for(root):
 def test_an_input_file_that_changes_makes_its_stage_stale(root):
     table = root / "table.csv"
     table.write_text("1")
-    notebook(root, "10_first", 'out = ""\nn = 1\ntable = ""', FIRST)
+    write_report_notebook(root, "10_first", 'out = ""\nn = 1\ntable = ""', FIRST)
     (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", "n: 4, table: table.csv"))
     run_study(root / "runs/tiny.yaml")
     table.write_text("2")
@@ -433,7 +417,7 @@ def test_a_label_corrected_in_place_makes_its_stage_stale(root, given):
     labels = root / "cohort/train.csv"
     labels.write_text("slide,grade\na,1\n")
     default = '""' if given == "cohort" else "[]"
-    notebook(root, "10_first", f'out = ""\nn = 1\ncohort = {default}', FIRST)
+    write_report_notebook(root, "10_first", f'out = ""\nn = 1\ncohort = {default}', FIRST)
     (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", f"n: 4, cohort: {given}"))
     run_study(root / "runs/tiny.yaml")
     os.utime(labels, (1, 1))
@@ -470,13 +454,15 @@ def test_an_output_that_is_gone_or_changed_is_made_again(root, change):
     ],
 )
 def test_how_a_notebook_ended_is_told_in_one_sentence(root, cell, says):
-    notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:2], cell, FIRST[-1]])
+    write_report_notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:2], cell, FIRST[-1]])
     with pytest.raises(StageFailed, match=f"stage `first` failed in cell .*{says}"):
         run_study(root / "runs/tiny.yaml")
 
 
 def test_a_notebook_that_prints_too_much_is_cut(root):
-    notebook(root, "10_first", 'out = ""\nn = 1', [*FIRST[:4], "for i in range(20): print('x'*1_000_000)", FIRST[-1]])
+    write_report_notebook(
+        root, "10_first", 'out = ""\nn = 1', [*FIRST[:4], "for i in range(20): print('x'*1_000_000)", FIRST[-1]]
+    )
     run_study(root / "runs/tiny.yaml")
     for name in ("notebook.ipynb", "report.html"):
         text = (root / "runs/tiny/first" / name).read_text()
@@ -493,7 +479,7 @@ def test_a_notebook_that_prints_too_much_is_cut(root):
     ],
 )
 def test_a_parameters_cell_that_is_no_list_of_values(root, cell, says):
-    notebook(root, "10_first", cell, FIRST)
+    write_report_notebook(root, "10_first", cell, FIRST)
     with pytest.raises(BadInput, match=says):
         load_study(root / "runs/tiny.yaml")
 
@@ -614,7 +600,7 @@ def test_a_report_refuses_what_papermill_gives_it_wrongly(root, given, says):
     """By hand, where no study checks."""
     import papermill
 
-    notebook(
+    write_report_notebook(
         root,
         "10_first",
         'out = ""\nn = 1\nworkers = 0\nregulariser_weight = 0.1',

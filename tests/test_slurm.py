@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import write_report_notebook
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl
@@ -67,19 +68,6 @@ def sums(ranks, steps):
     return found
 
 
-def notebook(root, name, parameters, *cells):
-    cells = [
-        {"cell_type": "code", "metadata": {}, "source": c, "id": f"c{i}", "outputs": [], "execution_count": None}
-        for i, c in enumerate([parameters, *cells])
-    ]
-    cells[0]["metadata"]["tags"] = ["parameters"]
-    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    path = root / f"nbs/reports/{name}.ipynb"
-    path.write_text(
-        json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
-    )
-
-
 @pytest.fixture
 def root(tmp_path):
     """A repository with a notebook that does nothing much and one that trains."""
@@ -89,21 +77,20 @@ def root(tmp_path):
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     (tmp_path / "standin.py").write_text(STANDIN)
     (tmp_path / "site.yaml").write_text("partition: gpu\nenvironment: {GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: '1'}\n")
-    notebook(tmp_path, "10_first", 'out = ""', START, "import os; run.finish(job=os.environ.get('SLURM_JOB_ID'))")
-    notebook(
+    write_report_notebook(
+        tmp_path, "10_first", 'out = ""', [START, "import os; run.finish(job=os.environ.get('SLURM_JOB_ID'))"]
+    )
+    write_report_notebook(
         tmp_path,
         "20_train",
         'out = ""\nneeds = ""\nsteps = 10\npause = 0.0\nfailing = -1\nprocesses = 1',
-        START,
-        LAUNCH,
-        "run.finish(steps=steps)",
+        [START, LAUNCH, "run.finish(steps=steps)"],
     )
-    notebook(
+    write_report_notebook(
         tmp_path,
         "30_last",
         'out = ""\nneeds = ""',
-        START,
-        "run.finish(read=sorted(os.listdir(needs)) if needs else [])".replace("os.", "__import__('os')."),
+        [START, "import os; run.finish(read=sorted(os.listdir(needs)) if needs else [])"],
     )
     return tmp_path
 
@@ -476,15 +463,17 @@ def test_the_trainer_stops_near_its_time_limit_and_ends_with_the_very_same_weigh
         "checkpoint_every": 1000,
         "workers": 0,
     }
-    notebook(
+    write_report_notebook(
         root,
         "21_dino",
         'out = ""',
-        START,
-        "from histonb.core.files import write_json\n"
-        f"write_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
-        "from histonb.studies.ranks import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)",
-        "run.finish()",
+        [
+            START,
+            "from histonb.core.files import write_json\n"
+            f"write_json(run.path('dino.json'), {config} | {{'out': str(run.out)}})",
+            "from histonb.studies.ranks import launch\nlaunch(['pretrain', run.path('dino.json')], processes=2)",
+            "run.finish()",
+        ],
     )
     path = study(root, "  train: {notebook: 21_dino, resources: {gpus: 2}}\n")
     number = submit(path)["train"]

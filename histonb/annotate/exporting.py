@@ -149,6 +149,17 @@ def draw_outlines(
             cv2.circle(image, tuple(int(v) for v in points.mean(0)), 0, color, -1)
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-014
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("id", pa.int64()),
+        ("type", pa.string()),
+        *((c, pa.float64()) for c in ("x", "y", "left", "top", "right", "bottom", "area_um2", "probability")),
+        ("feature", pa.string()),
+    ]
+)
+
+# %% ../../nbs/11_annotate/02_exporting.ipynb #cell-014-3
 def write_objects(
     folder,  # gets objects.geojson, objects.parquet and overview.png
     groups,  # tables from `to_slide_coordinates`, one after the other
@@ -178,17 +189,6 @@ def write_objects(
     with atomic_path(folder / "overview.png") as p:
         cv2.imwrite(str(p), image[..., ::-1])
     return counts
-
-
-SCHEMA = pa.schema(
-    [
-        ("task", pa.string()),
-        ("id", pa.int64()),
-        ("type", pa.string()),
-        *((c, pa.float64()) for c in ("x", "y", "left", "top", "right", "bottom", "area_um2", "probability")),
-        ("feature", pa.string()),
-    ]
-)
 
 # %% ../../nbs/11_annotate/02_exporting.ipynb #cell-019
 def write_tissue(

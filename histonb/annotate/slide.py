@@ -229,7 +229,7 @@ def annotate_slide(
             _annotate(_Work(slide, predictor, folder, tile), settings, start)
     return folder
 
-
+# %% ../../nbs/11_annotate/04_slide.ipynb #cell-013-5
 def _settings(slide, predictor, tile):
     "Return what the result depends on: a folder belongs to one set of these."
     return {

@@ -98,9 +98,7 @@ def instances_in_window(
     ids = extract_instances(probs, task, mpp)
     if types:
         probs = _floats(read(types, outer))
-    extent = np.zeros((ids.max() + 1, 4), int)  # top, left, bottom, right on the slide; row 0 is background
-    for i, box in enumerate(find_objects(ids), 1):
-        extent[i] = box[0].start + top, box[1].start + left, box[0].stop + top, box[1].stop + left
+    extent = _extents(ids, top, left)
     long = (extent[:, 2:] - extent[:, :2]).max(1) > halo - GUARD
     short = ~long & (_owner(extent, tile, has_tissue) == at).all(1)
     core_in_window = (core[0] - top, core[1] - left, core[2] - top, core[3] - left)
@@ -119,6 +117,14 @@ def instances_in_window(
     edges = _edges(piece[ids], core_in_window)
     edges = edges.assign(x=edges["x"] + left, y=edges["y"] + top)
     return table.drop(columns=["id", "area_um2"]), edges
+
+# %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-008-6
+def _extents(ids, top, left):
+    "Top, left, bottom, right of each object on the slide; row 0 is background."
+    extent = np.zeros((ids.max() + 1, 4), int)
+    for i, box in enumerate(find_objects(ids), 1):
+        extent[i] = box[0].start + top, box[1].start + left, box[0].stop + top, box[1].stop + left
+    return extent
 
 
 def _window_outlines(drawn, label, long, top, left):

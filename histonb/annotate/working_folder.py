@@ -13,6 +13,7 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.digests import content_key
 from ..core.errors import BadInput, foreign_errors
@@ -71,7 +72,7 @@ DISCARD = "Annotate with --overwrite, which discards what is there."
 DELETE = "Delete this file and run the same command again."
 _AGAIN = "Annotate again with --overwrite; if it was changed on purpose, move it elsewhere first."
 
-
+# %% ../../nbs/11_annotate/03_working_folder.ipynb #cell-008-5
 def read_settings(
     folder: Path,  # of a slide
 ) -> dict:  # name -> value; empty where no annotation was started
@@ -152,21 +153,6 @@ class ProbabilityCache:
         "Return the file of a tile."
         return self.folder / f"scores-{i:06d}.npz"
 
-    def write(
-        self,
-        i: int,  # number of the tile
-        predictions,  # pairs of name and probabilities (C, h, w) uint8, one for each task
-    ):
-        "Write a tile, compressed; background is left out, since probabilities sum to 1."
-        packed = {name: (p if self.tasks[name].kind == "patch" else p[1:]) for name, p in predictions}
-        arrays = {}
-        for name, p in packed.items():
-            encoded = imagecodecs.zstd_encode(np.ascontiguousarray(p), level=1)
-            arrays[name] = np.frombuffer(encoded, np.uint8)
-        shapes = {f"{name}/shape": p.shape for name, p in packed.items()}
-        with atomic_path(self.path(i)) as path:
-            np.savez(path, **arrays, **shapes)
-
     def _load(self, i, name):
         "Probabilities of a tile; None where it has none of this task."
         if not self.path(i).exists():
@@ -195,3 +181,20 @@ class ProbabilityCache:
                 out[1:, max(top - t, 0) :, max(left - l, 0) :][:, : p.shape[1], : p.shape[2]] = p
         out[0] = 255 - np.minimum(out[1:].sum(0, dtype=np.uint16), 255)
         return out
+
+# %% ../../nbs/11_annotate/03_working_folder.ipynb #cell-008-7
+@patch
+def write(
+    self: ProbabilityCache,
+    i: int,  # number of the tile
+    predictions,  # pairs of name and probabilities (C, h, w) uint8, one for each task
+):
+    "Write a tile, compressed; background is left out, since probabilities sum to 1."
+    packed = {name: (p if self.tasks[name].kind == "patch" else p[1:]) for name, p in predictions}
+    arrays = {}
+    for name, p in packed.items():
+        encoded = imagecodecs.zstd_encode(np.ascontiguousarray(p), level=1)
+        arrays[name] = np.frombuffer(encoded, np.uint8)
+    shapes = {f"{name}/shape": p.shape for name, p in packed.items()}
+    with atomic_path(self.path(i)) as path:
+        np.savez(path, **arrays, **shapes)

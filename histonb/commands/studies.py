@@ -65,7 +65,7 @@ def run_command(
         typer.echo(f"\n{e}" if str(e) else f"\ninterrupted. `histonb run {study}` goes on from here.", err=True)
         raise typer.Exit(128 + getattr(e, "signum", 2)) from None
 
-
+# %% ../../nbs/14_commands/01_studies.ipynb #cell-006-3
 def _run_or_submit(study, only, force, on, profile, dry_run):
     "Run a study on this machine, or hand it to SLURM."
     from histonb.studies.execution import run_study

@@ -139,7 +139,7 @@ def check_renamed(
     if now in names:
         raise BadInput(source, f"`{name}` is now called `{now}`", "Rename it.")
 
-
+# %% ../../nbs/00_core/02_parameters.ipynb #fa466ec0-2-2
 def with_present_names(
     values: dict,  # parameters by name, from a file that an earlier version may have written
     names: typing.Iterable[str],  # the parameters there are

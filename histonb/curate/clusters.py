@@ -26,6 +26,26 @@ def blocks(
     return [slice(a, min(a + size, n)) for a in range(0, n, size)]
 
 # %% ../../nbs/09_curate/01_clusters.ipynb #cell-005-2
+def _check_features(
+    features,  # to be an array (N,D) or memory map
+    name: str,  # what errors call them
+    values: bool,  # read the rows, too
+):
+    "Refuse what is no matrix of features, and rows that have no direction."
+    if getattr(features, "ndim", 0) != 2 or not len(features):
+        fault = f"expected an array (N,D) with at least one row, got {np.shape(features)}"
+        raise BadInput(name, fault, "Give one feature vector a tile.")
+    for block in blocks(len(features)) if values else ():
+        size = np.linalg.norm(np.asarray(features[block], np.float32), axis=1)
+        for fault, bad in (("NaN or infinite values", ~np.isfinite(size)), ("nothing but zeros", size == 0)):
+            if bad.any():
+                raise BadInput(
+                    name,
+                    f"{fault} in row {block.start + bad.argmax()}",
+                    "Look at this tile, drop it from the table, or extract the features again.",
+                )
+
+# %% ../../nbs/09_curate/01_clusters.ipynb #cell-005-5
 class UnitRows:
     "Rows of a feature matrix as a view: `x[rows]` reads them in float32 and scales each to length 1."
 
@@ -36,26 +56,10 @@ class UnitRows:
         name: str = "features",  # what errors call them
         rows=None,  # row numbers to look at; None: all
     ):
-        self.features, self.moments, self.rows = features, moments, rows
-        if getattr(features, "ndim", 0) != 2 or not len(features):
-            raise BadInput(
-                name,
-                f"expected an array (N,D) with at least one row, got {np.shape(features)}",
-                "Give one feature vector a tile.",
-            )
-        if rows is None:
-            self._check(name)
-
-    def _check(self, name):
-        for block in blocks(len(self.features)):
-            size = np.linalg.norm(np.asarray(self.features[block], np.float32), axis=1)
-            for fault, bad in (("NaN or infinite values", ~np.isfinite(size)), ("nothing but zeros", size == 0)):
-                if bad.any():
-                    raise BadInput(
-                        name,
-                        f"{fault} in row {block.start + bad.argmax()}",
-                        "Look at this tile, drop it from the table, or extract the features again.",
-                    )
+        self.features = features
+        self.moments = moments
+        self.rows = rows
+        _check_features(features, name, values=rows is None)
 
     @property
     def shape(self):

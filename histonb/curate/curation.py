@@ -209,6 +209,50 @@ def _cluster_rest(x, rest, centres, member):
     parents = np.stack([m[np.unique(member[0], return_index=True)[1]] for m in member])
     return parents[:, neighbours(x.take(rest), centres)[0][:, 0]]
 
+# %% ../../nbs/09_curate/02_curation.ipynb #cell-026-4
+def _check_limits(per_slide, per_cluster, target, duplicate, leak):
+    "Refuse negative caps and thresholds that are no cosines."
+    if min(per_slide, per_cluster, target) < 0:
+        fault = f"caps {per_slide} and {per_cluster}, target {target}"
+        raise BadInput("curate", fault, "Give numbers from 0 up; 0 is no limit.")
+    for name, threshold in (("duplicate", duplicate), ("leak", leak)):
+        _cut(0 if threshold is None else threshold, name)
+
+
+def _drop_near_evaluation(
+    x: UnitRows,  # all rows
+    left: np.ndarray,  # (L,) row numbers still in
+    protected: list,  # of each evaluation set, its features (E,D) of length 1 and the numbers (E,) they are known by
+    leak: float,  # cosine from which a row is dropped
+    drops: _Drops,  # takes note
+) -> np.ndarray:  # row numbers still in
+    "Drop rows that look like an evaluation tile."
+    for base, numbers in protected:
+        index, s = neighbours(x.take(left), base, desc="near evaluation")
+        near = s[:, 0] >= _cut(leak)
+        left = drops.drop("near evaluation", left[near], numbers[index[near, 0]], s[near, 0])
+    return left
+
+
+def _drop_duplicates(x, left, duplicate, seed, drops):
+    "Drop rows that a kept row nearly equals, and return the row numbers still in."
+    like, s = near_duplicates(x.take(left), duplicate, seed=seed)
+    dropped = like >= 0
+    return drops.drop("duplicate", left[dropped], left[like[dropped]], s[dropped])
+
+# %% ../../nbs/09_curate/02_curation.ipynb #cell-026-5
+def _with_drops(table, keep, drops, cluster):
+    "Return the table with the columns that `curate` adds."
+    why = {"why": np.where(drops.reason != "", "curated", table["why"])} if "why" in table else {}
+    return table.assign(
+        kept=keep,
+        **why,
+        dropped=drops.reason,
+        duplicate_of=drops.like,
+        similarity=drops.similarity,
+        **{f"cluster{i or ''}": c for i, c in enumerate(cluster)},
+    )
+
 # %% ../../nbs/09_curate/02_curation.ipynb #cell-026-2
 def curate(
     table: pd.DataFrame,  # N tiles; `kept` and `split` count where they are there
@@ -229,25 +273,18 @@ def curate(
     Sets `kept`; `dropped`: one of `REASONS` or empty; `duplicate_of`: position of the row it resembles, -1: none, from
     N on the rows of `evaluation`; `similarity` to it; `cluster`, `cluster1` ... of each level, -1: of no cluster."""
     candidates, tested = _candidates(table, features, slide)
-    if min(per_slide, per_cluster, target) < 0:
-        fault = f"caps {per_slide} and {per_cluster}, target {target}"
-        raise BadInput("curate", fault, "Give numbers from 0 up; 0 is no limit.")
-    for name, threshold in (("duplicate", duplicate), ("leak", leak)):
-        _cut(0 if threshold is None else threshold, name)
+    _check_limits(per_slide, per_cluster, target, duplicate, leak)
     scale = moments(features) if standardise else None
     x = UnitRows(features, scale)
-    drops = _Drops(len(table), candidates)
-    left = candidates
     protected = [(x.take(tested), tested)] if len(tested) else []
     if evaluation is not None:
         protected.append((UnitRows(evaluation, scale, "evaluation"), len(table) + np.arange(len(evaluation))))
-    for base, numbers in protected if leak is not None else ():
-        index, s = neighbours(x.take(left), base, desc="near evaluation")
-        near = s[:, 0] >= _cut(leak)
-        left = drops.drop("near evaluation", left[near], numbers[index[near, 0]], s[near, 0])
+    drops = _Drops(len(table), candidates)
+    left = candidates
+    if leak is not None:
+        left = _drop_near_evaluation(x, left, protected, leak, drops)
     if duplicate is not None:
-        like, s = near_duplicates(x.take(left), duplicate, seed=seed)
-        left = drops.drop("duplicate", left[like >= 0], left[like[like >= 0]], s[like >= 0])
+        left = _drop_duplicates(x, left, duplicate, seed, drops)
     centres, member = hierarchy(x.take(left), levels, seed)
     cluster = np.full((len(member), len(table)), -1)
     cluster[:, left] = member
@@ -259,12 +296,4 @@ def curate(
     if len(rest):
         cluster[:, rest] = _cluster_rest(x, rest, centres, member)
     keep = np.isin(np.arange(len(table)), np.r_[left, tested])
-    why = {"why": np.where(drops.reason != "", "curated", table["why"])} if "why" in table else {}
-    return table.assign(
-        kept=keep,
-        **why,
-        dropped=drops.reason,
-        duplicate_of=drops.like,
-        similarity=drops.similarity,
-        **{f"cluster{i or ''}": c for i, c in enumerate(cluster)},
-    )
+    return _with_drops(table, keep, drops, cluster)

@@ -120,7 +120,7 @@ def _is_drawn(path):
     except BadInput:
         return False
 
-
+# %% ../../nbs/03_datasets/09_annotations.ipynb #cell-007-4
 def make_regions(
     name: str,  # of the set
     root,  # folder of the set, for the error

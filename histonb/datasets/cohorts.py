@@ -157,6 +157,65 @@ def missing_files(
         return []
     return [(i, str(path(i)), f"listed in {table} but not in the folder", "Download it again.") for i in ids[~here]]
 
+# %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-011-5
+def _of_provider(
+    listed: pd.DataFrame,  # from `_panda_table`
+    provider: str | None,  # one of `PROVIDERS`; None: both
+) -> tuple[pd.DataFrame, set]:  # its rows, and the ids of the other's
+    "Take the rows of one hospital. Raises `BadInput` for an unknown one."
+    if provider is None:
+        return listed, set()
+    if provider not in PROVIDERS:
+        raise BadInput("provider", f"unknown provider `{provider}`", nearest(provider, PROVIDERS))
+    other = listed["data_provider"] != provider
+    return listed[~other], {*listed["image_id"][other]}
+
+
+def _drop_suspicious(
+    table: pd.DataFrame,  # slides that are here
+    path,  # CSV `image_id,reason`
+    images: Path,  # folder of the slides
+) -> tuple[pd.DataFrame, list]:  # the other slides, and rows of a quarantine
+    "Take the slides that a list calls suspicious off the table."
+    reasons = read_csv(path, ["image_id", "reason"]).drop_duplicates("image_id").set_index("image_id")["reason"]
+    suspicious = table["image_id"].isin(reasons.index)
+    remedy = f"Take it off {Path(path).name} to use it."
+    dropped = [
+        (i, str(images / f"{i}.tiff"), f"listed as suspicious: {reasons[i]}", remedy)
+        for i in table["image_id"][suspicious]
+    ]
+    return table[~suspicious], dropped
+
+# %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-011-7
+def _biopsies(
+    ids: pd.Series,  # of slides
+    path,  # CSV `image_id,group`
+) -> pd.Series:  # case of each: its group, or the slide itself where it is not listed
+    "Read which slides show the same biopsy."
+    groups = read_csv(path, ["image_id", "group"], key="image_id").set_index("image_id")["group"]
+    return ids.map(identifiers(groups)).map("duplicates {}".format, na_action="ignore").fillna(ids)
+
+
+def _panda_slides(
+    table: pd.DataFrame,  # rows of train.csv, with `case`
+    image_of: dict[str, Path],  # id -> slide
+    mask_of: dict[str, Path],  # id -> mask, where there is one
+) -> pd.DataFrame:  # with `SLIDE_COLUMNS`
+    "Return the columns of a cohort for rows of train.csv."
+    ids = table["image_id"]
+    columns = {
+        "slide": ids,
+        "image": [str(image_of[i]) for i in ids],
+        "mask": [str(mask_of.get(i, "")) for i in ids],
+        "codes": table["data_provider"],
+        "cohort": "panda",
+        "case": table["case"],
+        "provider": table["data_provider"],
+        "isup": table["isup_grade"].astype(int),
+        "gleason": table["gleason_score"].replace("negative", "0+0"),
+    }
+    return pd.DataFrame(columns)[SLIDE_COLUMNS]
+
 # %% ../../nbs/03_datasets/01_cohorts.ipynb #cell-011-3
 def panda(
     root,  # folder with train.csv, train_images and train_label_masks
@@ -168,75 +227,29 @@ def panda(
     "Read PANDA (Bulten et al. 2022) as published. Raises `BadInput` for a broken table or a folder without slides."
     root = Path(root).expanduser().resolve()
     images = root / "train_images"
-    masks = root / "train_label_masks"
     if not (root / "train.csv").is_file():
-        raise BadInput(
-            root,
-            "there is no train.csv here",
-            "Give the folder that holds train.csv, train_images and train_label_masks.",
-        )
-    listed = _panda_table(root / "train.csv")
-    if provider is not None and provider not in PROVIDERS:
-        raise BadInput("provider", f"unknown provider `{provider}`", nearest(provider, PROVIDERS))
-    others = listed["image_id"][listed["data_provider"] != provider] if provider else []
-    listed = listed[~listed["image_id"].isin(others)]
-    have = _names(images, ".tiff")
-    masked = _names(masks, "_mask.tiff")
-    here = listed["image_id"].isin(have)
+        remedy = "Give the folder that holds train.csv, train_images and train_label_masks."
+        raise BadInput(root, "there is no train.csv here", remedy)
+    listed, others = _of_provider(_panda_table(root / "train.csv"), provider)
+    image_of = _names(images, ".tiff")
+    here = listed["image_id"].isin(image_of)
     if not here.any():
-        raise BadInput(
-            images,
-            f"none of the {len(listed)} slides of train.csv{f' from {provider}' if provider else ''} is here",
-            "Put the slides here as <image_id>.tiff.",
-        )
-
-    table = listed[here]
+        fault = f"none of the {len(listed)} slides of train.csv{f' from {provider}' if provider else ''} is here"
+        raise BadInput(images, fault, "Put the slides here as <image_id>.tiff.")
     quarantine = missing_files(listed["image_id"], here, lambda i: images / f"{i}.tiff", "train.csv")
+    table = listed[here]
     if suspicious is not None:
-        reasons = (
-            read_csv(suspicious, ["image_id", "reason"]).drop_duplicates("image_id").set_index("image_id")["reason"]
-        )
-        out = table["image_id"].isin(reasons.index)
-        quarantine += [
-            (
-                i,
-                str(images / f"{i}.tiff"),
-                f"listed as suspicious: {reasons[i]}",
-                f"Take it off {Path(suspicious).name} to use it.",
-            )
-            for i in table["image_id"][out]
-        ]
-        table = table[~out]
-    case = table["image_id"]
-    if duplicates is not None:
-        groups = read_csv(duplicates, ["image_id", "group"], key="image_id").set_index("image_id")["group"]
-        case = table["image_id"].map(identifiers(groups)).map("duplicates {}".format, na_action="ignore").fillna(case)
-    left = max(len(table) - limit, 0) if limit is not None else 0
-
-    ids = table["image_id"]
-    slides = (
-        pd.DataFrame(
-            {
-                "slide": ids,
-                "image": [str(have[i]) for i in ids],
-                "mask": [str(masked.get(i, "")) for i in ids],
-                "codes": table["data_provider"],
-                "cohort": "panda",
-                "case": case,
-                "provider": table["data_provider"],
-                "isup": table["isup_grade"].astype(int),
-                "gleason": table["gleason_score"].replace("negative", "0+0"),
-            }
-        )[SLIDE_COLUMNS]
-        .head(limit if limit is not None else len(table))
-        .reset_index(drop=True)
-    )
+        table, dropped = _drop_suspicious(table, suspicious, images)
+        quarantine += dropped
+    case = table["image_id"] if duplicates is None else _biopsies(table["image_id"], duplicates)
+    usable = _panda_slides(table.assign(case=case), image_of, _names(root / "train_label_masks", "_mask.tiff"))
+    slides = usable.head(len(usable) if limit is None else limit).reset_index(drop=True)
     counts = {
         "without mask": int((slides["mask"] == "").sum()),
         "left out": len(quarantine),
-        "beyond the limit": left,
-        "of another provider": len(have.keys() & set(others)),
+        "beyond the limit": 0 if limit is None else max(len(usable) - limit, 0),
+        "of another provider": len(image_of.keys() & others),
         "listed but not in the folder": int((~here).sum()),
-        "in the folder but not listed": len(have.keys() - set(listed["image_id"]) - set(others)),
+        "in the folder but not listed": len(image_of.keys() - {*listed["image_id"]} - others),
     }
     return Cohort("panda", slides, pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)

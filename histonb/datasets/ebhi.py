@@ -45,7 +45,7 @@ def _letters(name):
 def _class_folders(root):
     "Find the folder of each class."
     names = {_letters(c): c for c in EBHI_CLASSES}
-    found = {}
+    folder_of = {}
     for folder in (
         sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
     ):
@@ -57,14 +57,14 @@ def _class_folders(root):
             raise BadInput(folder, "unknown class", nearest(folder.name, EBHI_CLASSES))
         if "image" not in parts:
             raise BadInput(folder, "there is no folder `image` in it", "Download it again.")
-        if name in found:
+        if name in folder_of:
             raise BadInput(
-                folder, f"{found[name].name} beside it is the same class", "Put their pictures into one folder."
+                folder, f"{folder_of[name].name} beside it is the same class", "Put their pictures into one folder."
             )
-        found[name] = folder
-    if not found:
+        folder_of[name] = folder
+    if not folder_of:
         raise BadInput(root, "no class has a folder here", f"Give the folder that holds {', '.join(EBHI_CLASSES)}.")
-    return found
+    return folder_of
 
 # %% ../../nbs/03_datasets/13_ebhi.ipynb #cell-010
 def parse_cases(
@@ -188,6 +188,21 @@ def _list_pictures(root):
         raise BadInput(root, "no pictures in any class", "Download it again.")
     return pd.DataFrame(rows, columns=["slide", "image", "label", "class", "name"]), aside
 
+# %% ../../nbs/03_datasets/13_ebhi.ipynb #cell-016-4
+def _checked_pictures(
+    root: Path,  # folder that holds the folders of the classes
+) -> tuple[pd.DataFrame, list]:  # usable pictures with `case` and `foreground`; rows of a quarantine
+    "List the pictures of all classes, and set aside those that cannot be used or repeat another."
+    slides, aside = _list_pictures(root)
+    slides["case"] = parse_cases(slides["name"])
+    slides["foreground"], slides["fault"], slides["remedy"] = zip(*map(_checked, slides.itertuples()), strict=True)
+    twin = _twins(slides[slides["fault"] == ""])
+    slides.loc[twin.index, "fault"] = "byte for byte " + twin
+    slides.loc[twin.index, "remedy"] = "Take one of the two away."
+    usable = slides["fault"] == ""
+    aside += slides.loc[~usable, ["slide", "image", "fault", "remedy"]].values.tolist()
+    return slides[usable].reset_index(drop=True), aside
+
 # %% ../../nbs/03_datasets/13_ebhi.ipynb #cell-018
 SPLIT_KINDS = ("grouped", "random", "table")
 PUBLISHED_FRACTIONS = (0.4, 0.4, 0.2)  # train, val, test
@@ -210,7 +225,42 @@ def _from_table(slides, path):
         )
     return own.map(table["split"].set_axis(key)).fillna(""), int((~here).sum())
 
+# %% ../../nbs/03_datasets/13_ebhi.ipynb #cell-018-3
+def _add_split(
+    slides: pd.DataFrame,  # from `_checked_pictures`
+    kind: str,  # one of `SPLIT_KINDS`
+    fractions,  # of train, val and test
+    seed: int,  # of the division
+    root: Path,  # folder of splits.csv
+) -> tuple[pd.DataFrame, int]:  # with `split`; how many pictures of splits.csv are not in the folder
+    "Divide the pictures into train, val and test."
+    if kind == "grouped":
+        return grouped_split(slides, fractions, label="class", seed=seed), 0
+    if kind == "random":
+        return random_tile_split(slides, fractions, seed), 0
+    split, missing = _from_table(slides, root / "splits.csv")
+    return slides.assign(split=split), missing
+
+
+def _count_ebhi(slides, quarantine, missing):
+    "Count what a user of the set should know of."
+    return {
+        "without mask": int((slides["label"] == "").sum()),
+        "with a mask that is foreground all over": int((slides["foreground"] == 1).sum()),
+        "set aside": len(quarantine),
+        "in cases that are in train as well": check_leak(slides, strict=False)["leaking_rows"],
+        "listed but not in the folder": missing,
+        "without split": int((slides["split"] == "").sum()),
+    }
+
 # %% ../../nbs/03_datasets/13_ebhi.ipynb #cell-018-2
+# fmt: off
+_EBHI_COLUMNS = (
+    "slide", "image", "label", "mask", "codes", "mpp", "cohort", "case", "class", "cls", "split", "foreground",
+)
+# fmt: on
+
+
 def ebhi_seg(
     root,  # folder that holds the folders of the classes
     split: str = "grouped",  # by case; "random": as published, by picture; "table": as splits.csv in the root says
@@ -224,49 +274,12 @@ def ebhi_seg(
     if split not in SPLIT_KINDS:
         raise BadInput("split", f"unknown division `{split}`", nearest(split, SPLIT_KINDS))
     root = Path(root).expanduser().resolve()
-    slides, aside = _list_pictures(root)
-    slides["case"] = parse_cases(slides["name"])
-    slides["foreground"], slides["fault"], slides["remedy"] = zip(*map(_checked, slides.itertuples()), strict=True)
-    twin = _twins(slides[slides["fault"] == ""])
-    slides.loc[twin.index, "fault"], slides.loc[twin.index, "remedy"] = (
-        "byte for byte " + twin,
-        "Take one of the two away.",
-    )
-    aside += slides.loc[slides["fault"] != "", ["slide", "image", "fault", "remedy"]].values.tolist()
-    slides = slides[slides["fault"] == ""].reset_index(drop=True)
-    missing = 0
-    if split == "grouped":
-        slides = grouped_split(slides, fractions, label="class", seed=seed)
-    elif split == "random":
-        slides = random_tile_split(slides, fractions, seed)
-    else:
-        slides["split"], missing = _from_table(slides, root / "splits.csv")
-    slides = slides.assign(
-        cls=slides["class"].map(EBHI_CLASSES.index), mask="", codes="histonb", mpp=None, cohort="ebhi_seg"
-    )
-    counts = {
-        "without mask": int((slides["label"] == "").sum()),
-        "with a mask that is foreground all over": int((slides["foreground"] == 1).sum()),
-        "set aside": len(aside),
-        "in cases that are in train as well": check_leak(slides, strict=False)["leaking_rows"],
-        "listed but not in the folder": missing,
-        "without split": int((slides["split"] == "").sum()),
-    }
-    columns = [
-        "slide",
-        "image",
-        "label",
-        "mask",
-        "codes",
-        "mpp",
-        "cohort",
-        "case",
-        "class",
-        "cls",
-        "split",
-        "foreground",
-    ]
-    return Images("ebhi_seg", slides[columns], pd.DataFrame(aside, columns=QUARANTINE_COLUMNS, dtype=str), counts)
+    slides, aside = _checked_pictures(root)
+    slides, missing = _add_split(slides, split, fractions, seed, root)
+    cls = slides["class"].map(EBHI_CLASSES.index)
+    slides = slides.assign(cls=cls, mask="", codes="histonb", mpp=None, cohort="ebhi_seg")[[*_EBHI_COLUMNS]]
+    quarantine = pd.DataFrame(aside, columns=QUARANTINE_COLUMNS, dtype=str)
+    return Images("ebhi_seg", slides, quarantine, _count_ebhi(slides, quarantine, missing))
 
 # %% ../../nbs/03_datasets/13_ebhi.ipynb #cell-029
 def split_table(

@@ -40,11 +40,11 @@ def visible_files(
     folder_counts=lambda name: True,  # called with the name of a folder in it: whether to look there
 ) -> list[Path]:  # in the order of their names
     "Find the files of a folder, hidden ones and hidden folders left out. Raises `BadInput` where it cannot be listed."
-    found = []
+    files = []
     for folder, folders, names in os.walk(Path(root), onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and folder_counts(name)]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def find_pictures(
@@ -80,15 +80,15 @@ def by_stem(
     root,  # the folder they are in
 ) -> dict[str, Path]:  # path from the folder, without ending, its letters composed -> file
     "Find files by their names. Raises `BadInput` where two differ by their endings only."
-    found = {}
+    path_of = {}
     for path in paths:
         if not is_text(path):
             raise BadInput(printable(path), "its name is not UTF-8 text", "Rename it.")
         name = to_nfc(path.relative_to(root).with_name(stem(path)).as_posix())
-        if name in found:
-            raise BadInput(path, f"{found[name].name} beside it has the same name", "Keep one of the two.")
-        found[name] = path
-    return found
+        if name in path_of:
+            raise BadInput(path, f"{path_of[name].name} beside it has the same name", "Keep one of the two.")
+        path_of[name] = path
+    return path_of
 
 
 def picture_size(
@@ -117,13 +117,13 @@ def _listed(table, root, pictures, columns):
         for alias in _aliases(picture, root):
             named.setdefault(alias, []).append(picture)
     rows = pd.DataFrame({k: rows[c] if c else "" for k, c in columns.items()})
-    found = rows["picture"].map(lambda name: named.get(name, []))
-    unclear = rows["picture"][found.str.len() > 1]
+    matches = rows["picture"].map(lambda name: named.get(name, []))
+    unclear = rows["picture"][matches.str.len() > 1]
     if len(unclear):
         raise BadInput(
             table, f"`{unclear.iloc[0]}` names {len(named[unclear.iloc[0]])} pictures", "Give the path from the folder."
         )
-    here = found.str.len() == 1
+    here = matches.str.len() == 1
     if not here.any():
         raise BadInput(
             table,
@@ -131,7 +131,7 @@ def _listed(table, root, pictures, columns):
             f"It names, for example, `{rows['picture'].iloc[0]}`." if len(rows) else "It is empty.",
         )
     missing = rows["picture"][~here].tolist()
-    rows = rows[here].assign(picture=found[here].str[0])
+    rows = rows[here].assign(picture=matches[here].str[0])
     twice = rows["picture"][rows["picture"].duplicated()]
     if len(twice):
         raise BadInput(table, f"it names {twice.iloc[0].name} twice", "Keep one row of each picture.")
@@ -146,6 +146,72 @@ class Images(Cohort):
         known = self.slides[["class", "split"]].replace("", "-")
         return pd.crosstab(known["class"], known["split"], margins=True, margins_name="all")
 
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-011-4
+def _unlisted_slides(
+    pictures: list[Path],  # from `find_pictures`
+    root: Path,  # folder of the pictures
+    mpp: float | None,  # um per pixel of all
+) -> pd.DataFrame:  # columns of a cohort
+    "Return the rows of pictures that no table lists: each its own case, without class and split."
+    ids = [path.relative_to(root).as_posix() for path in pictures]
+    columns = {
+        "slide": ids,
+        "image": [str(path) for path in pictures],
+        "mask": "",
+        "codes": "histonb",
+        "mpp": mpp,
+        "cohort": root.name,
+        "case": ids,
+        "class": "",
+        "split": "",
+    }
+    return pd.DataFrame(columns)
+
+
+def _fill_from_table(
+    slides: pd.DataFrame,  # from `_unlisted_slides`
+    table,  # CSV, for the errors
+    rows: pd.DataFrame,  # from `_listed`
+    root: Path,  # folder of the pictures
+    case: str,  # the table's column of cases; empty: there is none
+) -> pd.DataFrame:
+    "Fill class, case and split where the table has them. Raises `BadInput` for a wrong split and a missing case."
+    rows = rows.assign(slide=[path.relative_to(root).as_posix() for path in rows["picture"]]).set_index("slide")
+    wrong = rows["split"][~rows["split"].isin(["", "train", "val", "test"])]
+    if len(wrong):
+        raise BadInput(table, f"`{wrong.iloc[0]}` is not a split", "Call them train, val and test.")
+    rows["case"] = identifiers(rows["case"])
+    if case and rows["case"].isna().any():
+        raise BadInput(table, f"{rows['case'].isna().sum()} pictures have no `{case}`", "Give every picture its case.")
+    known = {column: slides["slide"].map(rows[column]).fillna("") for column in ("class", "case", "split")}
+    return slides.assign(**{column: value.where(value != "", slides[column]) for column, value in known.items()})
+
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-011-3
+def _missing_rows(missing, root, table):
+    "List the pictures of a table that are not in the folder, as rows of a quarantine."
+    fault = f"listed in {Path(table).name} but not in the folder", "Download it again."
+    return [(name, str(root / name), *fault) for name in missing]
+
+
+def _unreadable_rows(paths, root):
+    "List the pictures whose name is no text, as rows of a quarantine."
+    fault = "its name is not UTF-8 text", "Rename it."
+    return [(printable(path.relative_to(root)), printable(path), *fault) for path in paths if not is_text(path)]
+
+
+def _too_small(path, size):
+    "Return the fault of a picture that no tile fits in; empty where one does, or where its first bytes give no size."
+    width, height = picture_size(path) or (size, size)
+    return f"{width}x{height} pixels, smaller than a tile of {size}x{size}" if min(width, height) < size else ""
+
+
+def _set_small_aside(slides, size):
+    "Return the pictures that a tile fits in, and the others as rows of a quarantine."
+    faults = [_too_small(path, size) for path in slides["image"]]
+    remedy = "Give larger pictures, or cut smaller tiles."
+    rows = [(*row, remedy) for row in zip(slides["slide"], slides["image"], faults, strict=True) if row[2]]
+    return slides[[fault == "" for fault in faults]].reset_index(drop=True), rows
+
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-011-2
 def images(
     root,  # folder with pictures, at any depth
@@ -159,68 +225,23 @@ def images(
 ) -> Images:
     "Read a folder of pictures. Raises `BadInput` for one without pictures, and for a table that does not fit it."
     root = Path(root).expanduser().resolve()
-    found = find_pictures(root)
-    pictures = [path for path in found if is_text(path)]
+    paths = find_pictures(root)
+    pictures = [path for path in paths if is_text(path)]
     if not pictures:
         raise BadInput(root, "no pictures here", f"Give a folder with files that end in {', '.join(IMAGE_SUFFIXES)}.")
-    ids = [p.relative_to(root).as_posix() for p in pictures]
-    slides = pd.DataFrame(
-        {
-            "slide": ids,
-            "image": [str(p) for p in pictures],
-            "mask": "",
-            "codes": "histonb",
-            "mpp": mpp,
-            "cohort": root.name,
-            "case": ids,
-            "class": "",
-            "split": "",
-        }
-    )
-    missing = []
+    slides = _unlisted_slides(pictures, root, mpp)
+    quarantine = []
     if table is not None:
-        rows, missing = _listed(
-            Path(table), root, pictures, {"picture": picture, "class": label, "case": case, "split": split}
-        )
-        rows = rows.assign(slide=[p.relative_to(root).as_posix() for p in rows["picture"]]).set_index("slide")
-        wrong = rows["split"][~rows["split"].isin(["", "train", "val", "test"])]
-        if len(wrong):
-            raise BadInput(table, f"`{wrong.iloc[0]}` is not a split", "Call them train, val and test.")
-        rows["case"] = identifiers(rows["case"])
-        if case and rows["case"].isna().any():
-            raise BadInput(
-                table, f"{rows['case'].isna().sum()} pictures have no `{case}`", "Give every picture its case."
-            )
-        for column in ("class", "case", "split"):
-            known = slides["slide"].map(rows[column]).fillna("")
-            slides[column] = known.where(known != "", slides[column])
-    quarantine = [
-        (name, str(root / name), f"listed in {Path(table).name} but not in the folder", "Download it again.")
-        for name in missing
-    ]
-    quarantine += [
-        (printable(path.relative_to(root)), printable(path), "its name is not UTF-8 text", "Rename it.")
-        for path in found
-        if not is_text(path)
-    ]
-    small = pd.Series([_too_small(p, size) for p in pictures])
-    quarantine += [
-        (slides["slide"][i], slides["image"][i], small[i], "Give larger pictures, or cut smaller tiles.")
-        for i in slides.index[small != ""]
-    ]
-    counts = {"set aside": len(quarantine), "without class": int((slides["class"] == "").sum())}
-    return Images(
-        root.name,
-        slides[small == ""].reset_index(drop=True),
-        pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str),
-        counts,
-    )
-
-# %% ../../nbs/03_datasets/03_images.ipynb #cell-011-3
-def _too_small(path, size):
-    "Return the fault of a picture that no tile fits in; empty where one does, or where its first bytes give no size."
-    width, height = picture_size(path) or (size, size)
-    return f"{width}x{height} pixels, smaller than a tile of {size}x{size}" if min(width, height) < size else ""
+        columns = {"picture": picture, "class": label, "case": case, "split": split}
+        rows, missing = _listed(Path(table), root, pictures, columns)
+        slides = _fill_from_table(slides, table, rows, root, case)
+        quarantine += _missing_rows(missing, root, table)
+    quarantine += _unreadable_rows(paths, root)
+    without_class = int((slides["class"] == "").sum())
+    slides, small = _set_small_aside(slides, size)
+    quarantine += small
+    counts = {"set aside": len(quarantine), "without class": without_class}
+    return Images(root.name, slides, pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-017
 KEEP_ALL = TileRule(max_emptiness=0.999, background=1.0, min_edges=0.0, max_homogeneity=1.0)
@@ -267,7 +288,7 @@ def _quarantined(store):
     path = store / "quarantine.csv"
     return read_csv(path, QUARANTINE_COLUMNS) if path.exists() else pd.DataFrame(columns=QUARANTINE_COLUMNS, dtype=str)
 
-
+# %% ../../nbs/03_datasets/03_images.ipynb #cell-024-5
 def join_stores(
     stores,  # folders of tile stores
     out,  # folder of the joined store
@@ -288,12 +309,12 @@ def join_stores(
         raise BadInput("stores", f"two have the same name: {', '.join(names)}", "Rename a folder.")
     if labelled and labelled not in stores:
         raise BadInput("labelled", f"{labelled} is not among the stores", nearest(labelled, stores))
-    found = [read_tiles(s, ("slide", "case", "split")) for s in stores]
+    tables = [read_tiles(s, ("slide", "case", "split")) for s in stores]
     sizes = {s.name: _tile_size(s) for s in stores}
     if len({*sizes.values()}) > 1:
         raise BadInput("stores", f"their tiles differ in size: {sizes}", "Cut them with one size.")
     with hold(out):
-        return _join(dict(zip(stores, found, strict=True)), out, labelled, sizes[stores[0].name])
+        return _join(dict(zip(stores, tables, strict=True)), out, labelled, sizes[stores[0].name])
 
 # %% ../../nbs/03_datasets/03_images.ipynb #cell-024-2
 def _account(path):

@@ -150,7 +150,7 @@ def _organs(path, n):
     whole = isinstance(organs, list) and len(organs) == n and all(isinstance(o, str) and is_text(o) for o in organs)
     return organs if whole else [""] * n
 
-
+# %% ../../nbs/03_datasets/12_nuclei.ipynb #cell-013-6
 _KIND = re.compile("(image|mask|type)s?", re.IGNORECASE)
 _NUMBER = re.compile(r"(?:fold|part|images?|masks?|types?)[ _-]?(\d+)", re.IGNORECASE)
 

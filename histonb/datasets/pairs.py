@@ -36,6 +36,66 @@ def mask_name(
     return parts[-1].replace("*", match[1]) if match else ""
 
 # %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008
+def _mask_path(name, rule):
+    "Return where the mask of a picture should be: a path from the folder of masks, without ending."
+    path = PurePosixPath(name)
+    mask = mask_name(stem(path), rule)
+    return to_nfc(path.with_name(mask).as_posix()) if mask else ""
+
+
+def _check_own_masks(slides, masks_dir, rule):
+    "Refuse a rule by which a picture is its own mask."
+    if (slides["mask"] == slides["image"]).any():
+        raise BadInput(
+            masks_dir,
+            f"by the rule `{rule}` a picture is its own mask",
+            "Give the folder of the masks, or a rule such as `*_mask`.",
+        )
+
+
+def _check_any_mask(
+    slides: pd.DataFrame,  # pictures, with `mask`: empty where it has none
+    masks: dict[str, Path],  # from `by_stem`
+    mask_of: dict[str, str],  # picture -> what its mask should be called
+    masks_dir: Path,  # for the error
+    rule: str,  # for the error
+):
+    "Refuse a rule by which no picture has a mask."
+    if not len(slides) or (slides["mask"] != "").any():
+        return
+    first = slides["slide"].iloc[0]
+    fault = f"none of {len(slides)} pictures has a mask here: {first} asks for `{mask_of[first] or 'nothing'}`"
+    if not masks:
+        raise BadInput(masks_dir, fault, "Give the folder of the masks.")
+    example = next(iter(masks.values())).name
+    raise BadInput(masks_dir, fault, f"Correct the rule `{rule}`: there is, for example, {example}.")
+
+# %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008-2
+def _without_mask(
+    slides: pd.DataFrame,  # pictures that have no mask
+    mask_of: dict[str, str],  # picture -> what its mask should be called; "" where the rule does not fit
+    rule: str,  # for the fault
+) -> list:  # rows of a quarantine
+    "List the pictures without mask."
+    faults = [
+        f"no mask called `{mask_of[name]}`" if mask_of[name] else f"the rule `{rule}` does not fit its name"
+        for name in slides["slide"]
+    ]
+    remedy = "Put its mask there, or correct the rule."
+    return [(*row, remedy) for row in zip(slides["slide"], slides["image"], faults, strict=True)]
+
+
+def _without_picture(
+    masks: dict[str, Path],  # from `by_stem`
+    known: set[str],  # paths of masks that have a picture, and of pictures
+    masks_dir: Path,  # folder of the masks
+) -> list:  # rows of a quarantine
+    "List the masks without picture."
+    left = sorted({str(path) for path in masks.values()} - known)
+    fault = "a mask without picture", "Put its picture there, or take it away."
+    return [(Path(path).relative_to(masks_dir).as_posix(), path, *fault) for path in left]
+
+# %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008-5
 def pairs(
     images_dir,  # folder of pictures, at any depth
     masks_dir,  # folder of masks, laid out alike; it may be the same
@@ -56,64 +116,18 @@ def pairs(
     cohort = images(images_dir, table, picture, label, case, split, size, mpp)
     masks = by_stem(find_pictures(masks_dir, masks=True), masks_dir)
     mask_of = {name: _mask_path(name, rule) for name in [*cohort.slides["slide"], *cohort.quarantine["slide"]]}
-    slides = cohort.slides.assign(
-        mask=[str(masks.get(mask_of[name], "")) for name in cohort.slides["slide"]], cohort="pairs"
-    )
+    mask = [str(masks.get(mask_of[name], "")) for name in cohort.slides["slide"]]
+    slides = cohort.slides.assign(mask=mask, cohort="pairs")
     slides["codes"] = pd.Series([codes] * len(slides), index=slides.index, dtype=object)
-    if (slides["mask"] == slides["image"]).any():
-        raise BadInput(
-            masks_dir,
-            f"by the rule `{rule}` a picture is its own mask",
-            "Give the folder of the masks, or a rule such as `*_mask`.",
-        )
+    _check_own_masks(slides, masks_dir, rule)
     used = {str(masks[name]) for name in mask_of.values() if name in masks}
     slides = slides[~slides["image"].isin(used)]  # masks beside the pictures
+    _check_any_mask(slides, masks, mask_of, masks_dir, rule)
     paired = slides["mask"] != ""
-    if len(slides) and not paired.any():
-        first = slides.iloc[0]
-        raise BadInput(
-            masks_dir,
-            f"none of {len(slides)} pictures has a mask here: "
-            f"{first['slide']} asks for `{mask_of[first['slide']] or 'nothing'}`",
-            f"Correct the rule `{rule}`: there is, for example, {next(iter(masks.values())).name}."
-            if masks
-            else "Give the folder of the masks.",
-        )
-    lone = [
-        (
-            r.slide,
-            r.image,
-            f"no mask called `{mask_of[r.slide]}`" if mask_of[r.slide] else f"the rule `{rule}` does not fit its name",
-            "Put its mask there, or correct the rule.",
-        )
-        for r in slides[~paired].itertuples()
-    ]
-    left = sorted(
-        {str(p) for p in masks.values()} - used - set(cohort.slides["image"]) - set(cohort.quarantine["path"])
-    )
-    lone += [
-        (
-            Path(p).relative_to(masks_dir).as_posix(),
-            p,
-            "a mask without picture",
-            "Put its picture there, or take it away.",
-        )
-        for p in left
-    ]
-    quarantine = pd.concat(
-        [cohort.quarantine, pd.DataFrame(lone, columns=QUARANTINE_COLUMNS, dtype=str)], ignore_index=True
-    )
-    return replace(
-        cohort,
-        name="pairs",
-        slides=slides[paired].reset_index(drop=True),
-        quarantine=quarantine,
-        counts={"set aside": len(quarantine)},
-    )
-
-# %% ../../nbs/03_datasets/06_pairs.ipynb #cell-008-2
-def _mask_path(name, rule):
-    "Return where the mask of a picture should be: a path from the folder of masks, without ending."
-    path = PurePosixPath(name)
-    mask = mask_name(stem(path), rule)
-    return to_nfc(path.with_name(mask).as_posix()) if mask else ""
+    lone = _without_mask(slides[~paired], mask_of, rule)
+    lone += _without_picture(masks, used | {*cohort.slides["image"], *cohort.quarantine["path"]}, masks_dir)
+    lone = pd.DataFrame(lone, columns=QUARANTINE_COLUMNS, dtype=str)
+    quarantine = pd.concat([cohort.quarantine, lone], ignore_index=True)
+    slides = slides[paired].reset_index(drop=True)
+    counts = {"set aside": len(quarantine)}
+    return replace(cohort, name="pairs", slides=slides, quarantine=quarantine, counts=counts)

@@ -45,7 +45,7 @@ def _check_arguments(name, arguments):
         if parameter.default is parameter.empty and key not in arguments:
             raise BadInput(f"sets, {name}", f"lacks `{key}`", "Give it beside `reader`.")
 
-
+# %% ../../nbs/03_datasets/14_readers.ipynb #cell-005-4
 def read_set(
     # reader: a key of `READERS`; labels: their names, all by default; test: the cases held out, by default those of the
     # publisher or of `split_by_case` (none where it is empty); and the arguments of the reader

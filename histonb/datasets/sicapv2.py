@@ -181,6 +181,19 @@ def _read_partition(root, partition, val):
     return table
 
 
+def _read_patches(root, partition, val):
+    "Read a partition, and the pictures of the folder by their names; refuse a folder that does not fit it."
+    if not (root / "images").is_dir() or not (root / "partition").is_dir():
+        remedy = "Give the folder that holds images, masks, partition and wsi_labels.xlsx."
+        raise BadInput(root, "there are no `images` and `partition` here", remedy)
+    table = _read_partition(root, partition, val)
+    files = by_stem(find_pictures(root / "images"), root / "images")
+    if not table["patch"].isin(files).any():
+        fault = f"none of the {len(table)} patches of partition {partition} is here"
+        raise BadInput(root / "images", fault, f"It lists, for example, {table['patch'].iloc[0]}.")
+    return table, files
+
+# %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-6
 def _read_classes(table):
     "Return the class of each patch, and which patches have exactly one."
     one_hot = table[[*GRADES]].apply(pd.to_numeric, errors="coerce")
@@ -194,6 +207,49 @@ def _unlisted(patches, root, table):
     rows["case"] = _cases(root, rows["slide"])
     split_of = table.drop_duplicates("case").set_index("case")["split"]
     return rows.assign(split=rows["case"].map(split_of).fillna(""))
+
+# %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-5
+def _unclear_rows(
+    table: pd.DataFrame,  # patches that are not of one class, with the columns of `GRADES`
+    files: dict[str, Path],  # patch -> picture
+) -> list:  # rows of a quarantine
+    "List the patches that are not of one class."
+    rows = []
+    for r in table.itertuples():
+        fault = f"not of one class: {', '.join(f'{g} {getattr(r, g)}' for g in GRADES)}"
+        rows.append((r.patch, str(files[r.patch]), fault, "Correct its row, or leave it out."))
+    return rows
+
+
+def _drop_overlapping(
+    table: pd.DataFrame,  # patches
+    files: dict[str, Path],  # patch -> picture
+) -> tuple[pd.DataFrame, list, int]:  # patches that share no pixel; rows of a quarantine; how many overlapped
+    "Keep patches that share no pixel, and set aside those whose name does not say where they lie."
+    place = parse_names(table["patch"])
+    unknown = place.isna().any(axis=1)
+    fault = "its name does not say where it lies"
+    remedy = "Call it <slide>_Block_Region_<region>_<row>_<column>_xini_<x>_yini_<y>, or take all patches."
+    rows = [(p, str(files[p]), fault, remedy) for p in table["patch"][unknown]]
+    keep = non_overlapping(place[~unknown])
+    return table[~unknown][keep], rows, int((~keep).sum())
+
+# %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-9
+def _slide_rows(table, files, mask_files):
+    "Return the columns of a cohort for a table of patches, yet without codes."
+    columns = {
+        "slide": table["patch"],
+        "image": [str(files[p]) for p in table["patch"]],
+        "mask": [str(mask_files.get(p, "")) for p in table["patch"]],
+        "codes": "",
+        "mpp": SICAP_MPP,
+        "cohort": "sicapv2",
+        "case": table["case"],
+        "wsi": table["slide"],
+        "class": table["class"],
+        "split": table["split"],
+    }
+    return pd.DataFrame(columns).reset_index(drop=True)
 
 # %% ../../nbs/03_datasets/05_sicapv2.ipynb #cell-028-2
 def sicapv2(
@@ -211,37 +267,21 @@ def sicapv2(
 
     Raises `BadInput` for broken tables, sides that share a slide or patient, and masks that could mean two things."""
     root = Path(root).expanduser().resolve()
-    if not (root / "images").is_dir() or not (root / "partition").is_dir():
-        remedy = "Give the folder that holds images, masks, partition and wsi_labels.xlsx."
-        raise BadInput(root, "there are no `images` and `partition` here", remedy)
-    table = _read_partition(root, partition, val)
-    files = by_stem(find_pictures(root / "images"), root / "images")
-    here = table["patch"].isin(files)
-    if not here.any():
-        fault = f"none of the {len(table)} patches of partition {partition} is here"
-        raise BadInput(root / "images", fault, f"It lists, for example, {table['patch'].iloc[0]}.")
-    quarantine = missing_files(table["patch"], here, lambda p: root / f"images/{p}.jpg", f"partition {partition}")
-    rest = sorted(files.keys() - {*table["patch"]})
-    table["class"], valid = _read_classes(table)
-    for r in table[here & ~valid].itertuples():
-        fault = f"not of one class: {', '.join(f'{g} {getattr(r, g)}' for g in GRADES)}"
-        quarantine.append((r.patch, str(files[r.patch]), fault, "Correct its row, or leave it out."))
-    n_missing = int((~here).sum())
-    table = table[here & valid]
+    listed, files = _read_patches(root, partition, val)
+    here = listed["patch"].isin(files)
+    quarantine = missing_files(listed["patch"], here, lambda p: root / f"images/{p}.jpg", f"partition {partition}")
+    listed["class"], valid = _read_classes(listed)
+    quarantine += _unclear_rows(listed[here & ~valid], files)
+    table = listed[here & valid]
+    rest = sorted(files.keys() - {*listed["patch"]})
     if unlisted:
         table = pd.concat([table, _unlisted(rest, root, table)], ignore_index=True)
     repeated = np.zeros(len(table), bool) if duplicates else in_duplicate(parse_names(table["patch"]))
     table = table[~repeated]
     n_overlapping = 0
     if not overlap:
-        place = parse_names(table["patch"])
-        unknown = place.isna().any(axis=1)
-        fault = "its name does not say where it lies"
-        remedy = "Call it <slide>_Block_Region_<region>_<row>_<column>_xini_<x>_yini_<y>, or take all patches."
-        quarantine += [(p, str(files[p]), fault, remedy) for p in table["patch"][unknown]]
-        keep = non_overlapping(place[~unknown])
-        n_overlapping = int((~keep).sum())
-        table = table[~unknown][keep]
+        table, unplaced, n_overlapping = _drop_overlapping(table, files)
+        quarantine += unplaced
     mask_files = by_stem(find_pictures(root / "masks", masks=True), root / "masks") if masks else {}
     slides = _slide_rows(table, files, mask_files)
     slides["codes"] = pd.Series(_code_column(slides, codes, root / "masks"), index=slides.index, dtype=object)
@@ -250,24 +290,7 @@ def sicapv2(
         "left out": len(quarantine),
         "overlapping": n_overlapping,
         "in duplicate regions": int(repeated.sum()),
-        "listed but not in the folder": n_missing,
+        "listed but not in the folder": int((~here).sum()),
         "in the folder but not listed": 0 if unlisted else len(rest),
     }
     return Images("sicapv2", slides, pd.DataFrame(quarantine, columns=QUARANTINE_COLUMNS, dtype=str), counts)
-
-
-def _slide_rows(table, files, mask_files):
-    "Return the columns of a cohort for a table of patches, yet without codes."
-    columns = {
-        "slide": table["patch"],
-        "image": [str(files[p]) for p in table["patch"]],
-        "mask": [str(mask_files.get(p, "")) for p in table["patch"]],
-        "codes": "",
-        "mpp": SICAP_MPP,
-        "cohort": "sicapv2",
-        "case": table["case"],
-        "wsi": table["slide"],
-        "class": table["class"],
-        "split": table["split"],
-    }
-    return pd.DataFrame(columns).reset_index(drop=True)

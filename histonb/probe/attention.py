@@ -204,7 +204,7 @@ def select_views(
         )
     return selected
 
-
+# %% ../../nbs/07_probe/12_attention.ipynb #cell-008-5
 def attention_extractor(
     encoder,  # from `load_encoder`
     selected: list[View],  # from `select_views`

@@ -213,7 +213,7 @@ def _covering(values, shape, patch, scale):
         return to_tile(values, shape, patch), (1, 1)
     return values, covered
 
-
+# %% ../../nbs/07_probe/13_attention_plots.ipynb #cell-035-5
 class _Canvas:
     "Maps of tiles, added at their places and averaged where they overlap."
 
@@ -285,7 +285,7 @@ def overlap_vs_shifts(
         "high": float(high),
     }
 
-
+# %% ../../nbs/07_probe/13_attention_plots.ipynb #cell-043-3
 def patch_fractions(
     pixels: np.ndarray,  # (...,H,W) bool
     grid: tuple[int, int],  # rows and columns of patches

@@ -38,7 +38,7 @@ def toy_tiles(
         vectors[i, 4 + grade - 1] = 1
     return masks, _paint(masks, slide, rng), *_features_of(masks, vectors, slide, noise, rng), slide
 
-
+# %% ../../nbs/07_probe/08_decoder_data.ipynb #cell-005-3
 def _paint(masks, slide, rng):
     "Images of the masks in the colours of their classes, with noise of each pixel and of each slide."
     pixels = rng.normal(0, 6, (*masks.shape, 3))

@@ -9,6 +9,7 @@ __all__ = ['ZERO_BOUND', 'code_mse', 'class_dice', 'ce_dice', 'FittedDecoder', '
 # %% ../../nbs/07_probe/09_dense_probes.ipynb #cell-002
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,6 +83,16 @@ class FittedDecoder:
         return self.model((x - self.mean) / self.std).cpu().numpy()
 
 # %% ../../nbs/07_probe/09_dense_probes.ipynb #cell-024
+def _report_epoch(bar, row):
+    "Show an epoch's loss on a progress bar; a loss that is no number stops the training."
+    epoch = row["epoch"]
+    value = row["val_loss"]
+    if not math.isfinite(value):
+        remedy = "Lower the learning rate, or look for NaN in the val features."
+        raise BadInput(bar.desc, f"the val loss is {value} after epoch {epoch}", remedy)
+    bar.update(0, f"epoch {epoch}, val loss {value:.4g}")
+
+# %% ../../nbs/07_probe/09_dense_probes.ipynb #cell-024-3
 def fit_decoder(
     build,  # function that makes the untrained model from nothing
     loss,  # function of its output (B,C,H,W) and the targets (B,...)
@@ -114,14 +125,6 @@ def fit_decoder(
         return feature_batches(features, targets, rows, batch_size, workers)
 
     with progress(desc=desc, total=epochs * len(train), unit="tile") as bar:
-
-        def report(row):
-            epoch, value = row["epoch"], row["val_loss"]
-            if not math.isfinite(value):
-                remedy = "Lower the learning rate, or look for NaN in the val features."
-                raise BadInput(desc, f"the val loss is {value} after epoch {epoch}", remedy)
-            bar.update(0, f"epoch {epoch}, val loss {value:.4g}")
-
         model, history, best_epoch = fit_early(
             lambda: build().to(device),
             batch_loss,
@@ -133,7 +136,7 @@ def fit_decoder(
             weight_decay,
             seed,
             on_batch=bar.update,
-            on_epoch=report,
+            on_epoch=partial(_report_epoch, bar),
         )
     return FittedDecoder(model, mean, std, history, best_epoch)
 

@@ -86,7 +86,7 @@ def _open_with_magic(path):
     except OSError as e:
         raise BadInput(path, f"cannot be read ({e.strerror})", "Check its permissions and the disk.") from e
 
-
+# %% ../../nbs/02_slides/06_image_files.ipynb #cell-023-6
 def is_jpeg_file(
     path,  # an existing file
 ) -> bool:

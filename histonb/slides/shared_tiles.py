@@ -97,6 +97,24 @@ def _bands(corners, size):
     return [list(indices) for _, indices in groupby(order, lambda i: band[i])]
 
 
+def _in_threads(work, threads, stop):
+    "Call a function in several threads; where one fails, set the event `stop` for the others and raise its error."
+
+    def run():
+        try:
+            work()
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for running in [pool.submit(run) for _ in range(threads)]:
+                running.result()
+        finally:
+            stop.set()
+
+# %% ../../nbs/02_slides/08_shared_tiles.ipynb #cell-040-3
 def map_tiles(
     slide,  # an open `Slide`
     function: Callable,  # called as function(i, tile) from several threads; the tile is valid during the call only
@@ -120,24 +138,15 @@ def map_tiles(
             return next(next_band, ())
 
     def work():
-        try:
-            tile = slide.allocate(size, size)
-            while band := take_band():
-                for i in band:
-                    if stop.is_set():
-                        return
-                    x, y = corners[i].tolist()
-                    for row, column in paste_region(geometry, x, y, tile, slide.fill, shared.get):
-                        shared.release(row, column)
-                    results[i] = function(i, tile)
-        except BaseException:
-            stop.set()
-            raise
+        tile = slide.allocate(size, size)
+        while band := take_band():
+            for i in band:
+                if stop.is_set():
+                    return
+                x, y = corners[i].tolist()
+                for row, column in paste_region(geometry, x, y, tile, slide.fill, shared.get):
+                    shared.release(row, column)
+                results[i] = function(i, tile)
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for running in [pool.submit(work) for _ in range(threads)]:
-                running.result()
-        finally:
-            stop.set()
+    _in_threads(work, threads, stop)
     return results

@@ -43,24 +43,6 @@ class Slide(TiledFile):
                 self.close()
                 raise
 
-    def _read_layout(self):
-        "Find levels, factors and scale."
-        tiff, every = read_pages(self.path, self._file)
-        with tiff:
-            pages, image = pyramid_pages(self.path, every, described_images(self.path, every))
-            self._tagged = fit_levels([read_level(self.path, p) for p in pages], image)  # levels and their factors
-            self._pyramid = self._tagged if self.mask or len(pages) == 1 else None  # those that show the slide
-            self._mpp = self._given_mpp
-            self._mpp_error = None
-            try:
-                self._mpp = self._mpp or find_mpp(self.path, pages[0][0], image)
-            except BadInput as e:
-                if not self.mask:
-                    raise
-                self._mpp_error = e  # raised where the scale of a mask is asked for, which is hardly ever
-        if not self.mask and max(self.base.samples, len(self.base.offsets)) < 3:
-            raise BadInput(self.path, "one channel, not RGB", "Open it with `mask=True` where it holds label codes.")
-
     def __enter__(self):
         return self
 
@@ -72,6 +54,26 @@ class Slide(TiledFile):
 
     def __repr__(self):
         return f"Slide({self.path.name}, {' '.join(f'{w}x{h}' for h, w in self.shapes)})"
+
+# %% ../../nbs/02_slides/09_slides.ipynb #cell-024-8
+@patch
+def _read_layout(self: Slide):
+    "Find levels, factors and scale."
+    tiff, every = read_pages(self.path, self._file)
+    with tiff:
+        pages, image = pyramid_pages(self.path, every, described_images(self.path, every))
+        self._tagged = fit_levels([read_level(self.path, p) for p in pages], image)  # levels and their factors
+        self._pyramid = self._tagged if self.mask or len(pages) == 1 else None  # those that show the slide
+        self._mpp = self._given_mpp
+        self._mpp_error = None
+        try:
+            self._mpp = self._mpp or find_mpp(self.path, pages[0][0], image)
+        except BadInput as e:
+            if not self.mask:
+                raise
+            self._mpp_error = e  # raised where the scale of a mask is asked for, which is hardly ever
+    if not self.mask and max(self.base.samples, len(self.base.offsets)) < 3:
+        raise BadInput(self.path, "one channel, not RGB", "Open it with `mask=True` where it holds label codes.")
 
 # %% ../../nbs/02_slides/09_slides.ipynb #cell-024-3
 @patch(as_prop=True)
@@ -135,7 +137,7 @@ def downsamples(self: Slide) -> list[float]:
     "How much smaller each level is than level 0."
     return [self.downsample(i) for i in range(len(self.levels))]
 
-
+# %% ../../nbs/02_slides/09_slides.ipynb #cell-024-6
 @patch(as_prop=True)
 def mpp(self: Slide) -> float:
     "Micrometres per pixel at level 0. Raises `BadInput` where nobody says."

@@ -25,7 +25,7 @@ DEFLATE = (8, 32946)
 PACKBITS = 32773
 JPEG2000 = {33004, 33005, 34712}
 
-
+# %% ../../nbs/02_slides/03_streams.ipynb #cell-005-3
 @dataclasses.dataclass(frozen=True, eq=False)
 class Level:
     "One resolution of a slide: its size, its internal tiles, and where and how their bytes lie in the file."

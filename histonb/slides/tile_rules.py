@@ -92,7 +92,7 @@ def _chosen_level(slide, rule):
         )
     return max(i for i in range(n) if i == 0 or slide.level_mpp(i) <= _NEARLY * rule.mpp), rule.mpp
 
-
+# %% ../../nbs/02_slides/12_tile_rules.ipynb #cell-010-4
 def tile_grid(
     slide,  # an open `Slide`
     rule: TileRule = TileRule(),

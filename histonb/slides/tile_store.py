@@ -20,6 +20,7 @@ import cv2
 import imagecodecs
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from PIL import Image
 
 from ..core.errors import BadInput, foreign_errors, nearest
@@ -44,7 +45,7 @@ def _quality(tables):
     matches = (quality for quality, standard in _qualities().items() if standard[: len(tables)] == tables)
     return next(matches, None)
 
-
+# %% ../../nbs/02_slides/11_tile_store.ipynb #cell-005-3
 _WITHOUT_SOURCE = 95  # quality of tiles that do not come from a JPEG
 
 
@@ -107,6 +108,24 @@ def shard_path(
     return Path(folder) / f"shard-{shard:05d}.tiles"
 
 # %% ../../nbs/02_slides/11_tile_store.ipynb #cell-011-2
+def _cut_to_accounted(
+    folder: Path,  # the tile store
+    sizes: dict[int, int],  # bytes accounted for in each shard
+):
+    "Bring shards back to what is accounted for: cut off the rest, and delete shards that nobody knows of."
+    for shard, size in sizes.items():
+        path = shard_path(folder, shard)
+        present = path.stat().st_size if path.exists() else 0
+        if present < size:
+            fault = f"truncated: {present} bytes of {size}"
+            raise BadInput(path, fault, "Delete the folder of tiles and tile the cohort again.")
+        os.truncate(path, size)
+    known = {shard_path(folder, shard).name for shard in sizes}
+    for path in folder.glob("shard-*.tiles"):
+        if path.stem[6:].isdigit() and path.name not in known:
+            path.unlink()
+
+# %% ../../nbs/02_slides/11_tile_store.ipynb #cell-011-4
 class ShardWriter:
     "A writer that appends files of records to numbered shards."
 
@@ -120,17 +139,7 @@ class ShardWriter:
         self.limit = limit
         self.sizes = dict(sizes or {})
         self.folder.mkdir(parents=True, exist_ok=True)
-        for shard, size in self.sizes.items():
-            path = shard_path(folder, shard)
-            present = path.stat().st_size if path.exists() else 0
-            if present < size:
-                fault = f"truncated: {present} bytes of {size}"
-                raise BadInput(path, fault, "Delete the folder of tiles and tile the cohort again.")
-            os.truncate(path, size)
-        known = {shard_path(folder, shard).name for shard in self.sizes}
-        for path in self.folder.glob("shard-*.tiles"):
-            if path.stem[6:].isdigit() and path.name not in known:
-                path.unlink()
+        _cut_to_accounted(self.folder, self.sizes)
 
     def append(
         self,
@@ -210,11 +219,8 @@ class TileShards:
         self.table = _checked(table, ("shard", "offset", "nbytes", "label"), "tile table").reset_index(drop=True)
         unstored = int((self.table["shard"] < 0).sum())
         if unstored:
-            raise BadInput(
-                folder,
-                f"{unstored} of {len(table)} tiles of the table are not stored",
-                "Tile the cohort again by this rule, or read them with `SlideTiles`.",
-            )
+            fault = f"{unstored} of {len(table)} tiles of the table are not stored"
+            raise BadInput(folder, fault, "Tile the cohort again by this rule, or read them with `SlideTiles`.")
         self.where = self.table[["shard", "offset", "nbytes"]].to_numpy(np.int64)
         self.labels = self.table["label"].to_numpy(np.int64)
 
@@ -234,25 +240,31 @@ class TileShards:
         for file, _ in self.__dict__.get("files", {}).values():
             os.close(file)
 
-    def jpeg(
-        self,
-        i: int,  # row of the table
-    ) -> bytes:  # the encoded tile
-        "Read one tile without decoding it; its checksum is verified."
-        shard, offset, nbytes = self.where[i].tolist()
-        if shard not in self.files:
-            path = shard_path(self.folder, shard)
-            if not path.exists():
-                raise BadInput(path, "the shard is missing", "Copy it again, or tile the cohort again.")
-            self.files[shard] = os.open(path, os.O_RDONLY), path
-        file, path = self.files[shard]
-        return read_packed(file, offset, nbytes, path)
+# %% ../../nbs/02_slides/11_tile_store.ipynb #cell-014-4
+@patch
+def jpeg(
+    self: TileShards,
+    i: int,  # row of the table
+) -> bytes:  # the encoded tile
+    "Read one tile without decoding it; its checksum is verified."
+    shard, offset, nbytes = self.where[i].tolist()
+    if shard not in self.files:
+        path = shard_path(self.folder, shard)
+        if not path.exists():
+            raise BadInput(path, "the shard is missing", "Copy it again, or tile the cohort again.")
+        self.files[shard] = os.open(path, os.O_RDONLY), path
+    file, path = self.files[shard]
+    return read_packed(file, offset, nbytes, path)
 
-    def check(self) -> int:  # number of tiles that were checked
-        "Read every tile in the order of the disk; the first truncated or damaged shard is a `BadInput`."
-        for i in np.lexsort((self.where[:, 1], self.where[:, 0])):
-            self.jpeg(i)
-        return len(self)
+
+@patch
+def check(
+    self: TileShards,
+) -> int:  # number of tiles that were checked
+    "Read every tile in the order of the disk; the first truncated or damaged shard is a `BadInput`."
+    for i in np.lexsort((self.where[:, 1], self.where[:, 0])):
+        self.jpeg(i)
+    return len(self)
 
 # %% ../../nbs/02_slides/11_tile_store.ipynb #cell-019
 def tile_span(

@@ -128,7 +128,7 @@ def note_damage(
         "Copy or download it again, leave it out, or allow more damage (`--max-damaged`, `max_damaged=`).",
     ) from error
 
-
+# %% ../../nbs/02_slides/07_tiled_file.ipynb #cell-030-7
 @patch
 def decode_tile(
     self: TiledFile,

@@ -68,7 +68,7 @@ def _prepare_folder(study, stage, made, force):
     for name in ("metrics.json", "report.html", "stop", "stopped"):
         (folder / name).unlink(missing_ok=True)
 
-
+# %% ../../nbs/13_studies/08_execution.ipynb #cell-028-7
 def _run_stage(study, stage, force):
     "Run one stage, keep its record, and leave report.html behind."
     folder = study.root / stage.folder
@@ -135,7 +135,7 @@ def run_study(
         _overview(study)
         return stage_states(study)
 
-
+# %% ../../nbs/13_studies/08_execution.ipynb #cell-028-9
 def _run_where_due(study, stage, title, force):
     "Run a stage unless it is finished; refuse where what it needs is not, or where a cluster has it."
     rows = {row["stage"]: row for row in stage_states(study)}

@@ -38,7 +38,7 @@ def _stage_digest(study, name):
     folder = study.root / study.stages[name].folder
     return input_digest(folder) if folder.is_dir() else ""
 
-
+# %% ../../nbs/13_studies/04_fingerprints.ipynb #cell-020-4
 def fingerprint(
     study: Study,  # the study
     stage: Stage,  # one of its stages
@@ -82,7 +82,7 @@ def _is_whole(record):
         and isinstance(record.get("seconds"), (int, float, type(None)))
     )
 
-
+# %% ../../nbs/13_studies/04_fingerprints.ipynb #cell-020-6
 def library_digest() -> str:  # 16 hexadecimal digits
     "Compute the key of the library's own code."
     package = Path(sys.modules["histonb"].__file__).parent

@@ -50,6 +50,27 @@ class _Lines(io.TextIOBase):
 
 _EXIT = "import sys; exit = quit = sys.exit"  # IPython's own ends the kernel some cells later
 
+# %% ../../nbs/13_studies/07_notebooks.ipynb #cell-005-3
+def _kernel_manager(sockets):
+    "Return the manager of a kernel of this very Python, whose sockets lie in a private folder."
+    from jupyter_client.manager import AsyncKernelManager
+
+    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
+    manager.kernel_spec.argv[0] = sys.executable
+    return manager
+
+
+def _exit_fault(
+    code: int | None,  # exit code of the kernel, negative for a signal; None while it runs
+) -> str:
+    "Say what ended a kernel."
+    if code is None:
+        return "the kernel does not answer any more"
+    if code >= 0:
+        return f"the kernel was ended by the notebook itself, with exit code {code}: leave out `os._exit()`"
+    hint = ": was there enough memory?" if -code == signal.SIGKILL else ""
+    return f"the kernel was ended by {signal.Signals(-code).name}{hint}"
+
 # %% ../../nbs/13_studies/07_notebooks.ipynb #cell-025-2
 class _Kernel:
     """A Python kernel of this environment, on private sockets.
@@ -63,13 +84,11 @@ class _Kernel:
         self.timer = None  # kills it where it does not stop
 
     def __enter__(self):
-        from jupyter_client.manager import AsyncKernelManager
         from jupyter_core.utils import run_sync
 
         self.run_sync = run_sync
         self.sockets = tempfile.mkdtemp(prefix="hb-")
-        self.manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{self.sockets}/k")
-        self.manager.kernel_spec.argv[0] = sys.executable
+        self.manager = _kernel_manager(self.sockets)
         run_sync(self.manager.start_kernel)(
             cwd=str(self.cwd),
             env={**os.environ, "HISTONB_BATCH": "1", "HISTONB_STAGE": str(self.stage)},
@@ -87,13 +106,7 @@ class _Kernel:
 
     def how_it_died(self):
         "Say what ended the kernel."
-        code = self.run_sync(self.manager.provisioner.poll)()
-        if code is None:
-            return "the kernel does not answer any more"
-        if code >= 0:
-            return f"the kernel was ended by the notebook itself, with exit code {code}: leave out `os._exit()`"
-        hint = ": was there enough memory?" if -code == signal.SIGKILL else ""
-        return f"the kernel was ended by {signal.Signals(-code).name}{hint}"
+        return _exit_fault(self.run_sync(self.manager.provisioner.poll)())
 
     def on_signal(self, signum, frame):
         self.send(signal.SIGKILL if self.signum else signal.SIGINT)

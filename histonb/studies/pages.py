@@ -261,7 +261,7 @@ def _provenance(record):
     cpu_time = {"CPU time": format_duration(record.get("cpu_seconds"))}
     return inputs | record.get("machine", {}) | cpu_time | packages
 
-
+# %% ../../nbs/13_studies/02_pages.ipynb #cell-013-6
 def _report(folder):
     "Return title, style, header and body of a run's page."
     import nbformat
@@ -308,7 +308,7 @@ def write_index(
         page = _index(study_folder)
     return _write_page(study_folder / "index.html", *page)
 
-
+# %% ../../nbs/13_studies/02_pages.ipynb #cell-019-3
 def _index(study_folder):
     "Return title, style, header and body of a study's page."
     study = read_record(study_folder / "study.json", "study", "title", "stages")

@@ -43,11 +43,11 @@ def _cell(cell) -> str:
 def _relink(text: str) -> str:
     "Rewrite the targets of Markdown links and pictures from `nbs/` to the root."
 
-    def target(found):
-        link = found[2]
+    def target(match):
+        link = match[2]
         if re.match(r"\w+:|#", link):
-            return found[0]
-        return f"{found[1]}({link[3:] if link.startswith('../') else 'nbs/' + link})"
+            return match[0]
+        return f"{match[1]}({link[3:] if link.startswith('../') else 'nbs/' + link})"
 
     return re.sub(r"(\[[^\]]*\])\(([^)\s]+)\)", target, text)
 

@@ -174,27 +174,29 @@ class Run:
 
         Overviews show `headline={name: number or text}` and `tables={title: {row: {column: number or text}}}`."""
         metrics = as_json(metrics)
-        files = output_keys(self.out)
-        write_json(
-            self.out / "provenance.json",
-            {
-                "parameters": self.parameters,
-                "inputs": self.inputs,
-                "seeds": {k: v for k, v in self.parameters.items() if "seed" in k},
-                "outputs": outputs_digest(metrics, files),
-                "files": files,
-                "git": git_state(),
-                "machine": machine(),
-                "packages": package_versions(),
-                "started": self.started,
-                "ended": _now(),
-                "wall_seconds": round(time.monotonic() - self._clock, 2),
-                "cpu_seconds": round(_cpu_seconds() - self._cpu, 2),
-            },
-        )
+        write_json(self.out / "provenance.json", _provenance(self, metrics))
         write_json(self.out / "metrics.json", metrics)
         _let_go(self.out)
         return metrics
+
+# %% ../../nbs/13_studies/01_runs.ipynb #cell-011-5
+def _provenance(run, metrics):
+    "Return what provenance.json says of a run that ends now."
+    files = output_keys(run.out)
+    return {
+        "parameters": run.parameters,
+        "inputs": run.inputs,
+        "seeds": {k: v for k, v in run.parameters.items() if "seed" in k},
+        "outputs": outputs_digest(metrics, files),
+        "files": files,
+        "git": git_state(),
+        "machine": machine(),
+        "packages": package_versions(),
+        "started": run.started,
+        "ended": _now(),
+        "wall_seconds": round(time.monotonic() - run._clock, 2),
+        "cpu_seconds": round(_cpu_seconds() - run._cpu, 2),
+    }
 
 # %% ../../nbs/13_studies/01_runs.ipynb #cell-011-3
 _HELD = {}  # folders of this process' open runs -> the stack that releases them

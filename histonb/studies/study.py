@@ -8,6 +8,7 @@ __all__ = ['MAX_YAML_VALUES', 'RENAMED_REPORTS', 'read_yaml', 'read_notebook', '
 
 # %% ../../nbs/13_studies/03_study.ipynb #cell-002
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -123,6 +124,24 @@ def parameter_types(
     "Read the types that the values of a notebook's parameters must have."
     return {name: hint for name, _, hint in _parameters(path)}
 
+# %% ../../nbs/13_studies/03_study.ipynb #cell-008-4
+def _write_notebook(
+    path: Path,  # file to write
+    parameters: str,  # source of the parameters cell
+    *cells: str,  # sources of the others; one that begins with # is prose
+):
+    "Write a small notebook, for examples and tests."
+    metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    book = {"cells": [], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    for i, source in enumerate((parameters, *cells)):
+        cell = {"cell_type": "markdown", "id": f"c{i}", "metadata": {}, "source": source}
+        if not source.startswith("#"):
+            cell |= {"cell_type": "code", "outputs": [], "execution_count": None}
+        book["cells"].append(cell)
+    book["cells"][0]["metadata"]["tags"] = ["parameters"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(book))
+
 # %% ../../nbs/13_studies/03_study.ipynb #cell-015
 @dataclasses.dataclass
 class Resources:
@@ -149,7 +168,7 @@ class Stage:
     needs: list  # names of the stages whose folders it reads
     resources: Resources  # what it asks of a cluster
 
-
+# %% ../../nbs/13_studies/03_study.ipynb #cell-015-7
 @dataclasses.dataclass
 class Study:
     "A chain of stages, read from a YAML file and checked."

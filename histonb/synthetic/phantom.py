@@ -239,6 +239,28 @@ def _start_worker():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 # %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-019-2
+def _check_cohort(
+    n_slides: int,  # slides in all
+    seed: int,
+    shape: tuple[int, int],  # (h, w) of every slide
+    karolinska: float,  # share of slides with Karolinska's mask codes
+    n_blank: int,  # slides without tissue
+    n_pen: int,  # slides with a pen mark
+):
+    "Refuse numbers that make no cohort."
+    if seed < 0:
+        raise BadInput("seed", f"{seed} is negative", "Give 0 or more.")
+    if int(n_slides) < 1:
+        raise BadInput("n_slides", f"{n_slides} slides", "Ask for at least one.")
+    if n_blank < 0 or n_pen < 0 or n_blank + n_pen > int(n_slides):
+        fault = f"{n_blank} blank and {n_pen} pen-marked slides among {int(n_slides)}"
+        raise BadInput("n_blank, n_pen", fault, "Ask for fewer, or for more slides.")
+    if not 0 <= karolinska <= 1:
+        raise BadInput("karolinska", f"a share of {karolinska}", "Give a number between 0 and 1.")
+    if len(shape) != 2 or min(shape) < 512:
+        raise BadInput("shape", f"{tuple(shape)} pixels", "A slide needs at least 512 x 512.")
+
+# %% ../../nbs/01_synthetic/04_phantom.ipynb #cell-019-5
 def write_cohort(
     root,  # folder to write to
     n_slides: int = 20,
@@ -252,18 +274,8 @@ def write_cohort(
 ) -> Path:  # root
     "Write a cohort in PANDA's layout: `train.csv`, `train_images/`, `train_label_masks/`."
     root = Path(root)
+    _check_cohort(n_slides, seed, shape, karolinska, n_blank, n_pen)
     n = int(n_slides)
-    if seed < 0:
-        raise BadInput("seed", f"{seed} is negative", "Give 0 or more.")
-    if n < 1:
-        raise BadInput("n_slides", f"{n_slides} slides", "Ask for at least one.")
-    if n_blank < 0 or n_pen < 0 or n_blank + n_pen > n:
-        fault = f"{n_blank} blank and {n_pen} pen-marked slides among {n}"
-        raise BadInput("n_blank, n_pen", fault, "Ask for fewer, or for more slides.")
-    if not 0 <= karolinska <= 1:
-        raise BadInput("karolinska", f"a share of {karolinska}", "Give a number between 0 and 1.")
-    if len(shape) != 2 or min(shape) < 512:
-        raise BadInput("shape", f"{tuple(shape)} pixels", "A slide needs at least 512 x 512.")
     jobs = []
     for i in range(n):
         turn_of_karolinska = int((i + 1) * karolinska) > int(i * karolinska)

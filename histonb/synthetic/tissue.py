@@ -244,59 +244,80 @@ class Tissue:
     fibre: np.ndarray  # texture of the stroma at half size, float32
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-030-2
-def _nuclei(rng, regions, epithelium, inside, lumens, glands, singles, angle):
-    "Place all nuclei, as rows x, y, half axes, angle, type, darkness, nucleolus."
-    size = regions.shape
-    rows = []
+def _shaped(rng, points, axes, turn, type_, dark, nucleolus=0):
+    "Give nuclei their shape and stain: rows of x, y, half axes, angle, type, darkness, nucleolus."
+    n = len(points)
+    a, b = axes
+    columns = [
+        points[:, :2],
+        a * rng.uniform(0.85, 1.15, n),
+        b * rng.uniform(0.85, 1.15, n),
+        turn + rng.normal(0, 0.25, n),
+        np.full(n, type_),
+        dark * rng.uniform(0.75, 1.2, n),
+        np.full(n, nucleolus),
+    ]
+    return np.column_stack(columns)
 
-    def add(points, axes, turn, type_, dark, nucleolus=0):
-        n, (a, b) = len(points), axes
-        rows.append(
-            np.column_stack(
-                [
-                    points[:, :2],
-                    a * rng.uniform(0.85, 1.15, n),
-                    b * rng.uniform(0.85, 1.15, n),
-                    turn + rng.normal(0, 0.25, n),
-                    np.full(n, type_),
-                    dark * rng.uniform(0.75, 1.2, n),
-                    np.full(n, nucleolus),
-                ]
-            )
-        )
 
-    def random_turn(points):
-        return rng.uniform(0, np.pi, len(points))
+def _round(rng, points, axes):
+    "Give cancer cells of no direction their shape and stain."
+    return _shaped(rng, points, axes, rng.uniform(0, np.pi, len(points)), EPITHELIAL, 0.85, 1)
 
-    for outline, pattern in glands:
-        if pattern == 2:  # two layers: flat basal cells under tall columnar ones
-            basal = points_along(rng, outline, 34, 5)
-            add(basal, (7.5, 3.2), basal[:, 2], EPITHELIAL, 1.1)
-            tall = points_along(rng, outline, 17, 14)
-            add(tall + rng.normal(0, 1.2, tall.shape) * (1, 1, 0), (8.2, 5.9), tall[:, 2] + np.pi / 2, EPITHELIAL, 0.85)
-        elif pattern == 3:  # one layer of round nuclei
-            row = points_along(rng, outline, 19, 11)
-            add(row + rng.normal(0, 1.3, row.shape) * (1, 1, 0), (8.0, 7.2), row[:, 2], EPITHELIAL, 0.85, 1)
-    near_lumen = cv2.dilate(lumens, np.ones((11, 11), np.uint8))
-    for pattern in (4, 5):  # solid masses are filled with nuclei
-        points = lattice(rng, size, 20.0)
-        points = points[
-            (sample_at(epithelium, points) == pattern)
-            & (sample_at(inside, points) > 6)
-            & (sample_at(near_lumen, points) == 0)
-        ]
-        grow = rng.uniform(0.9, 1.1, len(points)) if pattern == 4 else rng.uniform(0.75, 1.2, len(points))
-        add(points, (8 * grow, 7.2 * grow), random_turn(points), EPITHELIAL, 0.85, 1)
-    add(singles, (7.8, 6.6), random_turn(singles), EPITHELIAL, 0.85, 1)
-    near_gland = cv2.dilate(epithelium, np.ones((19, 19), np.uint8))
-    points = lattice(rng, size, 38.0, 0.4)
+# %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-030-6
+def _gland_nuclei(rng, outline, pattern):
+    "Line a gland with nuclei: a list of rows as of `_shaped`, one item a layer."
+    if pattern == 2:  # two layers: flat basal cells under tall columnar ones
+        basal = points_along(rng, outline, 34, 5)
+        flat = _shaped(rng, basal, (7.5, 3.2), basal[:, 2], EPITHELIAL, 1.1)
+        tall = points_along(rng, outline, 17, 14)
+        moved = tall + rng.normal(0, 1.2, tall.shape) * (1, 1, 0)
+        return [flat, _shaped(rng, moved, (8.2, 5.9), tall[:, 2] + np.pi / 2, EPITHELIAL, 0.85)]
+    if pattern == 3:  # one layer of round nuclei
+        layer = points_along(rng, outline, 19, 11)
+        moved = layer + rng.normal(0, 1.3, layer.shape) * (1, 1, 0)
+        return [_shaped(rng, moved, (8.0, 7.2), layer[:, 2], EPITHELIAL, 0.85, 1)]
+    return []
+
+
+def _mass_nuclei(rng, epithelium, inside, near_lumen, pattern):
+    "Fill the solid masses of pattern 4 or 5 with nuclei, as rows of `_shaped`."
+    points = lattice(rng, epithelium.shape, 20.0)
+    points = points[
+        (sample_at(epithelium, points) == pattern)
+        & (sample_at(inside, points) > 6)
+        & (sample_at(near_lumen, points) == 0)
+    ]
+    grow = rng.uniform(0.9, 1.1, len(points)) if pattern == 4 else rng.uniform(0.75, 1.2, len(points))
+    return _round(rng, points, (8 * grow, 7.2 * grow))
+
+# %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-030-4
+def _stroma_nuclei(rng, regions, near_gland, angle):
+    "Lay spindle nuclei along the fibres, as rows of `_shaped`."
+    points = lattice(rng, regions.shape, 38.0, 0.4)
     points = points[(sample_at(near_gland, points) == 0) & (sample_at(regions, points) > 0)]
-    add(points, (9.5, 3.0), sample_at(angle, points / 16), STROMAL, 0.95)
-    crowd = noise(rng, (size[0] // 8 + 1, size[1] // 8 + 1), 22)  # lymphocytes come in crowds
-    points = lattice(rng, size, 15.5, 0.25)
+    return _shaped(rng, points, (9.5, 3.0), sample_at(angle, points / 16), STROMAL, 0.95)
+
+
+def _lymphocytes(rng, regions, near_gland):
+    "Scatter lymphocytes in crowds, as rows of `_shaped`."
+    h, w = regions.shape
+    crowd = noise(rng, (h // 8 + 1, w // 8 + 1), 22)
+    points = lattice(rng, regions.shape, 15.5, 0.25)
     points = points[(sample_at(near_gland, points) == 0) & (sample_at(regions, points) > 0)]
     points = points[sample_at(crowd, points / 8) > rng.uniform(1.1, 2.6)]
-    add(points, (5.6, 5.2), 0.0, LYMPHOCYTE, 1.25)
+    return _shaped(rng, points, (5.6, 5.2), 0.0, LYMPHOCYTE, 1.25)
+
+
+def _nuclei(rng, regions, epithelium, inside, lumens, glands, singles, angle):
+    "Place all nuclei, as rows of `_shaped`."
+    rows = [layer for outline, pattern in glands for layer in _gland_nuclei(rng, outline, pattern)]
+    near_lumen = cv2.dilate(lumens, np.ones((11, 11), np.uint8))
+    rows += [_mass_nuclei(rng, epithelium, inside, near_lumen, pattern) for pattern in (4, 5)]
+    rows.append(_round(rng, singles, (7.8, 6.6)))
+    near_gland = cv2.dilate(epithelium, np.ones((19, 19), np.uint8))
+    rows.append(_stroma_nuclei(rng, regions, near_gland, angle))
+    rows.append(_lymphocytes(rng, regions, near_gland))
     return np.concatenate(rows)
 
 # %% ../../nbs/01_synthetic/01_tissue.ipynb #cell-032

@@ -99,6 +99,47 @@ def _check(path, array, shape, mpp, tile):
 
 CODECS = ("jpeg", "lzw", "deflate")
 
+# %% ../../nbs/01_synthetic/03_writing.ipynb #cell-011-5
+def _lossless_codec(compression):
+    "Return the function that encodes a tile as LZW or deflate."
+    encode = imagecodecs.lzw_encode if compression == "lzw" else imagecodecs.zlibng_encode
+    return lambda tile: encode(np.ascontiguousarray(tile))
+
+
+def _jpeg_codec(
+    side: int,  # of a tile in pixels
+    quality: int,  # 1-100
+    photometric: str,  # "ycbcr" or "rgb"
+    subsampling: tuple[int, int],  # of chroma
+    shared_tables: bool,  # whether tiles do without tables of their own
+):  # the function that encodes a tile; the tables, None where each tile has its own
+    "Return how JPEG tiles are encoded."
+
+    def jpeg(tile):
+        return imagecodecs.jpeg8_encode(
+            np.ascontiguousarray(tile),
+            level=quality,
+            colorspace="rgb",
+            outcolorspace=photometric,
+            subsampling=subsampling,
+        )
+
+    if not shared_tables:
+        return jpeg, None
+    tables = split_tables(jpeg(np.zeros((side, side, 3), np.uint8)))[0]
+    return lambda tile: split_tables(jpeg(tile))[1], tables
+
+
+def _chroma_subsampling(path, photometric, subsampling):
+    "Return the subsampling of chroma, by default what the colours allow; refuse options that contradict each other."
+    if photometric not in ("ycbcr", "rgb"):
+        raise BadInput(path, f"unknown photometric `{photometric}`", nearest(photometric, ("ycbcr", "rgb")))
+    subsampling = tuple(subsampling or ((2, 2) if photometric == "ycbcr" else (1, 1)))
+    if photometric == "rgb" and subsampling != (1, 1):
+        fault = f"subsampling {subsampling} with RGB inside the JPEG"
+        raise BadInput(path, fault, "RGB has no chroma to subsample: use (1, 1) or ycbcr.")
+    return subsampling
+
 # %% ../../nbs/01_synthetic/03_writing.ipynb #cell-011-3
 def write_slide(
     path,  # TIFF file to write
@@ -118,48 +159,14 @@ def write_slide(
     _check(path, image, ("h", "w", 3), mpp, tile)
     if compression not in CODECS:
         raise BadInput(path, f"unknown compression `{compression}`", nearest(compression, CODECS))
-    if compression != "jpeg":
-        encode = imagecodecs.lzw_encode if compression == "lzw" else imagecodecs.zlibng_encode
-        return _write(
-            path,
-            downsampled_levels(image, levels),
-            mpp,
-            lambda t: encode(np.ascontiguousarray(t)),
-            tile,
-            bigtiff,
-            compression=compression,
-            photometric="rgb",
-        )
-    if photometric not in ("ycbcr", "rgb"):
-        raise BadInput(path, f"unknown photometric `{photometric}`", nearest(photometric, ("ycbcr", "rgb")))
-    subsampling = tuple(subsampling or ((2, 2) if photometric == "ycbcr" else (1, 1)))
-    if photometric == "rgb" and subsampling != (1, 1):
-        raise BadInput(
-            path,
-            f"subsampling {subsampling} with RGB inside the JPEG",
-            "RGB has no chroma to subsample: use (1, 1) or ycbcr.",
-        )
-
-    def jpeg(t):
-        return imagecodecs.jpeg8_encode(
-            np.ascontiguousarray(t), level=quality, colorspace="rgb", outcolorspace=photometric, subsampling=subsampling
-        )
-
-    tables = split_tables(jpeg(np.zeros((tile, tile, 3), np.uint8)))[0] if shared_tables else None
-    encode = (lambda t: split_tables(jpeg(t))[1]) if shared_tables else jpeg
-    _write(
-        path,
-        downsampled_levels(image, levels),
-        mpp,
-        encode,
-        tile,
-        bigtiff,
-        compression="jpeg",
-        photometric="rgb",
-        subsampling=subsampling,
-        jpegtables=tables,
-        compressionargs={"outcolorspace": photometric},
-    )
+    tags = {"compression": compression, "photometric": "rgb"}
+    if compression == "jpeg":
+        subsampling = _chroma_subsampling(path, photometric, subsampling)
+        encode, tables = _jpeg_codec(tile, quality, photometric, subsampling, shared_tables)
+        tags |= {"subsampling": subsampling, "jpegtables": tables, "compressionargs": {"outcolorspace": photometric}}
+    else:
+        encode = _lossless_codec(compression)
+    _write(path, downsampled_levels(image, levels), mpp, encode, tile, bigtiff, **tags)
 
 # %% ../../nbs/01_synthetic/03_writing.ipynb #cell-018
 def write_mask(
