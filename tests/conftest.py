@@ -59,3 +59,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    "Trainings leave out the pictures of their log and of validation, which take longer than a short training."
+    from histonb.pretrain.diagnostics import LiveCurves
+    from histonb.segment import training
+
+    monkeypatch.setattr(LiveCurves, "_draw", lambda curves: None)
+    for name in ("draw_progress", "plot_task_curves"):
+        monkeypatch.setattr(training, name, lambda *args: None)

@@ -1,6 +1,7 @@
 "Losses beyond DINO's: in micro-batches, over processes, stopped and continued, they stay the same run."
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from histonb.pretrain.regularisers import regulariser_loss, sinkhorn
 from histonb.pretrain.trainer import TeacherBatch, Trainer
 from histonb.training.loop import Stopped
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 
 PATCHES = dict(patch_weight=1.0)
 ALL = dict(
@@ -54,16 +55,21 @@ def assert_close(a, b):
         assert torch.allclose(torch.as_tensor(x), torch.as_tensor(y), rtol=0, atol=2e-5)
 
 
+@functools.cache
+def trained_plainly():
+    return trained(steps=5)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_micro_batches_and_crop_by_crop_equal_one_batch(name):
-    whole = trained(**LOSSES[name], steps=8)
-    assert_close(whole, trained(**LOSSES[name], steps=8, micro_batch=4))
-    assert_close(whole, trained(**LOSSES[name], steps=8, micro_batch=4, per_crop_backward=True))
-    assert not np.allclose(whole[0], trained(steps=8)[0], rtol=0, atol=1e-4)  # the student becomes another
+    whole = trained(**LOSSES[name], steps=5)
+    assert_close(whole, trained(**LOSSES[name], steps=5, micro_batch=4))
+    assert_close(whole, trained(**LOSSES[name], steps=5, micro_batch=4, per_crop_backward=True))
+    assert not np.allclose(whole[0], trained_plainly()[0], rtol=0, atol=1e-4)  # the student becomes another
 
 
 def test_one_large_crop():
-    changes = dict(n_global=1, n_local=3, steps=8, **ALL)
+    changes = dict(n_global=1, n_local=3, steps=5, **ALL)
     assert_close(trained(**changes), trained(**changes, micro_batch=2))
 
 
@@ -82,9 +88,8 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, changes):
         assert all(torch.allclose(one[part][k], two[part][k], rtol=0, atol=2e-5) for k in one[part])
 
 
-@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "haar2d+xcit_nano_12_p8_224"])
-def test_continued_run_equals_the_whole_one(tmp_path, arch):
-    changes = dict(ALL, arch=arch, drop_path=0.2, micro_batch=2)
+def test_continued_run_equals_the_whole_one(tmp_path):
+    changes = dict(ALL, arch="haar2d+xcit_nano_12_p8_224", drop_path=0.2, micro_batch=2, n_local=1, steps=5)
     pretrain(config(tmp_path / "whole", **changes), Tiles())
     with pytest.raises(Stopped):
         pretrain(config(tmp_path / "parts", **changes), Tiles(), on_epoch=stop_after(3))
@@ -95,7 +100,7 @@ def test_continued_run_equals_the_whole_one(tmp_path, arch):
 
 
 def test_centres_of_crops_and_patches_are_apart(tmp_path):
-    c = resolve(config(tmp_path, patch_weight=1.0, patch_head="shared"), 12)
+    c = resolve(config(tmp_path, arch="test_vit", patch_weight=1.0, patch_head="shared"), 12)
     trainer = Trainer(c, 12)
     loader = iter(crop_loader(Tiles(), c))
     batch = next(trainer.teacher_batches(iter(crop_loader(Tiles(), c)), 0.04))
@@ -108,9 +113,8 @@ def test_centres_of_crops_and_patches_are_apart(tmp_path):
 
 def test_masks_depend_on_tile_and_epoch_alone():
     def first(**changes):
-        return next(iter(crop_loader(Tiles(), resolve(config("", patch_weight=1.0, global_size=96, **changes), 12))))[
-            -1
-        ]
+        c = config("", arch="test_vit", patch_weight=1.0, global_size=96, **changes)
+        return next(iter(crop_loader(Tiles(), resolve(c, 12))))[-1]
 
     whole = first(batch_size=8)
     part = first(batch_size=8, micro_batch=2)
@@ -120,7 +124,7 @@ def test_masks_depend_on_tile_and_epoch_alone():
 
 
 def test_a_patch_head_alone_learns_nothing_of_frozen_prototypes():
-    c = resolve(config("", patch_weight=1.0, freeze_last_epochs=1.0), 12)
+    c = resolve(config("", arch="test_vit", patch_weight=1.0, freeze_last_epochs=1.0), 12)
     trainer = Trainer(c, 12)
     before = [head.last_layer.weight.clone() for head in (trainer.student.head, trainer.student.patch_head)]
     trainer.train_step(iter(crop_loader(Tiles(), c)))
@@ -210,7 +214,8 @@ def test_sinkhorn_is_the_even_assignment_of_a_reference():
 @pytest.mark.parametrize("network", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
 def test_front_ends_train_hide_and_come_back(tmp_path, front, network):
     arch = f"{front}+{network}"
-    run = pretrain(config(tmp_path, arch=arch, steps=2, global_size=64, local_size=32, patch_weight=1.0), Tiles())
+    changes = dict(arch=arch, steps=1, batch_size=2, global_size=64, local_size=32, n_local=1, patch_weight=1.0)
+    run = pretrain(config(tmp_path, **changes), Tiles())
     model = load_frozen_backbone(run)
     x = torch.rand(1, 3, 224, 224)
     tokens = model.forward_features(x)
@@ -247,7 +252,7 @@ def test_grids_and_masks_of_any_size(front, network):
 
 
 def test_crops_of_begun_patches_train_with_hidden_ones():
-    c = resolve(config("", **PATCHES, global_size=40, local_size=24, steps=1), 12)
+    c = resolve(config("", **PATCHES, arch="xcit_nano_12_p16_224", global_size=40, local_size=24, steps=1), 12)
     trainer = Trainer(c, 12)
     batch = next(iter(crop_loader(Tiles(), c)))
     assert batch[-1].shape[-2:] == (3, 3)
@@ -270,7 +275,8 @@ def test_a_front_end_reads_rgb_of_a_token_at_least():
 
 
 def test_an_estimate_leaves_nothing_behind_in_scattering():
-    estimate_memory(preset("tiny", out="", arch="scattering+xcit_nano_12_p16_224", global_size=80, local_size=48))
+    changes = dict(out="", global_size=80, n_local=0, batch_size=2)
+    estimate_memory(preset("tiny", arch="scattering+xcit_nano_12_p16_224", **changes))
     assert type(build_backbone("scattering+xcit_nano_12_p16_224").eval()(torch.rand(1, 3, 80, 80))) is torch.Tensor
 
 
@@ -280,11 +286,8 @@ def test_presets_can_be_resolved():
 
 
 def test_memory_of_a_patch_loss():
-    c = preset(
-        "cpu", out="", out_dim=8192, global_size=96, local_size=64, n_local=2, patch_weight=1.0, precision="fp32"
-    )
-    plain = estimate_memory(
-        preset("cpu", out="", out_dim=8192, global_size=96, local_size=64, n_local=2, precision="fp32")
-    )["total"]
+    changes = dict(out="", out_dim=8192, global_size=96, local_size=64, n_local=1, precision="fp32")
+    plain = estimate_memory(preset("cpu", **changes))["total"]
+    c = preset("cpu", **changes, patch_weight=1.0)
     estimate = estimate_memory(c)["total"]
     assert estimate > 1.05 * plain and 0.7 < estimate / measure_memory(c) < 1.2

@@ -2,10 +2,7 @@
 
 import argparse
 import dataclasses
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_report
+from forked import Forked
 from safetensors.torch import save_file
 
 from histonb.core.claims import hold
@@ -49,6 +47,7 @@ TINY = dict(
     workers=0,
     log_every=2,
     val_fields=1,
+    watch_every=1000,  # and at the end
 )
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -432,7 +431,7 @@ def test_it_learns(tmp_path):
         TrainConfig(
             str(tmp_path),
             (PHANTOMS | {"n": 12, "labels": ["nucleus"]},),
-            **TINY | {"steps": 80, "lr": 5e-3, "schedule": "cosine", "width": 0.25, "log_every": 20},
+            **TINY | {"steps": 60, "lr": 5e-3, "schedule": "cosine", "log_every": 15},
         )
     )
     rows = read_jsonl(tmp_path / "log.jsonl")
@@ -446,7 +445,7 @@ def test_two_on_one_folder(tmp_path):
         train(config(tmp_path, steps=2))
 
 
-def test_a_run_is_made_longer_where_its_schedule_allows_it(tmp_path):
+def test_a_run_is_made_longer_where_its_schedule_allows_it(tmp_path, no_curves):
     """A rate that falls in steps does not depend on how many steps follow; along a cosine it does."""
     changes = dict(schedule="step", decay_every=3, checkpoint_every=2)
     train(config(tmp_path / "whole", steps=6, **changes))
@@ -461,32 +460,41 @@ def test_a_run_is_made_longer_where_its_schedule_allows_it(tmp_path):
         train(config(tmp_path / "cosine", steps=4, schedule="cosine"))
 
 
-def test_a_run_that_is_killed_goes_on_exactly(tmp_path):
-    train(config(tmp_path / "whole", steps=40, checkpoint_every=2))
-    code = (
-        "import torch; torch.set_num_threads(1)\nfrom histonb.segment.training import TrainConfig, train\n"
-        f"train(TrainConfig(**{dataclasses.asdict(config(tmp_path / 'killed', steps=40, checkpoint_every=2))!r}))"
-    )
+def train_slowly(config):
+    "Train in a process of its own, with time between its steps in which a signal can come."
+
+    def paused_step(trainer, batches):
+        time.sleep(0.15)
+        return step(trainer, batches)
+
+    torch.set_num_threads(1)
+    training.draw_progress = training.plot_task_curves = lambda *args: None
+    step, MultiTaskTrainer.train_step = MultiTaskTrainer.train_step, paused_step
+    train(config)
+
+
+def test_a_run_that_is_stopped_and_killed_goes_on_exactly(tmp_path, no_curves):
+    changes = dict(steps=14, checkpoint_every=3, log_every=1, watch_every=5)
+    train(config(tmp_path / "whole", **changes))
     for how in (signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"HISTONB_BATCH": "1"},
-        )
-        before = len(checkpoints(tmp_path / "killed")) and checkpoints(tmp_path / "killed")[0][0]
-        while process.poll() is None and (not (found := checkpoints(tmp_path / "killed")) or found[0][0] <= before):
+        before = len(figures(tmp_path / "run")) if checkpoints(tmp_path / "run") else 0
+        run = Forked(train_slowly, config(tmp_path / "run", **changes))
+        while run.poll() is None and (not checkpoints(tmp_path / "run") or len(figures(tmp_path / "run")) < before + 2):
             time.sleep(0.05)
-        process.send_signal(how)
-        process.wait()
-    assert 0 < checkpoints(tmp_path / "killed")[0][0] < 40, "it was killed too late for a test"
-    train(config(tmp_path / "killed", steps=40, checkpoint_every=2))
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
-    a, b = (cerberus.load_cerberus(tmp_path / name)[0].state_dict() for name in ("whole", "killed"))
+        assert run.poll() is None, run.communicate()[1]
+        run.kill(how)
+        error = run.communicate()[1]
+        if how == signal.SIGTERM:
+            stopped = read_json(tmp_path / "run/stopped")["step"]
+            assert checkpoints(tmp_path / "run")[0][0] == stopped and f"stopped at step {stopped} of 14" in error
+    assert 0 < checkpoints(tmp_path / "run")[0][0] < 14, "it was killed too late for a test"
+    train(config(tmp_path / "run", **changes))
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    a, b = (cerberus.load_cerberus(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
     assert all(a[k].equal(b[k]) for k in a)
 
 
-def test_a_finished_run_returns_at_once(tmp_path):
+def test_a_finished_run_returns_at_once(tmp_path, no_curves):
     train(config(tmp_path, steps=2))
     before = (tmp_path / "cerberus.safetensors").stat().st_mtime_ns
     assert (
@@ -498,7 +506,7 @@ def test_a_finished_run_returns_at_once(tmp_path):
     train(config(tmp_path, steps=2, crop=96), restart=True)
 
 
-def test_stage_two_holds_all_that_stage_one_knows(tmp_path):
+def test_stage_two_holds_all_that_stage_one_knows(tmp_path, no_curves):
     train(config(tmp_path / "one", steps=2))
     typed = dataclasses.replace(
         config(tmp_path / "two", steps=4, start=str(tmp_path / "one"), freeze=True),

@@ -5,12 +5,9 @@ import dataclasses
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,11 +15,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import Forked
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets.example import example_tiles
 from histonb.pretrain.config import PretrainConfig, as_config, preset, resolve
+from histonb.pretrain.diagnostics import LiveCurves
 from histonb.pretrain.loading import ResumableBatchSampler, crop_loader
 from histonb.pretrain.pretraining import load_frozen_backbone, pretrain
 from histonb.pretrain.trainer import Diverged, Trainer
@@ -32,6 +33,7 @@ from histonb.training.checkpoint import checkpoints, read_checkpoint
 from histonb.training.loop import Stopped
 
 TINY = dict(
+    arch="test_efficientnet",
     out_dim=32,
     hidden=32,
     bottleneck=16,
@@ -49,7 +51,7 @@ TINY = dict(
     log_every=1,
     checkpoint_every=2,
 )
-NO_BN = dict(arch="vit_tiny_patch16_224", drop_path=0.0, freeze_last_epochs=0.0, warmup_epochs=0.0, lr=1e-3)
+NO_BN = dict(arch="test_vit", drop_path=0.0, freeze_last_epochs=0.0, warmup_epochs=0.0, lr=1e-3)
 SPEED = "images_per_s", "data_wait", "memory"
 
 
@@ -82,7 +84,7 @@ class Killer(Tiles):
         return super().__getitem__(i)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 
 
 def config(folder, **changes):
@@ -98,6 +100,7 @@ def losses(folder):
 
 
 def last_state(folder):
+    "The latest checkpoint of a run."
     return read_checkpoint(checkpoints(folder)[0][1])
 
 
@@ -122,31 +125,33 @@ def stop_after(step):
     return press
 
 
-PROGRAM = (
-    "import json, sys; sys.path.insert(0, sys.argv[2]); from test_trainer import *; torch.set_num_threads(1); "
-    "pretrain(config(sys.argv[1], **json.loads(sys.argv[3])), {tiles}(), elastic={elastic})"
-)
+def run_slowly(config, tiles, elastic, pause):
+    "Pre-train in a process of its own, with time between its steps in which a signal can come."
+
+    def paused_step(trainer, batches):
+        time.sleep(pause)
+        return step(trainer, batches)
+
+    torch.set_num_threads(1)
+    LiveCurves._draw = lambda curves: None
+    step, Trainer.train_step = Trainer.train_step, paused_step
+    pretrain(config, tiles(), elastic=elastic)
 
 
-def child(folder, processes=1, tiles="Tiles", elastic=False, **changes):
-    "Start the run as a program of its own, of one or more processes."
-    program = Path(folder).parent / f"{Path(folder).name}.py"
-    program.write_text(PROGRAM.format(tiles=tiles, elastic=elastic))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(program), str(folder), os.path.dirname(__file__), json.dumps(changes)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HISTONB_BATCH": "1"},
-    )
+def child(folder, processes=1, tiles=Tiles, elastic=False, pause=0.0, **changes):
+    "Start the run in a process of its own, or in more than one."
+    return Forked(run_slowly, config(folder, **changes), tiles, elastic, pause, processes=processes)
+
+
+def torchrun_slowly(*args):
+    "Do what `torchrun --standalone --nproc-per-node 2` does, whose processes are forked here."
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "test"]
+    options = [*rendezvous, "--nproc-per-node", "2", "--start-method", "fork", "no program"]
+    elastic_launch(torchrun.config_from_args(torchrun.parse_args(options))[0], run_slowly)(*args)
 
 
 def finished(process):
-    out, error = process.communicate(timeout=300)
+    out, error = process.communicate()
     assert process.returncode == 0, error
     return out
 
@@ -162,7 +167,7 @@ def wait_for_steps(process, folder, steps):
 
 
 def trained(**changes):
-    c = resolve(config("", **{**NO_BN, "steps": 20, "batch_size": 8, **changes}), 12)
+    c = resolve(config("", **{**NO_BN, "steps": 10, "batch_size": 8, **changes}), 12)
     trainer = Trainer(c, 12)
     loader = iter(crop_loader(Tiles(), c))
     rows = [trainer.train_step(loader) for _ in range(c.steps)]
@@ -192,7 +197,7 @@ def test_one_backward_a_crop_equals_one_in_all(changes):
 
 
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    changes = {**NO_BN, "steps": 20, "batch_size": 8, "checkpoint_every": 100}
+    changes = {**NO_BN, "steps": 10, "batch_size": 8, "checkpoint_every": 100}
     two = child(tmp_path / "two", processes=2, **changes)
     pretrain(config(tmp_path / "one", **changes), Tiles())
     finished(two)
@@ -236,7 +241,7 @@ def test_teacher_differs_from_student_and_keeps_its_own_statistics(tmp_path):
 
 def test_activation_checkpointing_changes_nothing():
     def run(**changes):
-        c = resolve(config("", drop_path=0.2, steps=3, **changes), 12)
+        c = resolve(config("", arch="xcit_nano_12_p16_224", drop_path=0.2, steps=3, **changes), 12)
         trainer = Trainer(c, 12)
         loader = iter(crop_loader(Tiles(), c))
         return [trainer.train_step(loader)["loss"] for _ in range(3)], trainer.student.state_dict()
@@ -249,7 +254,7 @@ def test_activation_checkpointing_changes_nothing():
 def test_one_global_crop_trains(tmp_path):
     run = pretrain(config(tmp_path, n_global=1, n_local=5), Tiles())
     assert all(math.isfinite(x) for x in losses(run))
-    assert load_frozen_backbone(run)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    assert load_frozen_backbone(run)(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
 
 
 # Stopped, killed, continued
@@ -268,34 +273,40 @@ def test_continued_run_equals_the_whole_one(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_run_equals_the_whole_one(tmp_path, processes):
-    changes = dict(steps=14, checkpoint_every=3, drop_path=0.2, workers=1)
+def test_stopped_and_killed_run_equals_the_whole_one(tmp_path, processes):
+    """One is stopped by Ctrl-C, which a terminal sends to the training process and its worker alike, two by a file."""
+    changes = dict(steps=14, checkpoint_every=5, drop_path=0.2, workers=1)
     finished(child(tmp_path / "whole", processes, **changes))
-    for step in sorted(random.Random(processes).sample(range(1, 12), 3)):
-        run = child(tmp_path / "killed", processes, **changes)
-        wait_for_steps(run, tmp_path / "killed", step)
-        os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
-    finished(child(tmp_path / "killed", processes, **changes))
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    for how in ("stop", "kill", "kill"):
+        before = len(losses(tmp_path / "run")) if checkpoints(tmp_path / "run") else 0
+        run = child(tmp_path / "run", processes, pause=0.15, **changes)
+        wait_for_steps(run, tmp_path / "run", before + 2)
+        if how == "kill":
+            run.kill(signal.SIGKILL)
+        elif processes == 1:
+            run.kill(signal.SIGINT)
+        else:
+            (tmp_path / "run/stop").touch()
+        error = run.communicate()[1]
+        assert run.returncode
+        if how == "stop":
+            stopped = read_json(tmp_path / "run/stopped")["step"]
+            assert f"Stopped: stopped at step {stopped} of 14" in error and not (tmp_path / "run/stop").exists()
+            assert 2 <= last_state(tmp_path / "run")["step"] == stopped == len(losses(tmp_path / "run"))
+    assert checkpoints(tmp_path / "run")[0][0] < 14, "it was killed too late for a test"
+    finished(child(tmp_path / "run", processes, **changes))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("how", ["file", "terminate"])
-def test_two_processes_stop_together(tmp_path, how):
+def test_two_processes_stop_together_where_torchrun_is_terminated(tmp_path):
     changes = dict(steps=100_000, checkpoint_every=100_000)
-    run = child(tmp_path / "run", 2, **changes)
+    run = Forked(torchrun_slowly, config(tmp_path / "run", **changes), Tiles, False, 0.1)
     wait_for_steps(run, tmp_path / "run", 2)
-    if how == "file":
-        (tmp_path / "run" / "stop").touch()
-    else:
-        os.killpg(run.pid, signal.SIGTERM)
+    os.kill(run.pid, signal.SIGTERM)  # torchrun itself passes it on
     error = run.communicate(timeout=120)[1]
-    stopped = json.loads((tmp_path / "run" / "stopped").read_text())["step"]
-    assert ("stopped at step" if how == "file" else "got signal: 15") in error.lower() and run.returncode
-    assert (
-        last_state(tmp_path / "run")["step"] == stopped == len(losses(tmp_path / "run"))
-        and not (tmp_path / "run" / "stop").exists()
-    )
+    assert run.returncode and "got signal: 15" in error.lower()
+    stopped = read_json(tmp_path / "run/stopped")["step"]
+    assert last_state(tmp_path / "run")["step"] == stopped == len(losses(tmp_path / "run"))
 
 
 def test_other_number_of_processes(tmp_path):
@@ -333,20 +344,11 @@ def test_finished_run_is_returned_and_other_parameters_are_refused(tmp_path):
     assert len(losses(tmp_path)) == 1
 
 
-def test_ctrl_c_leaves_a_checkpoint(tmp_path):
-    run = child(tmp_path / "run", steps=100_000, workers=1, checkpoint_every=100_000)
-    wait_for_steps(run, tmp_path / "run", 1)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the training process and its worker alike
-    error = run.communicate()[1]
-    assert run.returncode != 0 and "Stopped: stopped at step" in error
-    assert last_state(tmp_path / "run")["step"] >= 1
-
-
 def test_last_checkpoints_and_the_best_are_kept(tmp_path):
     scores = {3: 0.5, 6: 0.9, 9: 0.7, 12: 0.8}
     run = pretrain(config(tmp_path, steps=12, keep=2), Tiles(), on_epoch=lambda step, backbone: {"knn": scores[step]})
     assert [(step, best) for step, _, best in checkpoints(run)] == [(12, False), (10, False), (6, True)]
-    assert load_frozen_backbone(run / "best")(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    assert load_frozen_backbone(run / "best")(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
     assert json.loads((run / "best" / "backbone.json").read_text())["step"] == 6
 
 
@@ -375,12 +377,12 @@ def test_what_auto_chose_stays_chosen(tmp_path, monkeypatch):
     "A node that has bf16 in hardware, then one that has not."
     monkeypatch.setattr(devices, "best_precision", lambda device: "bf16")
     with pytest.raises(Stopped):
-        pretrain(config(tmp_path, precision="auto"), Tiles(), on_epoch=stop_after(3))
+        pretrain(config(tmp_path, precision="auto", **NO_BN), Tiles(), on_epoch=stop_after(3))
     monkeypatch.setattr(devices, "best_precision", lambda device: "fp32")
-    pretrain(config(tmp_path, precision="auto"), Tiles())
+    pretrain(config(tmp_path, precision="auto", **NO_BN), Tiles())
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16" and len(losses(tmp_path)) == 6
     with pytest.raises(BadInput, match="precision 'bf16' -> 'fp32'.*pass elastic .`--elastic`"):
-        pretrain(config(tmp_path), Tiles())
+        pretrain(config(tmp_path, **NO_BN), Tiles())
 
 
 def test_a_longer_run_says_why_it_is_another_one(tmp_path):
@@ -400,12 +402,12 @@ def test_equal_runs_write_equal_bytes(tmp_path):
 
 
 def test_two_on_one_folder(tmp_path):
-    run = child(tmp_path / "run", steps=100_000)
+    run = child(tmp_path / "run", steps=100_000, pause=0.2)
     wait_for_steps(run, tmp_path / "run", 2)
     for restart in (False, True):
         with pytest.raises(BadInput, match=f"another process is writing here .process {run.pid} on"):
             pretrain(config(tmp_path / "run", steps=100_000), Tiles(), restart=restart)
-    os.killpg(run.pid, signal.SIGKILL)  # and what it held is free at once
+    run.kill(signal.SIGKILL)  # and what it held is free at once
     pretrain(config(tmp_path / "run", steps=3), Tiles(), restart=True)
     assert len(losses(tmp_path / "run")) == 3
     run.communicate()
@@ -430,7 +432,7 @@ def test_all_checkpoints_spoilt_is_refused_each_time_until_begun_anew(tmp_path):
 
 
 def test_processes_with_other_tiles_notice_it(tmp_path):
-    run = child(tmp_path / "run", 2, tiles="Uneven")
+    run = child(tmp_path / "run", 2, tiles=Uneven)
     error = run.communicate(timeout=120)[1]
     assert run.returncode and "numbers of tiles differ between processes (8 to 12" in error
 
@@ -518,9 +520,9 @@ def test_dead_worker_is_named(tmp_path):
 
 
 def test_dead_process_ends_the_others(tmp_path):
-    run = child(tmp_path / "run", 2, tiles="Killer")  # without workers, the process itself dies
+    run = child(tmp_path / "run", 2, tiles=Killer)  # without workers, the process itself dies
     error = run.communicate(timeout=120)[1]
-    assert run.returncode != 0 and "Signal 9" in error
+    assert sorted(run.codes) == [-signal.SIGKILL, 1] and "Connection closed by peer" in error
 
 
 @pytest.mark.parametrize(
