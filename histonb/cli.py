@@ -16,6 +16,7 @@ from .commands.doctor import doctor_command
 from .commands.pretrain import export_command, pretrain_command
 from .commands.studies import run_command, status_command
 from .commands.tile import tile_command
+from .commands.weights import weights_app
 from .core.errors import BadInput, explain_refusal
 
 # %% ../nbs/15_cli.ipynb #cell-005
@@ -58,6 +59,7 @@ def histonb(
       histonb tile /data/panda --out tiles      tiles of a cohort, with labels
       histonb tile a.svs b.tiff --out tiles     tiles of single slides
       histonb pretrain mine.yaml                train without labels; also under torchrun
+      histonb weights list                      weights that a network can start from
       histonb export runs/demo/pretrain model   the trained backbone, for timm
       histonb annotate a.svs --weights W --out O  glands and nuclei of a slide, for QuPath
     """
@@ -74,6 +76,7 @@ COMMANDS = {
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(weights_app, name="weights", help="List, show or fetch weights that a network can start from.")
 
 # %% ../nbs/15_cli.ipynb #cell-010
 def main():

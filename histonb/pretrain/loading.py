@@ -20,7 +20,7 @@ from .config import PretrainConfig, accumulation_steps
 from .dino import stack_crops
 from .ibot import draw_masks
 from ..training import distributed as ranks
-from ..training.augmentation import MultiCrop
+from ..training.augmentation import MEAN, STD, MultiCrop
 from ..training.loading import loader
 
 # %% ../../nbs/08_pretrain/06_loading.ipynb #cell-005
@@ -124,8 +124,8 @@ def multi_crop(
         c.global_scale or None,
         c.local_scale or None,
         c.recipe,
-        c.mean,
-        c.std,
+        c.mean or MEAN,
+        c.std or STD,
     )
 
 
