@@ -92,7 +92,11 @@ def alive(pid):
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_a_study_runs_once_and_again_only_where_something_changed(root):
+def test_a_study_runs_once_and_again_only_where_something_changed(root, capsys):
+    def ran_now(**options):
+        run_study(root / "runs/tiny.yaml", **options)
+        return ran(capsys.readouterr().out)
+
     done = run(root, "runs/tiny.yaml")
     assert done.returncode == 0, done.stderr
     assert ran(done.stdout) == ["first", "second"]
@@ -102,7 +106,7 @@ def test_a_study_runs_once_and_again_only_where_something_changed(root):
     for stage in ("first", "second"):
         left = {p.name for p in (root / "runs/tiny" / stage).iterdir()}
         assert {"notebook.ipynb", "metrics.json", "provenance.json", "report.html", "stage.json"} <= left
-    assert ran(run(root, "runs/tiny.yaml").stdout) == []
+    assert ran_now() == []
     assert ran(run(root, "runs/tiny.yaml", "--only", "first", "--force").stdout) == ["first"]
     assert states(root) == ["finished", "finished"]  # what it read was made again, and is the same
     (root / "more.txt").write_text("5")
@@ -115,14 +119,14 @@ def test_a_study_runs_once_and_again_only_where_something_changed(root):
             for c in FIRST
         ],
     )
-    assert ran(run(root, "runs/tiny.yaml").stdout) == ["first", "second"]
+    assert ran_now() == ["first", "second"]
     (root / "more.txt").write_text("6")  # what no parameter and no input tells of
-    assert ran(run(root, "runs/tiny.yaml", "--only", "first", "--force").stdout) == ["first"]
+    assert ran_now(only="first", force=True) == ["first"]
     assert [(r["state"], r["why"]) for r in status(root)] == [("finished", ""), ("stale", "changed: outputs of first")]
-    assert ran(run(root, "runs/tiny.yaml").stdout) == ["second"]
+    assert ran_now() == ["second"]
     assert read_json(root / "runs/tiny/second/metrics.json") == {"total": 7}
     (root / "runs/tiny/first/metrics.json").unlink()
-    assert ran(run(root, "runs/tiny.yaml").stdout) == ["first"]
+    assert ran_now() == ["first"]
 
 
 def test_records_and_pages_hold_no_path_of_the_machine_and_load_nothing(root):
@@ -157,7 +161,8 @@ def test_a_failing_stage_stops_the_study_and_leaves_no_success(root):
     assert read_json(folder / "notebook.ipynb")["metadata"]["histonb"] == {"state": "failed"}
     assert "failed" in (root / "runs/tiny/index.html").read_text()
     write_report_notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
-    assert run(root, "runs/tiny.yaml").returncode == 0
+    run_study(root / "runs/tiny.yaml")
+    assert states(root) == ["finished", "finished"]
 
 
 def test_a_notebook_that_forgets_to_finish_has_failed(root):
@@ -238,7 +243,8 @@ def test_a_killed_runner_leaves_no_lock_and_no_kernel(root):
         time.sleep(0.2)
     assert not alive(kernel)
     write_report_notebook(root, "10_first", 'out = ""\nn = 1', FIRST)
-    assert ran(run(root, "runs/tiny.yaml").stdout) == ["first", "second"]
+    run_study(root / "runs/tiny.yaml")
+    assert states(root) == ["finished", "finished"]
 
 
 def test_what_a_stopped_stage_had_computed_is_there_when_it_resumes_but_not_when_it_changed(root):
@@ -248,10 +254,12 @@ def test_what_a_stopped_stage_had_computed_is_there_when_it_resumes_but_not_when
         "run.finish(seen=seen)",
     ]
     write_report_notebook(root, "10_first", 'out = ""\nn = 1', resume)
-    assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 1
-    assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 0
+    with pytest.raises(StageFailed, match="first time"):
+        run_study(root / "runs/tiny.yaml", only="first")
+    run_study(root / "runs/tiny.yaml", only="first")
     (root / "runs/tiny.yaml").write_text(STUDY.replace("n: 4", "n: 5"))
-    assert run(root, "runs/tiny.yaml", "--only", "first").returncode == 1
+    with pytest.raises(StageFailed, match="first time"):
+        run_study(root / "runs/tiny.yaml", only="first")
 
 
 def test_full_disk_while_saving_the_notebook(root, monkeypatch):
