@@ -134,6 +134,16 @@ class Cerberus(nn.Module):
             values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)  # cerberus.json holds them
 
+    def with_tasks(
+        self,
+        tasks,  # names of `TASKS`, or `Task`s
+    ) -> "Cerberus":  # random decoders for tasks that this one does not have
+        "Build a network with the same encoder, weights included, for other tasks."
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        net = Cerberus(tasks, self.arch, self.width, mean, std, self.max_stride)
+        net.load_state_dict(self.state_dict(), strict=False)
+        return net
+
     def _decoder(self, task):
         "Build the decoder or head of a task."
         w = self.pyramid.channels
