@@ -28,6 +28,8 @@ class Pyramid:
     indices: tuple[int, ...]  # number of the map in the network's `forward_intermediates`
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of the channels, in 0..1, that untrained weights are given
     std: tuple[float, ...] = (1.0, 1.0, 1.0)  # their deviation
+    pooled: int = 1  # how many of the coarsest maps, averaged side by side, make the feature of an image
+    built: tuple = ()  # arguments of `pyramid_encoder` that build the network
 
 
 MIN_MAPS = 3  # fewest maps that make a pyramid
@@ -55,7 +57,7 @@ def resnet_encoder(
     for conv in (net.conv1, first.conv1):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     modules = tuple(f["module"] for f in net.feature_info)
-    net.pyramid = Pyramid((1, 2, 4, 8, 16), (w, *widths), modules, (0, 1, 2, 3, 4))
+    net.pyramid = Pyramid((1, 2, 4, 8, 16), (w, *widths), modules, (0, 1, 2, 3, 4), built=(arch, width))
     return net
 
 # %% ../../nbs/04_models/21_pyramids.ipynb #cell-009
@@ -97,6 +99,8 @@ def _find_pyramid(net, arch, max_stride):
         tuple(taken),
         tuple(about["mean"]),
         tuple(about["std"]),
+        pooled=3,
+        built=(arch, 1.0, max_stride),
     )
 
 # %% ../../nbs/04_models/21_pyramids.ipynb #cell-009-2
