@@ -10,7 +10,8 @@ import torch
 from histonb.core.files import read_jsonl
 from histonb.datasets import readers as sets
 from histonb.segment import samples
-from histonb.segment.training import MultiTaskTrainer, TrainConfig, resolve_train_config, train
+from histonb.segment.training import MultiTaskTrainer, train
+from histonb.segment.training_config import TrainConfig, resolve_train_config
 
 SETS = tuple(
     {"reader": "phantom_regions", "n": 8, "seed": s, "size": 256, "labels": t}

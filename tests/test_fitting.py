@@ -20,6 +20,7 @@ from histonb.core.errors import BadInput
 from histonb.core.files import read_jsonl
 from histonb.datasets.ebhi import EBHI_CLASSES, ebhi_seg
 from histonb.models import backbones, cerberus
+from histonb.models.pyramids import resnet_encoder
 from histonb.training.checkpoint import checkpoints
 from histonb.training.loop import Stopped
 from histonb.training.pair_augmentation import EBHIAugment
@@ -173,7 +174,7 @@ def moved(net, images):
 def test_layers_before_the_depth_get_neither_gradient_nor_statistics(arch, depth):
     torch.manual_seed(0)
     net = FreezableEncoder(
-        cerberus.resnet_encoder(arch, 0.125) if arch == "resnet18" else backbones.build_backbone(arch)
+        resnet_encoder(arch, 0.125) if arch == "resnet18" else backbones.build_backbone(arch)
     ).freeze(depth)
     assert moved(net, torch.rand(4, 3, 32, 32)) == set(range(depth, 5))
 
@@ -195,7 +196,7 @@ def test_encoders_of_all_sources_see_what_their_networks_see(tmp_path):
     images = torch.rand(2, 3, 64, 64)
     net = cerberus.Cerberus(["gland"], "resnet18", 0.125).eval()
     cerberus.save_cerberus(net, tmp_path / "c")
-    want = cerberus.feature_maps(net.encoder, images)
+    want = net.encode(images)
     for path in (tmp_path / "c", tmp_path / "c" / "cerberus.safetensors"):
         got = load_freezable_encoder(path).eval()
         assert all(a.equal(b) for a, b in zip(got.feature_maps(images), want, strict=True)) and got.features(

@@ -29,7 +29,8 @@ from histonb.segment import losses, samples, targets, training
 from histonb.segment import validation as watching
 from histonb.segment.predictors import load_predictor
 from histonb.segment.scoring import score_run
-from histonb.segment.training import MultiTaskTrainer, TrainConfig, _loader, resolve_train_config, train
+from histonb.segment.training import MultiTaskTrainer, _loader, train
+from histonb.segment.training_config import TrainConfig, resolve_train_config
 from histonb.training.checkpoint import checkpoints
 from histonb.transfer.freezable_encoders import load_freezable_encoder
 
@@ -197,7 +198,12 @@ def test_weights_that_are_not_finite(tmp_path):
         ({"width": 40}, "not the weights of this Cerberus"),
         ({"width": "1"}, "`width` is '1'"),
         ({"arch": 3}, "`arch` is 3"),
-        ({"arch": "resnet101"}, "no encoder of Cerberus"),
+        ({"arch": "resnet101"}, "can be narrower"),
+        ({"arch": "resnet43"}, "no such backbone"),
+        ({"mean": [0.5]}, "`mean` is"),
+        ({"std": [0.5, 0, 0.5]}, "`std` is"),
+        ({"max_stride": 8}, "all its maps are used"),
+        ({"max_stride": None}, "`max_stride` is None"),
         ({"mpp": float("nan")}, "`mpp` is nan"),
         ({"mpp": -1}, "`mpp` is -1"),
         ({"tasks": {}}, r"`tasks` is {}"),

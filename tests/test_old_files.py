@@ -20,6 +20,7 @@ from histonb.pretrain.config import as_config
 from histonb.probe.encoders import load_encoder
 from histonb.probe.features import extract
 from histonb.segment import training
+from histonb.segment.training_config import TrainConfig
 from histonb.slides.tile_store import TileShards
 
 
@@ -73,9 +74,9 @@ def test_a_cerberus_is_loaded_and_goes_on(old):
     assert [*net.tasks] == ["gland", "nucleus"] and about["step"] == 4
     for path in [*run.glob("cerberus.*"), *run.glob("checkpoints/0000004-*.pt")]:
         path.unlink()
-    names = [field.name for field in dataclasses.fields(training.TrainConfig)]
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
     values = with_present_names(read_json(run / "config.json"), names)  # as a user writes it today
     assert values["sets"][0]["reader"] == "phantom_regions" and values["sets"][0]["labels"] == ["gland", "nucleus"]
-    training.train(build(training.TrainConfig, values, run))
+    training.train(build(TrainConfig, values, run))
     assert [row["step"] for row in read_jsonl(run / "log.jsonl") if "loss" in row] == [1, 2, 3, 4]
     assert (run / "cerberus.safetensors").exists()

@@ -102,7 +102,7 @@ def _predict_tiles(work):
     missing = [i for i in work.tiles if not work.cache.path(i).exists()]
     for i in progress(missing, f"{work.slide.path.name}, scores", unit="tile"):
         box = work.boxes[i]
-        top, left, bottom, right = pad_box(box, work.predictor.margin, work.shape)
+        top, left, bottom, right = pad_box(box, work.predictor.margin, work.shape, work.predictor.grid)
         image = work.read(left, top, right - left, bottom - top)
         keep = (box[0] - top, box[1] - left, box[2] - top, box[3] - left)
         work.note_damage()

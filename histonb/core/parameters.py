@@ -27,13 +27,13 @@ _WITHIN = {  # words of an error -> whether a number lies within
     "of any size": lambda x: True,
 }
 RANGES = {  # where the numbers of a parameter lie; of a list, each of them
-    "above 0": "kappa lr student_temp teacher_temp teacher_temp_start width zoom sigma knn_every",
+    "above 0": "kappa lr student_temp teacher_temp teacher_temp_start width zoom sigma knn_every encoder_lr",
     "0 or more": """
         embed_lr freeze_layers freeze_backbone_epochs start_pull
         epochs min_lr weight_decay weight_decay_end clip warmup_epochs freeze_last_epochs teacher_temp_epochs
         patch_weight regulariser_weight steps micro_batch regulariser_group n_local workers threads processes seed
         seeds split_seed weights_seed watch_every val_fields level size mpp slide_mpp picture_mpp limit
-        per_slide per_cluster duplicate leak target gates_from closing gpus cpus cpus_per_gpu max_damaged
+        per_slide per_cluster duplicate leak target gates_from closing gpus cpus cpus_per_gpu max_damaged max_stride
     """,
     "1 or more": """
         hidden bottleneck n_global global_size local_size crop side draw height tile map_size batch_size

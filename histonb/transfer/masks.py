@@ -27,6 +27,7 @@ from ..datasets.images import Images
 from ..metrics.overlap import OVERLAP_METRICS, mask_overlap, overlap_by_category, overlap_metrics
 from ..models.cerberus import UNetDecoder
 from ..models.medt import MedT
+from ..models.pyramids import pyramid_encoder
 from ..models.segnet import SegNet
 from ..models.unet import UNet
 from ..segment.baselines import otsu, stain_levels
@@ -44,7 +45,7 @@ class EncoderDecoder(nn.Module):
 
     def __init__(
         self,
-        encoder: FreezableEncoder,  # a ResNet
+        encoder: FreezableEncoder,  # with a feature pyramid
         joint: bool = False,  # tell the class too
         seed: int = 0,  # of the weights of decoder and head
     ):
@@ -52,17 +53,18 @@ class EncoderDecoder(nn.Module):
         w = encoder.widths
         self.trunk = encoder
         with seeded(seed):
-            self.map = nn.Conv2d(w[4], w[3], 1, bias=False)
-            self.decoder = UNetDecoder(w[:4], 1, 3 * w[0] // 2)
+            self.map = nn.Conv2d(w[-1], w[-2], 1, bias=False)
+            self.decoder = UNetDecoder(w[:-1], 1, 3 * w[0] // 2, encoder.pyramid.strides[0])
         self.head = Classifier(encoder, seed=seed).head if joint else None
 
     def forward(
         self,
-        images: torch.Tensor,  # (B, 3, H, W) in 0..1, sides multiples of 16
+        images: torch.Tensor,  # (B, 3, H, W) in 0..1, sides multiples of the coarsest stride
     ):  # (B, 1, H, W) scores; joint: {"mask": the same, "class": (B, C)}
         maps = self.trunk.feature_maps(images)
-        scores = self.decoder([*maps[:-1], self.map(maps[-1])])
-        return {"mask": scores, "class": self.head(maps[-1].mean((2, 3)))} if self.head else scores
+        height, width = images.shape[-2:]
+        scores = self.decoder([*maps[:-1], self.map(maps[-1])])[..., :height, :width]
+        return {"mask": scores, "class": self.head(self.trunk.pool(maps))} if self.head else scores
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-008
 NETWORK_NAMES = {
@@ -81,7 +83,7 @@ class NetworkConfig:
 
     source: str = ""  # of the transferred encoder, for `load_freezable_encoder`; empty: random weights
     arch: str = "resnet34"  # of an encoder that the source does not describe
-    width: float = 1.0  # share of its channels
+    width: float = 1.0  # share of its channels, of resnet18 and resnet34
     depth: int = 1  # first of its layers that learns; 5: none
     plain_width: int = 64  # maps of the first level of U-Net and SegNet
     medt_side: int = 128  # pixels that MedT sees
@@ -146,8 +148,9 @@ def mask_network(
 def _random_like(sizes, seed):
     "Return an encoder with the architecture of the source and random weights."
     given = load_freezable_encoder(sizes.source, sizes.arch, sizes.width, inputs=sizes.inputs)
-    arch = "resnet34" if len(given.net.layer1) == 3 else "resnet18"
-    return load_freezable_encoder("", arch, given.widths[0] / 64, seed)
+    with seeded(seed):
+        net = pyramid_encoder(*given.pyramid.built)
+    return FreezableEncoder(net, net.pyramid.mean, net.pyramid.std)
 
 # %% ../../nbs/12_transfer/06_masks.ipynb #cell-011
 def mask_loss(
