@@ -32,7 +32,7 @@ ROOMS = {  # room -> the rooms it may import, besides core; in the order of the 
     "annotate": "segment slides models metrics datasets",
     "transfer": "segment datasets metrics models training synthetic",
     "studies": "",
-    "commands": "annotate datasets pretrain segment slides studies training",
+    "commands": "models annotate datasets pretrain segment slides studies training",
 }
 
 
