@@ -5,18 +5,22 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 
 from histonb.core.errors import BadInput
-from histonb.core.files import read_json
+from histonb.core.files import read_json, read_jsonl
+from histonb.datasets.readers import read_sets
 from histonb.models import backbones, cerberus
 from histonb.models.cerberus import Cerberus
 from histonb.models.pyramids import pyramid_encoder
 from histonb.models.receptive_field import decoder_field, receptive_field
 from histonb.models.starting_weights import load_start
 from histonb.segment.predictors import TilePredictor
+from histonb.segment.samples import MultiTaskDataset, TaskBatchSampler, collate
 from histonb.segment.tiled_inference import inference_margin, predict_tiled
 from histonb.segment.training import MultiTaskTrainer, train
 from histonb.segment.training_config import TrainConfig, resolve_train_config
+from histonb.training.checkpoint import checkpoints, read_checkpoint
 from histonb.transfer.freezable_encoders import load_freezable_encoder
 
 LITE0 = "efficientnet_lite0"
@@ -184,9 +188,6 @@ def test_a_lower_rate_of_the_encoder_and_an_exact_resume(tmp_path):
         c = resolve_train_config(config("", width=0.125, **changes), [8])
         trainer = MultiTaskTrainer(c, Cerberus(["gland", "nucleus"]).tasks.values())
         before = {k: v.clone() for k, v in trainer.net.named_parameters()}
-        from histonb.datasets.readers import read_sets
-        from histonb.segment.samples import MultiTaskDataset, collate
-
         sets, tasks = read_sets(c.sets)
         samples = MultiTaskDataset(sets, tasks)
         trainer.train_step(iter([collate([samples[0, k, 64] for k in range(4)])]))
@@ -202,3 +203,48 @@ def test_a_lower_rate_of_the_encoder_and_an_exact_resume(tmp_path):
     train(dataclasses.replace(config(half, **small)))
     a, b = (cerberus.load_cerberus(run)[0].state_dict() for run in (whole, half))
     assert all(x.equal(y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+# --- several processes
+
+
+def train_with_fixed_statistics(config):
+    "Train with batch norm in eval mode, whose statistics of a part of the batch are others than of the whole."
+    torch.set_num_threads(1)
+    batch_norm = torch.nn.BatchNorm2d
+    batch_norm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+    train(config)
+
+
+@pytest.mark.parametrize("type_loss", ["objects", "pixels"])
+def test_two_processes_equal_one_also_where_one_lacks_labels(tmp_path, type_loss):
+    "In the first step one process has glands alone, the other nuclei and their types too."
+    sets = (PHANTOMS | {"labels": ["gland"]}, PHANTOMS | {"seed": 2, "labels": ["nucleus", "nucleus-type"]})
+    changes = dict(width=0.125, shares=(2, 1), steps=3, log_every=1, checkpoint_every=1, keep=3, type_loss=type_loss)
+    runs = {n: dataclasses.replace(config(tmp_path / str(n), **changes), sets=sets) for n in (1, 2)}
+    for n, c in runs.items():
+        process = Forked(train_with_fixed_statistics, c, processes=n)
+        assert process.communicate()[1] is not None and process.returncode == 0, process.communicate()[1]
+    first = [read_checkpoint(checkpoints(c.out)[-1][1]) for c in runs.values()]
+    assert [state["step"] for state in first] == [1, 1] and [state["world"] for state in first] == [1, 2]
+    one, two = (state["optimiser"]["state"] for state in first)
+    assert one.keys() == two.keys()  # the same parameters have had a gradient
+    for k in one:
+        a, b = one[k]["exp_avg"], two[k]["exp_avg"]
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
+    rows = [[row for row in read_jsonl(tmp_path / str(n) / "log.jsonl") if "loss" in row] for n in (1, 2)]
+    for a, b in zip(*rows, strict=True):
+        names = [name for name in a if name.startswith("loss")]
+        assert names == [name for name in b if name.startswith("loss")]
+        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-3)
+    assert cerberus.load_cerberus(tmp_path / "2")[1]["step"] == 3
+    with pytest.raises(BadInput, match="a run of 2 processes, continued on 1"):
+        train(dataclasses.replace(runs[2], steps=4, schedule="step"))
+
+
+def test_processes_divide_a_batch():
+    whole = TaskBatchSampler([False, False], "mixed", 6, 64, 0, 3).batch(1)
+    parts = [[*TaskBatchSampler([False, False], "mixed", 6, 64, 0, 3, (), rank, 2)][1] for rank in (0, 1)]
+    assert parts[0] + parts[1] == whole
+    with pytest.raises(BadInput, match="4 for 3 processes.* Choose 6"):
+        resolve_train_config(config(""), [8], world=3)

@@ -150,6 +150,8 @@ class TaskBatchSampler:
         start: int,  # first step
         stop: int,  # after the last step
         shares=(),  # how often each set has its turn in a round; empty: once
+        rank: int = 0,  # of this process, which gets its part of each batch
+        world: int = 1,  # processes; they divide the samples of a step
     ):
         if sampling not in SAMPLINGS:
             raise BadInput("sampling", f"no way called `{sampling}`", nearest(sampling, SAMPLINGS))
@@ -160,6 +162,8 @@ class TaskBatchSampler:
         self.patches = list(patches)
         self.sampling = sampling
         self.batch_size = batch_size
+        share = batch_size // world
+        self.part = slice(rank * share, (rank + 1) * share)
         self.crop = crop
         self.start = start
         self.stop = stop
@@ -169,13 +173,13 @@ class TaskBatchSampler:
 
     def __iter__(self):
         for step in range(self.start, self.stop):
-            yield self.batch(step)
+            yield self.batch(step)[self.part]
 
     def batch(
         self,
         step: int,
     ) -> list:  # of (set, count, side)
-        "Return the keys of the samples of a step."
+        "Return the keys of the samples of a step, over all processes."
         order, turn, size = self.order, step, self.batch_size
         if self.sampling == "single":
             number, count = _turn(order, step)

@@ -6,12 +6,14 @@
 __all__ = ['MultiTaskTrainer', 'load_encoder_weights', 'train']
 
 # %% ../../nbs/10_segment/06_training.ipynb #cell-002
+import contextlib
 import dataclasses
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core.digests import content_key, digest
 from ..core.errors import BadInput
@@ -22,20 +24,23 @@ from ..models import cerberus
 from ..models.cerberus import Cerberus
 from ..models.pyramids import start_encoder
 from ..models.starting_weights import Start, load_start
-from .losses import task_loss
+from .losses import no_samples, task_loss
 from .samples import MultiTaskDataset, TaskBatchSampler, collate
 from .training_config import MAY_CHANGE, TrainConfig, epoch_steps, learning_rate, resolve_train_config
 from .validation import draw_progress, plot_task_curves, validate
+from ..training import distributed as ranks
 from histonb.training.checkpoint import (
+    checkpoints,
     keep_precision,
     latest_checkpoint,
     open_run,
+    read_checkpoint,
     same_run,
     write_checkpoint,
 )
 from ..training.device import memory_layout
 from ..training.loading import loader
-from ..training.loop import RunLog, defer_signals, derive_seed, end_run, run_steps, should_stop
+from ..training.loop import RunLog, Stopped, defer_signals, derive_seed, end_run, run_steps, should_stop
 
 # %% ../../nbs/10_segment/06_training.ipynb #cell-008
 class MultiTaskTrainer:
@@ -46,9 +51,11 @@ class MultiTaskTrainer:
         config: TrainConfig,  # resolved
         tasks,  # `Task`s to train
         start: Start | None = None,  # of `load_encoder_weights`; None: loaded here
+        device: torch.device | None = None,  # of this process; that of `config` by default
     ):
         c = config
-        self.device = torch.device(config.device)
+        self.device = torch.device(device or c.device)
+        self.world = ranks.world()
         torch.manual_seed(c.seed)
         self.config = c
         self.tasks = {t.name: t for t in tasks}
@@ -60,10 +67,15 @@ class MultiTaskTrainer:
             start_encoder(self.net.encoder, self.start)
             if self.start.mean:
                 self.net.normalise_by(self.start.mean, self.start.std)
-            print(self.start, flush=True)
+            if ranks.rank() == 0:
+                print(self.start, flush=True)
         self.layout = memory_layout(self.net, c.precision, self.device)
         self.net.to(self.device, memory_format=self.layout)
         self.frozen = self._freeze(known) if c.freeze else []
+        self.parallel = self.net
+        if self.world > 1:  # a decoder without labels in this process's part of a batch has no gradient
+            self.parallel = DistributedDataParallel(self.net, find_unused_parameters=True)
+            self.parallel.broadcast_buffers = False  # batch-norm statistics are averaged after the step instead
         groups, self.factors = _param_groups(self.net, c.encoder_lr)
         self.optimiser = torch.optim.Adam([{"params": group} for group in groups], lr=c.lr)
 
@@ -87,13 +99,18 @@ class MultiTaskTrainer:
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "window": self.window,
+            "world": self.world,
         }
 
     def load_state_dict(
         self,
         state: dict,  # what `state_dict` gave
     ):
-        "Continue where the state was taken."
+        "Continue where the state was taken, on as many processes."
+        before = state.get("world", 1)
+        if before != self.world:
+            fault = f"a run of {before} processes, continued on {self.world}"
+            raise BadInput("checkpoint", fault, f"Start {before} processes.")
         try:
             self.net.load_state_dict(state["net"])
         except RuntimeError as e:
@@ -110,11 +127,34 @@ def _task_losses(self: MultiTaskTrainer, images, truth):
     truth = {name: [t.to(self.device, non_blocking=True) for t in truth[name]] for name in self.tasks if name in truth}
     images = images.to(self.device, memory_format=self.layout, non_blocking=True).float() / 255
     with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=c.precision == "bf16"):
-        scores = self.net(images, {name: rows for name, (rows, *_) in truth.items()})
-    return {
-        name: task_loss(self.tasks[name], scores[name].float(), target, c.type_loss)
-        for name, (_, *target) in truth.items()
-    }
+        scores = self.parallel(images, {name: rows for name, (rows, *_) in truth.items()})
+    labelled = ranks.all_reduce_sum(torch.tensor([float(name in truth) for name in self.tasks], device=self.device))
+    losses = {}
+    for (name, task), n in zip(self.tasks.items(), labelled.tolist(), strict=True):
+        if n:
+            own = (scores[name].float(), truth[name][1:]) if name in truth else no_samples(task, self.device)
+            losses[name] = task_loss(task, *own, c.type_loss, _total)
+    return losses
+
+
+def _total(sums):
+    "Add up sums over all processes. The gradient is that of this process's part, times the processes: DDP averages it."
+    if ranks.world() == 1:
+        return sums
+    rest = ranks.all_reduce_sum(sums.detach().clone()) - sums.detach()
+    return _WorldGradient.apply(sums) + rest
+
+
+class _WorldGradient(torch.autograd.Function):
+    "The identity, whose gradient is multiplied by the number of processes."
+
+    @staticmethod
+    def forward(ctx, sums):
+        return sums.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ranks.world()
 
 
 @patch
@@ -124,7 +164,8 @@ def train_step(
 ) -> dict:  # loss of each task, their weighted sum, learning rate
     "Take one step. Raises `ArithmeticError` if the loss is not finite."
     c = self.config
-    torch.manual_seed(derive_seed(c.seed, self.step))  # for dropout
+    own = [ranks.rank()] if self.world > 1 else []
+    torch.manual_seed(derive_seed(c.seed, self.step, *own))  # for dropout
     self.net.train()
     for module in self.frozen:
         module.eval()
@@ -141,6 +182,7 @@ def train_step(
     self.optimiser.zero_grad()
     total.backward()
     self.optimiser.step()
+    ranks.all_reduce_mean([b for b in self.net.buffers() if b.is_floating_point()])
     self.step += 1
     return {"loss": total.item(), "lr": rate, **{f"loss_{name}": loss.item() for name, loss in losses.items()}}
 
@@ -189,9 +231,9 @@ def train(
         split: [fields.take((fields.table["split"] == split).to_numpy()) for fields in sets]
         for split in ("train", "val")
     }
-    c = resolve_train_config(
-        keep_precision(config, restart), [len(fields) for fields in part["train"]], any(map(_patches, sets))
-    )
+    sizes = [len(fields) for fields in part["train"]]
+    world = ranks.launched_world_size()
+    c = resolve_train_config(keep_precision(config, restart), sizes, any(map(_patches, sets)), world)
     folder = Path(c.out)
     start = load_encoder_weights(c)
     parameters = dataclasses.asdict(c) | {"data": _data_key(sets), "started_from": _start_key(c.start)}
@@ -199,19 +241,27 @@ def train(
     may_change = MAY_CHANGE
     if c.schedule == "step":
         may_change += ("steps", "epochs")  # the rate of a step does not depend on how many follow
-    if not restart and same_run(folder, parameters, may_change) and _finished(folder, c):
-        return folder
     outputs = ("cerberus.json", "cerberus.safetensors")
-    with open_run(folder, parameters, may_change, outputs, restart), defer_signals() as requests:
-        _write_fields(sets, folder)
-        trainer = MultiTaskTrainer(c, tasks, start)
-        if latest := latest_checkpoint(folder):
-            trainer.load_state_dict(latest[0])
+
+    def is_finished():
+        return not restart and same_run(folder, parameters, may_change) and _finished(folder, c)
+
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(ranks.process_group(c.device))
+        ranks.all_equal(int(digest(parameters)[:12], 16), "sets or parameters", device)
+        if ranks.broadcast(int(bool(ranks.first_does(is_finished, device))), device):
+            return folder
+        run = open_run(folder, parameters, may_change, outputs, restart)
+        ranks.first_does(lambda: stack.enter_context(run), device)
+        requests = stack.enter_context(defer_signals())
+        ranks.first_does(lambda: _write_fields(sets, folder), device)
+        trainer = MultiTaskTrainer(c, tasks, start, device)
+        if state := _latest_state(folder, device):
+            trainer.load_state_dict(state)
         if trainer.step > c.steps:
-            raise BadInput(
-                folder, f"its run has taken {trainer.step} steps already", f"Set steps to {trainer.step} or more."
-            )
-        _train(trainer, part, requests)
+            fault = f"its run has taken {trainer.step} steps already"
+            raise BadInput(folder, fault, f"Set steps to {trainer.step} or more.")
+        _train(trainer, part, lambda: ranks.any_rank(should_stop(requests, folder), device))
     return folder
 
 
@@ -221,6 +271,15 @@ def _finished(folder, c):
         and (folder / "cerberus.safetensors").exists()
         and read_record(folder / "cerberus.json").get("step") == c.steps
     )
+
+
+def _latest_state(folder, device):
+    "Read the latest whole checkpoint: the first process chooses, the others read the same; None: there is none."
+    latest = ranks.first_does(lambda: latest_checkpoint(folder), device)
+    step = ranks.broadcast(latest[1] if latest else -1, device)
+    if step < 0 or latest:
+        return latest[0] if latest else None
+    return read_checkpoint(next(path for at, path, _ in checkpoints(folder) if at == step))
 
 # %% ../../nbs/10_segment/06_training.ipynb #cell-013-2
 def _data_key(sets):
@@ -249,7 +308,17 @@ def _patches(fields):
 
 def _loader(c, fields, tasks, start):
     "Batches of the steps from `start` to the last."
-    batches = TaskBatchSampler(list(map(_patches, fields)), c.sampling, c.batch_size, c.crop, start, c.steps, c.shares)
+    batches = TaskBatchSampler(
+        list(map(_patches, fields)),
+        c.sampling,
+        c.batch_size,
+        c.crop,
+        start,
+        c.steps,
+        c.shares,
+        ranks.rank(),
+        ranks.world(),
+    )
     samples = MultiTaskDataset(fields, tasks, c.mpp, c.seed, glass_probability=c.glass_probability, border=c.border)
     return loader(samples, batches, c.workers, c.device, collate_fn=collate, prefetch_factor=4 if c.workers else None)
 
@@ -263,11 +332,17 @@ def _save(trainer):
         cerberus.save_cerberus(trainer.net, c.out, c.mpp, step=trainer.step, steps=c.steps, **about)
 
 # %% ../../nbs/10_segment/06_training.ipynb #cell-013-3
-def _train(trainer, part, requests):
+def _train(trainer, part, stop):
     "Take the steps that are left, with log, validation, progress and checkpoints."
     c = trainer.config
     folder = Path(c.out)
     tasks = list(trainer.tasks.values())
+    if ranks.rank():
+        batches = iter(_loader(c, part["train"], tasks, trainer.step))
+        run_steps(trainer, batches, c.steps, [(c.log_every, lambda figures: trainer.window.clear())], stop=stop)
+        if trainer.step < c.steps:
+            raise Stopped(f"stopped at step {trainer.step} of {c.steps}")
+        return
     per_epoch = max(round(epoch_steps(list(map(len, part["train"])), c.shares, c.batch_size)), 1)
     validation = MultiTaskDataset(part["val"], tasks, c.mpp)
     log = RunLog(folder, trainer, per_epoch, c.batch_size)
@@ -288,5 +363,5 @@ def _train(trainer, part, requests):
             (1, lambda figures: bar.update(note=f"loss {figures['loss']:.3f}")),
         ]
         save = (c.checkpoint_every, lambda: _save(trainer))
-        run_steps(trainer, batches, c.steps, hooks, save, lambda: should_stop(requests, folder))
+        run_steps(trainer, batches, c.steps, hooks, save, stop)
     end_run(folder, trainer.step, c.steps)

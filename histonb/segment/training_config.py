@@ -110,6 +110,7 @@ def resolve_train_config(
     config: TrainConfig,  # as the user gave it
     sizes: list,  # number of training fields of each set
     patches: bool = False,  # whether one of the sets holds patches with one class each
+    world: int = 1,  # processes that train together
 ) -> TrainConfig:  # with steps, device and precision settled
     "Resolve what is left to choose; parameters that cannot work are `BadInput`."
     c = config
@@ -119,8 +120,9 @@ def resolve_train_config(
             f"no training field in {'one of them' if sizes else 'none'}",
             "Lower val_share and test_share, or leave the set out.",
         )
-    if c.batch_size < 2:
-        raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
+    if c.batch_size < 2 * world or c.batch_size % world:
+        such = f"Choose {max(c.batch_size // world, 2) * world}." if world > 1 else "Batch norm needs 2 or more."
+        raise BadInput("batch_size", f"{c.batch_size}" + f" for {world} processes" * (world > 1), such)
     shares = c.shares or (1,) * len(sizes)
     if len(shares) != len(sizes) or min(shares) < 1:
         raise BadInput("shares", f"{list(shares)} for {len(sizes)} set(s)", "Give each set a whole number, 1 or more.")
