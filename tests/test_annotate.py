@@ -364,6 +364,7 @@ class Painted:
 
     def __init__(self, stop=None, digest="painted"):
         self.tasks = {n: TASKS[n] for n in ("nucleus", "nucleus-type", "lumen", "gland", "tissue")}
+        self.grid = 1
         self.mpp, self.margin, self.name, self.digest, self.precision, self.device = (
             0.5,
             16,
