@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from ..models.starting_weights import Start
 from .config import PretrainConfig
 from .dino import stack_crops
 from .loading import multi_crop
@@ -30,6 +31,7 @@ def agreement(
 def agreement_at_start(
     config: PretrainConfig,  # resolved
     images,  # map-style dataset of (uint8 (H, W, 3) image, label); the first 64 are enough
+    start: Start | None = None,  # weights of the backbone; None: random ones
 ) -> dict:  # `global`, `local` (NaN without local crops), `gain`
     """Measure the agreement of two views of a tile before anything is learnt.
 
@@ -39,7 +41,7 @@ def agreement_at_start(
     crops = multi_crop(c)
     views = stack_crops([crops(images[i][0], (c.seed, i)) for i in range(min(len(images), 64))])
     torch.manual_seed(c.seed)
-    teacher = build_networks(c, torch.device("cpu"))[1]
+    teacher = build_networks(c, torch.device("cpu"), start)[1]
     scores = [view for x in views for view in teacher([x])[1]]
     return {
         "global": agreement(scores[0], scores[1]),

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import BadInput
+from ..metrics.classification import check_labels
 from ..models.decoders import MLPClassifier
 from ..training.loop import fit_early
 
@@ -46,18 +47,9 @@ def _features(x, name, dim=None):
 
 def _classes(y, n_classes, n_rows, name):
     "`y` as class ids in `0..n_classes-1`, one for each of `n_rows`."
-    y = np.asarray(y).astype(np.int64)
-    if y.shape != (n_rows,):
-        raise BadInput(name, f"labels of shape {y.shape} for {n_rows} rows of features", "Pass one label a tile.")
-    wrong, count = np.unique(y[(y < 0) | (y >= n_classes)], return_counts=True)
-    if len(wrong):
-        counts = ", ".join(f"{c} of label {w}" for w, c in zip(wrong, count, strict=True))
-        raise BadInput(
-            name,
-            f"labels outside the classes 0..{n_classes - 1}: {counts}",
-            "Leave out tiles without a label (-1) or not gradable (255).",
-        )
-    return y
+    if np.shape(y) != (n_rows,):
+        raise BadInput(name, f"labels of shape {np.shape(y)} for {n_rows} rows of features", "Pass one label a tile.")
+    return check_labels(y, n_classes, name)
 
 # %% ../../nbs/07_probe/04_probes.ipynb #cell-005-2
 def _training(x, y, n_classes):
