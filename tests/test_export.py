@@ -360,7 +360,7 @@ def test_a_json_beside_foreign_weights_is_not_taken_for_ours(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "best.pth")
     write_json(tmp_path / "best.json", {"epoch": 3, "name": "my run"})
     assert load_encoder("vit_tiny_patch16_224", tmp_path / "best.pth").spec.dim == 192
-    with pytest.raises(BadInput, match="best.json: lacks|name the network and give its weights as checkpoint"):
+    with pytest.raises(BadInput, match="best.json: lacks|does not tell which network it is of"):
         load_encoder(str(tmp_path / "best.pth"))
     with pytest.raises(BadInput, match="NaN"):
         nan = {k: v * torch.nan for k, v in backbones.build_backbone(NANO).state_dict().items()}

@@ -230,7 +230,6 @@ PRESETS = {
         freeze_last_epochs=0.0,
         teacher_temp=0.04,
         teacher_temp_epochs=0.0,
-        precision="fp32",
         log_every=20,
     ),
     "tiny": dict(

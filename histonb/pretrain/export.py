@@ -115,7 +115,9 @@ def nearest_preset(
 
     def changes(name):
         theirs = json.loads(json.dumps(dataclasses.asdict(preset(name, out=""))))
-        return {k: v for k, v in config.items() if k not in PRIVATE and theirs.get(k) not in (v, "auto")}
+        left_open = {k for k in ("mean", "std") if not theirs[k]}
+        compared = {k: v for k, v in config.items() if k not in PRIVATE | left_open}
+        return {k: v for k, v in compared.items() if theirs.get(k) not in (v, "auto")}
 
     return min(((name, changes(name)) for name in PRESETS), key=lambda found: len(found[1]))
 
