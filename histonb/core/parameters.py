@@ -89,9 +89,12 @@ def check_ranges(
         if name in _RISING and list(numbers) != sorted(numbers):
             raise BadInput(source, f"`{name}` is {value!r}", "Give the least first, then the most.")
     min_lr = values.get("min_lr")
-    peak_lr = (values.get("lr") or 0) * (values.get("batch_size") or 256) / 256
+    batch_size = values.get("batch_size") or 256
+    root = values.get("lr_rule") == "sqrt"
+    peak_lr = (values.get("lr") or 0) * ((batch_size / 1024) ** 0.5 if root else batch_size / 256)
     if min_lr and peak_lr and min_lr > peak_lr:
-        fault = f"`min_lr` is {min_lr:g}, above the peak lr * batch_size/256 = {peak_lr:g}"
+        rule = "sqrt(batch_size/1024)" if root else "batch_size/256"
+        fault = f"`min_lr` is {min_lr:g}, above the peak lr * {rule} = {peak_lr:g}"
         raise BadInput(source, fault, "Lower min_lr, or raise lr.")
 
 # %% ../../nbs/00_core/02_parameters.ipynb #cell-021
