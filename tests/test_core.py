@@ -347,7 +347,7 @@ def test_every_number_of_every_configuration_and_report_has_a_range():
         ({"checkpoint_every": 0}, "1 or more"),
         ({"keep": 0}, "1 or more"),
         ({"min_lr": 1.0, "lr": 1e-3}, "Lower min_lr"),
-        ({"mean": ()}, "Give 3 numbers"),
+        ({"mean": (0.5, 0.5, 0.5)}, "Give both, or neither"),
     ],
 )
 def test_impossible_settings_of_a_pre_training(values, says):

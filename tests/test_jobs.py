@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from conftest import write_report_notebook
@@ -383,7 +383,9 @@ def test_types_of_the_pretraining_report_are_those_of_its_configuration():
         "preset",
     }
     for name, hint in hints.items():
-        wanted = str if get_origin(hint) is Literal else list[float] if get_origin(hint) is tuple else hint
+        wanted = str if get_origin(hint) is Literal else hint
+        if get_origin(hint) is tuple:
+            wanted = list[get_args(hint)[0]]
         if name in types:
             assert types[name] in (wanted, wanted | None), name
 
