@@ -165,7 +165,7 @@ def test_frozen_features_are_those_of_the_encoder_as_it_is(pictures):
 
 
 def test_the_table_is_equal_when_it_is_made_again_and_test_pictures_choose_nothing(pictures, tmp_path):
-    ways = dict(arch="resnet18", width=0.125, depths=(1, 4), kernels=("rbf",), seeds=(0, 1))
+    ways = dict(arch="resnet18", width=0.125, first_layers=(1, 4), kernels=("rbf",), seeds=(0, 1))
     calls, runs, logs = transfer_classes(pictures, "", config(tmp_path / "a"), **ways)
     again, _, _ = transfer_classes(pictures, "", config(tmp_path / "b"), **ways)
     pd.testing.assert_frame_equal(calls, again)
@@ -194,7 +194,12 @@ def test_the_table_is_equal_when_it_is_made_again_and_test_pictures_choose_nothi
 def test_a_given_encoder_brings_its_arch_and_its_svm_has_one_seed(pictures, tmp_path):
     cerberus.save_cerberus(cerberus.Cerberus(["gland"], "resnet18", 0.125), tmp_path / "c")
     calls, runs, _ = transfer_classes(
-        pictures, str(tmp_path / "c"), config(tmp_path / "a", epochs=1), depths=(4,), kernels=("linear",), seeds=(0, 1)
+        pictures,
+        str(tmp_path / "c"),
+        config(tmp_path / "a", epochs=1),
+        first_layers=(4,),
+        kernels=("linear",),
+        seeds=(0, 1),
     )
     assert calls.groupby("method")["seed"].nunique().to_dict() == {"layer 4": 2, "majority": 1, "svm linear": 1}
     assert runs["cost"].notna().sum() == 1 and (runs.loc[runs["method"] == "layer 4", "learnt"] > 0).all()
@@ -263,7 +268,7 @@ def test_report_tells_both_divisions_and_the_published_row(tmp_path):
     [
         ({"splits": ["groupd"]}, "Did you mean `grouped`"),
         ({"source": "nowhere"}, "no such file or folder"),
-        ({"depths": [0]}, "`depths` is [0]. Choose a number from 1 to 5"),
+        ({"first_layers": [0]}, "`first_layers` is [0]. Choose a number from 1 to 5"),
     ],
 )
 def test_report_names_what_is_wrong(tmp_path, parameters, message):

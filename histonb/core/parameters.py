@@ -47,7 +47,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     """,
     "from 0 to below 1": "drop_path val_share test_share val_fraction test_fraction",
     "above 0, up to 1": "std layer_decay",
-    "from 1 to 5": "depth",
+    "from 1 to 5": "depth first_layers",
     "from 3 to 5": "patterns",
     "from 1 to 255": "white gradient",
     "of any size": "class_blocks norm_blocks channel_blocks depths",
@@ -119,6 +119,7 @@ def _fits(value, hint) -> bool:
 # %% ../../nbs/00_core/02_parameters.ipynb #fa466ec0
 RENAMED = {  # former name of a parameter -> its name now
     "blocks": "depths",
+    "depths": "first_layers",  # of the transfer; elsewhere where a network is read
     "glass": "glass_probability",
     "mask_chance": "mask_probability",
     "mask_share": "mask_ratio",

@@ -179,7 +179,7 @@ def transfer_classes(
     config: FitConfig,  # `out` is the folder of all runs
     arch: str = "resnet34",  # of an encoder that the source does not describe
     width: float = 1.0,  # of its channels
-    depths=(1, 2, 3, 4),  # first layers that learn
+    first_layers=(1, 2, 3, 4),  # first layers that learn
     kernels=KERNELS,  # of SVMs
     seeds=(0,),  # of the head, what is hidden, and an encoder from scratch
     balanced: bool = False,  # classes weigh alike
@@ -193,7 +193,7 @@ def transfer_classes(
     calls = [_calls(test, "majority", seeds[0], np.bincount(train.classes).argmax())]
     runs = []
     logs = {}
-    for depth in depths:
+    for depth in first_layers:
         for seed in seeds:
             key = (f"layer {depth}", seed)
             out = Path(c.out) / f"layer-{depth}-seed-{seed}"
