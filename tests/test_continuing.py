@@ -234,3 +234,11 @@ def test_a_stopped_run_goes_on_without_the_weights(tmp_path, weights):
         assert torch.equal(a["student"][key], b["student"][key]), key
     assert json.loads((out / "backbone.json").read_text())["depths"] == [1, 2]
     assert load_encoder(str(out)).spec.dim == sum(depth_widths(build_backbone("test_efficientnet"))[1:3])
+
+
+def test_depths_and_masked_patches_do_not_go_together(tmp_path):
+    config = PretrainConfig(
+        str(tmp_path), **TINY | {"arch": "vit_tiny_patch16_224", "depths": (3, 11), "patch_weight": 1.0}
+    )
+    with pytest.raises(BadInput, match="with patch_weight the head reads the end"):
+        resolve(config, 8)

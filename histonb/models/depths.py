@@ -53,6 +53,13 @@ def find_depths(
     return found
 
 # %% ../../nbs/04_models/24_depths.ipynb #cell-008
+def _prefix_tokens(model, depth):
+    "Count the tokens before the patches; those of an XCiT enter after its first blocks, maps have none."
+    if not depth_blocks(model) or isinstance(model, XCiT) and depth < len(model.blocks):
+        return 0
+    return model.num_prefix_tokens
+
+
 def token_depths(
     model: nn.Module,  # a transformer
     images: torch.Tensor,  # (B, C, H, W)
@@ -71,9 +78,7 @@ def token_depths(
     finally:
         for hook in hooks:
             hook.remove()
-    early = len(model.blocks) if isinstance(model, XCiT) else 0  # blocks of an XCiT that have no class token yet
-    prefix = model.num_prefix_tokens
-    return [(model.norm(tokens[depth]), 0 if depth < early else prefix) for depth in depths]
+    return [(model.norm(tokens[depth]), _prefix_tokens(model, depth)) for depth in depths]
 
 
 def map_depths(
@@ -120,9 +125,8 @@ def read_dim(
     if not len(depths):
         return feature_dim(model, pool)
     widths = depth_widths(model)
-    early = len(model.blocks) if isinstance(model, XCiT) else 0 if depth_blocks(model) else len(widths)
-    found = find_depths(model, depths)
-    return sum(widths[depth] * (2 if pool == "class+mean" and depth >= early else 1) for depth in found)
+    both = pool == "class+mean"
+    return sum(widths[d] * (2 if both and _prefix_tokens(model, d) else 1) for d in find_depths(model, depths))
 
 # %% ../../nbs/04_models/24_depths.ipynb #cell-011
 def read_patches(

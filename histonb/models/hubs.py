@@ -6,7 +6,6 @@
 __all__ = ['WEIGHT_FILES', 'from_repository', 'from_address', 'repository_weights']
 
 # %% ../../nbs/04_models/14_hubs.ipynb #cell-002
-import os
 import urllib.error
 from pathlib import Path
 

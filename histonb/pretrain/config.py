@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from ..core.errors import BadInput, nearest
-from ..core.parameters import build, check_ranges, with_present_names
+from ..core.parameters import build, check_ranges, peak_rate, with_present_names
 from .dino import cosine_schedule, linear_schedule
 from ..training.augmentation import MEAN, STD
 from ..training.device import find_device, find_precision
@@ -321,6 +321,8 @@ def _check_losses(c, tiles):
             )
     if not c.patch_weight:
         return
+    if c.depths:
+        raise BadInput("depths", "with patch_weight the head reads the end of the backbone", "Leave depths empty.")
     if not (len(c.mask_ratio) == 2 and 0 < c.mask_ratio[0] <= c.mask_ratio[1] <= 1 and 0 < c.mask_probability <= 1):
         raise BadInput(
             "mask_ratio, mask_probability",
@@ -370,7 +372,7 @@ def schedules(
     "Compute learning rate, weight decay, teacher momentum and teacher temperature of every step."
     c = config
     per_epoch = n_images // config.batch_size
-    peak = c.lr * (c.batch_size / 256 if c.lr_rule == "linear" else (c.batch_size / 1024) ** 0.5)
+    peak = peak_rate(c.lr, c.batch_size, c.lr_rule)
     return {
         "lr": cosine_schedule(peak, c.min_lr, c.steps, round(c.warmup_epochs * per_epoch)),
         "weight_decay": cosine_schedule(c.weight_decay, c.weight_decay_end, c.steps),

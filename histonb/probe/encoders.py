@@ -12,7 +12,6 @@ import math
 import numpy as np
 import torch
 from skimage.color import hed_from_rgb
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..core.digests import digest
