@@ -32,14 +32,13 @@ from ..training import distributed as ranks
 from histonb.training.checkpoint import (
     checkpoints,
     keep_precision,
-    latest_checkpoint,
+    latest_state,
     open_run,
-    read_checkpoint,
     same_run,
     write_checkpoint,
 )
 from ..training.device import find_device
-from ..training.loop import RunLog, Stopped, defer_signals, end_run, run_steps, should_stop
+from ..training.loop import RunLog, defer_signals, end_run, follow_steps, run_steps, should_stop
 
 # %% ../../nbs/08_pretrain/11_pretraining.ipynb #cell-015
 MAY_CHANGE = (  # parameters that may change when a run is continued
@@ -107,20 +106,9 @@ class _Identity:
         return open_run(folder, self.parameters, self.may_change, outputs, restart, MAY_CHANGE_IF_ELASTIC)
 
 # %% ../../nbs/08_pretrain/11_pretraining.ipynb #cell-resume
-def _latest_state(folder, device):
-    "Return the latest whole checkpoint, the same on all processes; None where there is none."
-    latest = ranks.first_does(lambda: latest_checkpoint(folder), device)
-    if not ranks.broadcast(int(latest is not None), device):
-        return None
-    step = ranks.broadcast(latest[1] if latest else 0, device)
-    if latest:
-        return latest[0]
-    return read_checkpoint(next(path for at, path, _ in checkpoints(folder) if at == step))
-
-
 def _resume(trainer, folder, elastic):
     "Continue from the latest whole checkpoint."
-    state = _latest_state(folder, trainer.device)
+    state = latest_state(folder, trainer.device)
     if state is None:
         return
     if state["world"] != trainer.world and not elastic:
@@ -229,14 +217,6 @@ def _train_first(trainer, batches, monitor, stop):
     monitor.curves(now=True)
     end_run(c.out, trainer.step, c.steps)
 
-
-def _train_other(trainer, batches, stop):
-    "Run the steps of the other processes."
-    c = trainer.config
-    run_steps(trainer, iter(batches), c.steps, [(c.log_every, lambda figures: trainer.window.clear())], stop=stop)
-    if trainer.step < c.steps:
-        raise Stopped(f"stopped at step {trainer.step} of {c.steps}")
-
 # %% ../../nbs/08_pretrain/11_pretraining.ipynb #cell-015-7
 def _tiles(config):
     "Return the tiles that a configuration names."
@@ -309,5 +289,5 @@ def pretrain(
         if first:
             _train_first(trainer, batches, monitor, lambda: ranks.any_rank(should_stop(requests, folder), device))
         else:
-            _train_other(trainer, batches, lambda: ranks.any_rank(bool(requests), device))
+            follow_steps(trainer, batches, c.steps, c.log_every, lambda: ranks.any_rank(bool(requests), device))
     return folder

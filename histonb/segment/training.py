@@ -30,17 +30,15 @@ from .training_config import MAY_CHANGE, TrainConfig, epoch_steps, learning_rate
 from .validation import draw_progress, plot_task_curves, validate
 from ..training import distributed as ranks
 from histonb.training.checkpoint import (
-    checkpoints,
     keep_precision,
-    latest_checkpoint,
+    latest_state,
     open_run,
-    read_checkpoint,
     same_run,
     write_checkpoint,
 )
 from ..training.device import memory_layout
 from ..training.loading import loader
-from ..training.loop import RunLog, Stopped, defer_signals, derive_seed, end_run, run_steps, should_stop
+from ..training.loop import RunLog, defer_signals, derive_seed, end_run, follow_steps, run_steps, should_stop
 
 # %% ../../nbs/10_segment/06_training.ipynb #cell-008
 class MultiTaskTrainer:
@@ -256,7 +254,7 @@ def train(
         requests = stack.enter_context(defer_signals())
         ranks.first_does(lambda: _write_fields(sets, folder), device)
         trainer = MultiTaskTrainer(c, tasks, start, device)
-        if state := _latest_state(folder, device):
+        if state := latest_state(folder, device):
             trainer.load_state_dict(state)
         if trainer.step > c.steps:
             fault = f"its run has taken {trainer.step} steps already"
@@ -271,15 +269,6 @@ def _finished(folder, c):
         and (folder / "cerberus.safetensors").exists()
         and read_record(folder / "cerberus.json").get("step") == c.steps
     )
-
-
-def _latest_state(folder, device):
-    "Read the latest whole checkpoint: the first process chooses, the others read the same; None: there is none."
-    latest = ranks.first_does(lambda: latest_checkpoint(folder), device)
-    step = ranks.broadcast(latest[1] if latest else -1, device)
-    if step < 0 or latest:
-        return latest[0] if latest else None
-    return read_checkpoint(next(path for at, path, _ in checkpoints(folder) if at == step))
 
 # %% ../../nbs/10_segment/06_training.ipynb #cell-013-2
 def _data_key(sets):
@@ -338,10 +327,7 @@ def _train(trainer, part, stop):
     folder = Path(c.out)
     tasks = list(trainer.tasks.values())
     if ranks.rank():
-        batches = iter(_loader(c, part["train"], tasks, trainer.step))
-        run_steps(trainer, batches, c.steps, [(c.log_every, lambda figures: trainer.window.clear())], stop=stop)
-        if trainer.step < c.steps:
-            raise Stopped(f"stopped at step {trainer.step} of {c.steps}")
+        follow_steps(trainer, _loader(c, part["train"], tasks, trainer.step), c.steps, c.log_every, stop)
         return
     per_epoch = max(round(epoch_steps(list(map(len, part["train"])), c.shares, c.batch_size)), 1)
     validation = MultiTaskDataset(part["val"], tasks, c.mpp)
