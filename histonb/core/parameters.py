@@ -127,7 +127,6 @@ def _fits(value, hint) -> bool:
 # %% ../../nbs/00_core/02_parameters.ipynb #fa466ec0
 RENAMED = {  # former name of a parameter -> its name now
     "blocks": "depths",
-    "depths": "first_layers",  # of the transfer; elsewhere where a network is read
     "glass": "glass_probability",
     "mask_chance": "mask_probability",
     "mask_share": "mask_ratio",
