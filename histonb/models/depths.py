@@ -47,10 +47,10 @@ def find_depths(
     for depth in depths:
         if type(depth) is not int or not -n <= depth < n:
             raise BadInput("depths", f"there is no depth {depth}", f"Choose from 0 to {n - 1}, or from -{n} to -1.")
-    found = [depth % n for depth in depths]
-    if len(set(found)) < len(found):
+    places = [depth % n for depth in depths]
+    if len(set(places)) < len(places):
         raise BadInput("depths", f"{list(depths)} names one depth twice", "Name each once.")
-    return found
+    return places
 
 # %% ../../nbs/04_models/24_depths.ipynb #cell-008
 def _prefix_tokens(model, depth):

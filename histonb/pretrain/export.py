@@ -119,7 +119,7 @@ def nearest_preset(
         compared = {k: v for k, v in config.items() if k not in PRIVATE | left_open}
         return {k: v for k, v in compared.items() if theirs.get(k) not in (v, "auto")}
 
-    return min(((name, changes(name)) for name in PRESETS), key=lambda found: len(found[1]))
+    return min(((name, changes(name)) for name in PRESETS), key=lambda nearest: len(nearest[1]))
 
 # %% ../../nbs/08_pretrain/14_export.ipynb #cell-016
 def origin(
@@ -129,19 +129,19 @@ def origin(
     run = Path(run)
     config = read_record(run / "config.json", "tiles")
     provenance = run / "provenance.json"
-    found = {}
+    facts = {}
     git = read_record(provenance).get("git", {}) if provenance.exists() else {}
     if isinstance(git, dict) and git.get("commit"):
-        found["commit"] = str(git["commit"]) + (" with local changes" if git.get("dirty") else "")
+        facts["commit"] = str(git["commit"]) + (" with local changes" if git.get("dirty") else "")
     table = Path(str(config["tiles"])) / "tiles.parquet"
     if config["tiles"] and table.exists():
-        found["tiles"] = digest(table)
+        facts["tiles"] = digest(table)
         mpp = read_parquet(table, ["mpp"], only=True)["mpp"].dropna()
         if len(mpp):
-            found["mpp"] = float(mpp.median())
+            facts["mpp"] = float(mpp.median())
     if "n_images" in config:
-        found["images"] = config["n_images"]
-    return found
+        facts["images"] = config["n_images"]
+    return facts
 
 # %% ../../nbs/08_pretrain/14_export.ipynb #cell-019
 CARD = """---

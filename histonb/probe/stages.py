@@ -53,8 +53,8 @@ def split_rows(
 ) -> dict:  # part -> rows
     "Find the rows of each part of a split; an empty part is a `BadInput`."
     rows = {part: np.flatnonzero(split == part) for part in parts}
-    for part, found in rows.items():
-        if not len(found):
+    for part, its_rows in rows.items():
+        if not len(its_rows):
             remedy = "Divide the tiles into train, val and test; a single slide cannot be divided."
             raise BadInput(where, f"no {what} is in `{part}`", remedy)
     return rows

@@ -166,8 +166,8 @@ def _statistics(path, state, inputs):
 def _resnet(state, source, arch, width):
     "Load a ResNet of `timm` into one whose stem has stride one."
     net = resnet_encoder(arch, width)
-    found, _ = find_network(state, net.state_dict(), source)
-    load_weights(net, found, source, f"{arch} of width {width:g}")
+    tensors, _ = find_network(state, net.state_dict(), source)
+    load_weights(net, tensors, source, f"{arch} of width {width:g}")
     return net
 
 
