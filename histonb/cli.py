@@ -6,6 +6,7 @@
 __all__ = ['app', 'COMMANDS', 'histonb', 'main']
 
 # %% ../nbs/15_cli.ipynb #cell-002
+import os
 import sys
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from .commands.studies import run_command, status_command
 from .commands.tile import tile_command
 from .commands.weights import weights_app
 from .core.errors import BadInput, explain_refusal
+from .core.processes import wait_policy
 
 # %% ../nbs/15_cli.ipynb #cell-005
 app = typer.Typer(
@@ -81,6 +83,7 @@ app.add_typer(weights_app, name="weights", help="List, show or fetch weights tha
 # %% ../nbs/15_cli.ipynb #cell-010
 def main():
     "Run the `histonb` command: the entry point of the package."
+    os.environ.update(wait_policy())  # nothing has loaded OpenMP yet
     try:
         app()
     except (BadInput, OSError) as e:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..core.processes import wait_policy
 from ..models.masking import token_grid
 from .config import PretrainConfig, accumulation_steps, resolve
 from .dino import DINOLoss, clip_student, ema_update, param_groups
@@ -209,7 +210,7 @@ def measure_memory(
     values = json.dumps(dataclasses.asdict(dataclasses.replace(config, steps=config.steps or 2)))
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, values],
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        env=os.environ | wait_policy() | {"MALLOC_MMAP_THRESHOLD_": "131072"},
         capture_output=True,
         text=True,
     )

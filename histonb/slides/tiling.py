@@ -9,6 +9,7 @@ __all__ = ['tile_cohort']
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import shutil
 import signal
 from collections import deque
@@ -23,6 +24,7 @@ from ..core.claims import hold
 from ..core.digests import content_key, digest
 from ..core.errors import BadInput, foreign_errors
 from ..core.files import append_jsonl, atomic_path, read_json, read_jsonl, read_parquet, write_json, write_parquet
+from ..core.processes import wait_policy
 from ..core.progress import progress
 from .cohort import QUARANTINE_COLUMNS
 from .labels import LABELS
@@ -83,14 +85,16 @@ def _tile(
     return counts[["incomplete", "background"]].sum().to_dict() | {"damaged": damaged, "key": job.key}
 
 
-def _quiet():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+def _start_worker():
+    "Leave Ctrl-C to the parent, which ends its workers, and let threads that wait sleep."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(wait_policy())
 
 
 @contextlib.contextmanager
 def _pool(processes):
     "Spawn processes; end them rather than wait where the slides under way are no longer wanted."
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _quiet)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
     try:
         yield pool
     except BaseException:

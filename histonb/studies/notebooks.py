@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..core.errors import BadInput, explain_refusal
 from ..core.files import write_json
+from ..core.processes import wait_policy
 from .study import cell_source, read_notebook
 
 # %% ../../nbs/13_studies/07_notebooks.ipynb #cell-025
@@ -91,7 +92,7 @@ class _Kernel:
         self.manager = _kernel_manager(self.sockets)
         run_sync(self.manager.start_kernel)(
             cwd=str(self.cwd),
-            env={**os.environ, "HISTONB_BATCH": "1", "HISTONB_STAGE": str(self.stage)},
+            env=os.environ | wait_policy() | {"HISTONB_BATCH": "1", "HISTONB_STAGE": str(self.stage)},
             extra_arguments=["--HistoryManager.hist_file=:memory:", f"--IPKernelApp.exec_lines={_EXIT}"],
         )
         self.group = self.manager.provisioner.pgid

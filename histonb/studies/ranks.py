@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from ..core.files import read_json, read_record, write_json
+from ..core.processes import wait_policy
 
 # %% ../../nbs/13_studies/10_ranks.ipynb #cell-005
 def _torchrun_command(
@@ -65,7 +66,7 @@ def _start_torchrun(order, folder, node):
         text=True,
         errors="replace",
         start_new_session=True,
-        env={"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ},
+        env={"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **wait_policy(), **os.environ},
         preexec_fn=lambda: _end_with_parent(signal.SIGKILL),
     )
 
