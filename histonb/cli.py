@@ -14,6 +14,7 @@ import typer
 
 from .commands.annotate import annotate_command
 from .commands.doctor import doctor_command
+from .commands.edits import edits_command
 from .commands.pretrain import export_command, pretrain_command
 from .commands.studies import run_command, status_command
 from .commands.tile import tile_command
@@ -64,6 +65,7 @@ def histonb(
       histonb weights list                      weights that a network can start from
       histonb export runs/demo/pretrain model   the trained backbone, for timm
       histonb annotate a.svs --weights W --out O  glands and nuclei of a slide, for QuPath
+      histonb edits a.geojson --annotated O       how much of it was corrected in QuPath
     """
 
 # %% ../nbs/15_cli.ipynb #cell-008
@@ -75,6 +77,7 @@ COMMANDS = {
     "pretrain": pretrain_command,
     "export": export_command,
     "annotate": annotate_command,
+    "edits": edits_command,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

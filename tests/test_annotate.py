@@ -15,7 +15,7 @@ import shapely
 import torch
 
 from histonb import cli
-from histonb.annotate.editing import EDITS, count_edits, pair_outlines, read_objects
+from histonb.annotate.editing import EDITS, count_edits, pair_outlines
 from histonb.annotate.exporting import to_slide_coordinates, write_objects
 from histonb.annotate.slide import annotate_slide
 from histonb.annotate.tile_merging import instance_outlines, instances_in_window, instances_in_windows, lumens_in_glands
@@ -23,6 +23,7 @@ from histonb.annotate.working_folder import ProbabilityCache, tiles_with_tissue,
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
 from histonb.core.tasks import TASKS
+from histonb.datasets.qupath import read_objects
 from histonb.metrics.objects import metrics_from_sums, object_sums, pair_counts
 from histonb.models.cerberus import Cerberus, save_cerberus
 from histonb.segment.instances import extract_instances, majority_types, object_table

@@ -272,8 +272,9 @@ def _finished(folder, c):
 
 # %% ../../nbs/10_segment/06_training.ipynb #cell-013-2
 def _data_key(sets):
-    "Name the data by its fields and their splits, wherever their files lie."
-    return digest([[f.name, f.labels, f.table[["field", "case", "split"]].values.tolist()] for f in sets])
+    "Name the data by its fields and their splits, wherever their files lie, and by their content where a set tells it."
+    known = ["field", "case", "split", "content"]
+    return digest([[f.name, f.labels, f.table[f.table.columns.intersection(known)].values.tolist()] for f in sets])
 
 
 def _start_key(start):
