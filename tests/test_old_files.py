@@ -28,7 +28,7 @@ from histonb.slides.tile_store import TileShards
 def old(tmp_path, monkeypatch):
     """The files, in a working folder of their own as they were made in."""
     with tarfile.open(Path(__file__).parent / "files/of_0.1.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)
     return Path("old")
 

@@ -20,6 +20,7 @@ from conftest import write_report_notebook
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json, read_jsonl
 from histonb.studies.execution import run_study
+from histonb.studies.ranks import RanksFailed, launch
 from histonb.studies.slurm import load_profile, submit
 from histonb.studies.states import stage_states
 from histonb.studies.study import load_study
@@ -405,6 +406,19 @@ def test_a_failing_rank_fails_the_job_and_cancels_what_needs_it(root, cluster):
     trace = json.dumps(book["cells"])
     assert "ValueError: rank 3 has had enough" in trace and "standin.py" in trace
     assert "failed" in book["cells"][0]["source"]
+
+
+def test_a_rank_that_aborts_on_its_way_out_is_told_by_what_it_raised(tmp_path, monkeypatch):
+    """Threads of the process group may end a process that is ending already; a real crash has no traceback."""
+    monkeypatch.delenv("HISTONB_STAGE", raising=False)
+    raising = "import os, sys\ntry:\n    raise ValueError('enough')\nexcept ValueError:\n    sys.excepthook(*sys.exc_info())"
+    for name, first in (("raises", raising), ("crashes", "import os, sys")):
+        (tmp_path / f"{name}.py").write_text(f"{first}\nprint('terminate called', file=sys.stderr)\nos.abort()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(RanksFailed, match="rank 0 of 1: ValueError: enough$"):
+        launch([], module="raises")
+    with pytest.raises(RanksFailed, match="rank 0 of 1: killed by SIGABRT"):
+        launch([], module="crashes")
 
 
 def test_an_array_and_a_job_that_waits_for_it(root, cluster):

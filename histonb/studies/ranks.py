@@ -118,6 +118,7 @@ def _stream(
 
 # %% ../../nbs/13_studies/10_ranks.ipynb #cell-011
 _FAILED_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)")  # in torchrun's summary
+_LAST_ERROR = re.compile(r"^Traceback .*\n(?:  .*\n)*(\S.*)", re.M)  # a traceback, up to what was raised
 _LAUNCHER_FRAMES = re.compile(r'^  File "(<frozen runpy>|.*/studies/ranks\.py)".*\n(    .*\n)*', re.M)
 
 
@@ -130,9 +131,13 @@ def _rank_report(rank, local_rank, code, logs, began):
         trace = last_output.read_text(errors="replace").strip()
         trace = re.sub(r"^\[rank\d+\]: ?", "", trace, flags=re.M)
         trace = _LAUNCHER_FRAMES.sub("", trace)
-    killed = code < 0 and -code != signal.SIGTERM  # torchrun itself ends the others with SIGTERM
+    errors = _LAST_ERROR.findall(trace)
+    aborted = code == -signal.SIGABRT and bool(errors)  # on its way out, by threads that still wait for other ranks
+    killed = code < 0 and -code != signal.SIGTERM and not aborted  # torchrun itself ends the others with SIGTERM
     if killed:
         fault = f"killed by {signal.Signals(-code).name}: was there enough memory?"
+    elif aborted:
+        fault = errors[-1]
     else:
         fault = (trace.splitlines() or [f"exit code {code}"])[-1]
     return {
