@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.measure import label, regionprops
+from skimage.segmentation import clear_border
 from torch.utils.data import DataLoader, Dataset
 
 from histonb.core.errors import BadInput
@@ -169,3 +171,26 @@ def test_bad_images_are_named(image, words):
         with pytest.raises(BadInput) as e:
             function(image)
         assert words in str(e.value)
+
+
+@pytest.mark.parametrize("recipe", ["histology", "histology-strong"])
+def test_cells_keep_their_size_in_an_extended_context(recipe):
+    "Round cells of 13 px on a tile of 392 px: in crops of a share of (224/392/m)**2 they are m times as large."
+    low, high = 0.9, 1.1
+    scale = tuple((224 / 392 / m) ** 2 for m in (high, low))
+    crop = MultiCrop(recipe=recipe, global_scale=scale).views[0].transforms[0]
+    y, x = np.mgrid[:392, :392]
+    cell = 13
+    tile = np.full((392, 392, 3), 255, np.uint8)
+    tile[(x % 28 - 14) ** 2 + (y % 28 - 14) ** 2 <= (cell / 2) ** 2] = 0
+    whole = regionprops(label(tile[..., 0] < 128))[0].area
+    sizes, sides = [], []
+    for seed in range(60):
+        crop.set_random_seed(seed)
+        found = regionprops(label(clear_border(crop(image=tile)["image"][..., 0] < 128)))
+        sizes.append(np.sqrt(np.mean([r.area for r in found]) / whole))
+        boxes = np.array([r.bbox for r in found])
+        sides.append((boxes[:, 2:] - boxes[:, :2]).mean(0) / cell)
+    assert low - 0.01 <= min(sizes) < low + 0.03 and high - 0.03 < max(sizes) <= high + 0.01
+    stretch = 0.9**-0.5
+    assert low / stretch - 0.05 <= np.min(sides) and np.max(sides) <= high * stretch + 0.05

@@ -217,3 +217,5 @@ def test_tile_says_how_much_of_a_slide_is_damaged(tmp_path):
     assert "tiles lie on damaged pixels" in tile("a").stdout
     assert "`--slide-mpp 0.5`" in str(tile("b", "--mpp", "0.5").exception)
     assert tile("b", "--mpp", "0.5", "--slide-mpp", "0.5").exit_code == 0
+    assert tile("c", "--mpp", "0.5", "--mpp", "0.75", "--slide-mpp", "0.5").exit_code == 0
+    assert {*pd.read_parquet(tmp_path / "c/tiles.parquet").mpp} == {0.5, 0.75}

@@ -296,6 +296,35 @@ def test_positions_and_patches_are_resized():
         start_from(build_backbone("vit_small_patch16_224", img_size=32, depth=2), start)
 
 
+def test_a_bare_file_for_patches_of_another_size(tmp_path):
+    theirs = build_backbone("vit_small_patch16_224").eval()
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "vit16.pth")
+    start = load_start(tmp_path / "vit16.pth", "vit_small_patch8_224")
+    assert start.model.patch_embed.patch_size == (8, 8) and "resized patch_embed.proj.weight" in str(start)
+    image = torch.rand(2, 3, 112, 112)
+    twice = torch.nn.functional.interpolate(image, scale_factor=2, mode="bicubic")
+    with torch.no_grad():
+        assert torch.cosine_similarity(start.model(image), theirs(twice)).min() > 0.95
+    network = build_backbone("vit_small_patch8_224")  # 28 x 28 patches, the file has codes for 14 x 14
+    start = start_from(network, start)
+    assert start.report["resized"] == ["patch_embed.proj.weight", "pos_embed"] and start.record()["resized"] == 2
+    assert torch.equal(network.blocks[3].attn.qkv.weight, theirs.blocks[3].attn.qkv.weight)
+    assert load_start(tmp_path / "vit16.pth", "vit_small_patch16_224").report["resized"] == []
+    with pytest.raises(BadInput, match="not the weights of vit_base_patch8_224"):
+        load_start(tmp_path / "vit16.pth", "vit_base_patch8_224")
+
+
+def test_an_xcits_stem_is_for_one_size_of_patch(tmp_path):
+    torch.save(build_backbone("xcit_nano_12_p16_224").state_dict(), tmp_path / "xcit16.pth")
+    with pytest.raises(BadInput, match="not the weights of xcit_nano_12_p8_224.*They fit xcit_nano_12_p16_224"):
+        load_start(tmp_path / "xcit16.pth", "xcit_nano_12_p8_224")
+
+
+def test_a_name_is_told_from_a_file():
+    assert all(map(starting_weights.is_name, ("imagenet", "random:resnet18", "timm:resnet18.a1_in1k", "hibou-b")))
+    assert not any(map(starting_weights.is_name, ("", "resnet18.pth", "run:runs/x", "runs/x")))
+
+
 def test_commands(tmp_path, capsys):
     from histonb.commands.weights import fetch_command, list_command, show_command
 

@@ -20,7 +20,7 @@ def test_sicapv2_with_its_official_parts(tmp_path):
         root=str(root),
         split="given",
         val_partition="Val1",
-        mpp=512 / 224,
+        mpp=[512 / 224],
         keep_all=True,
     )
     assert metrics, error[-3000:]
@@ -40,6 +40,16 @@ def test_sicapv2_with_its_official_parts(tmp_path):
     straight = SlideTiles(stored.table, slides, slide_mpp=dict.fromkeys(slides, 1.0))
     for i in range(0, 20, 7):
         assert abs(stored[i][0].astype(int) - straight[i][0]).mean() < 4
+
+
+def test_a_cohort_at_two_resolutions(tmp_path):
+    error, metrics = run_report("tiles", tmp_path, n_slides=5, height=1400, width=1200, mpp=[0.96, 0.48])
+    assert metrics, error[-3000:]
+    table = pd.read_parquet(tmp_path / "run/tiles.parquet")
+    assert metrics["slides"] == 5 and metrics["leak"]["leaking_cases"] == 0 and metrics["leak"]["cases"] == 5
+    kept = table[table.kept].groupby("case")
+    assert kept.mpp.agg(set).eq({0.48, 0.96}).all() and kept.split.nunique().eq(1).all()
+    assert len(TileShards(tmp_path / "run")) == metrics["tiles"]
 
 
 def test_pairs_from_a_code_table_in_text(tmp_path):

@@ -20,6 +20,7 @@ import tifffile
 from histonb.core.errors import BadInput
 from histonb.core.files import read_jsonl
 from histonb.datasets.cohorts import panda
+from histonb.datasets.splits import check_leak, grouped_split
 from histonb.slides import tiling
 from histonb.slides.cohort import Cohort
 from histonb.slides.labels import IGNORE
@@ -868,3 +869,59 @@ def test_a_changed_slide_is_done_again_and_a_mended_one_joins(phantoms, tmp_path
         Cohort("fewer", cohort.slides[:1], EMPTY), tmp_path / "out"
     )  # a slide taken off the list leaves the table
     assert fewer.slide.unique().tolist() == [rows[0][0]]
+
+
+def test_several_resolutions_in_one_store(phantoms, tmp_path):
+    "Each is what it is alone, cases are one over all, and the result depends on no order, worker or interruption."
+    mpps = (0.5, 1.0, 2.0)
+    table = tile_cohort(phantoms, tmp_path / "all", mpps=mpps, workers=4)
+    places = ["shard", "offset"]
+    for mpp in mpps:
+        alone = tile_cohort(phantoms, tmp_path / str(mpp), TileRule(mpp=mpp))
+        ours = table[table.mpp == mpp].reset_index(drop=True)
+        pd.testing.assert_frame_equal(ours.drop(columns=places), alone.drop(columns=places))
+        stores = [TileShards(tmp_path / "all", ours[ours.kept]), TileShards(tmp_path / str(mpp))]
+        assert [stores[0].jpeg(i) for i in range(len(stores[0]))] == [stores[1].jpeg(i) for i in range(len(stores[1]))]
+    account = pd.read_parquet(tmp_path / "all/account.parquet")
+    alone = [pd.read_parquet(tmp_path / f"{mpp}/account.parquet") for mpp in mpps]
+    summed = pd.concat(alone).groupby(["slide", "label"], as_index=False).sum()
+    pd.testing.assert_frame_equal(account.sort_values(["slide", "label"], ignore_index=True), summed)
+    split = grouped_split(table[table.kept], (0.5, 0.25, 0.25))
+    assert check_leak(split)["leaking_cases"] == 0 and split.groupby("case").mpp.nunique().eq(3).all()
+
+    tile_cohort(phantoms, tmp_path / "turned", mpps=mpps[::-1], workers=1)
+    tile_cohort(Cohort("two", phantoms.slides[:2], EMPTY), tmp_path / "stopped", mpps=mpps)
+    before = read_jsonl(tmp_path / "stopped/journal.jsonl")
+    tile_cohort(phantoms, tmp_path / "stopped", mpps=mpps)
+    assert content(tmp_path / "all") == content(tmp_path / "turned") == content(tmp_path / "stopped")
+    lines = [(row["slide"], row["mpp"]) for row in read_jsonl(tmp_path / "stopped/journal.jsonl")]
+    assert len(before) == 6 and lines == [(slide, mpp) for slide in phantoms.slides.slide for mpp in mpps]
+    with pytest.raises(BadInput, match="another rule .mpp .0.5, 1.0, 2.0. -> 0.5"):
+        tile_cohort(phantoms, tmp_path / "all", TileRule(mpp=0.5))
+    with pytest.raises(BadInput, match="names one twice"):
+        tile_cohort(phantoms, tmp_path / "twice", mpps=(1, 1.0))
+
+
+def test_a_slide_that_has_only_some_of_the_resolutions(tmp_path):
+    fine, coarse = half_slide(tmp_path / "fine.tiff")[0], half_slide(tmp_path / "coarse.tiff", mpp=1.0)[0]
+    (tmp_path / "empty.tiff").write_bytes(b"")
+    rows = [("fine", fine, "", "radboud"), ("coarse", coarse, "", "radboud")]
+    cohort = cohort_of([*rows, ("empty", tmp_path / "empty.tiff", "", "radboud")])
+    table = tile_cohort(cohort, tmp_path / "out", mpps=(0.5, 1.0))
+    assert table.groupby("slide").mpp.agg(set).to_dict() == {"fine": {0.5, 1.0}, "coarse": {1.0}}
+    quarantine = pd.read_csv(tmp_path / "out/quarantine.csv").set_index("slide")
+    assert sorted(quarantine.index) == ["coarse", "empty"]  # the empty file once, though it failed twice
+    assert quarantine.fault["coarse"].startswith("at 0.5 um/px: tiles at 0.5 um/px are finer than the slide")
+    assert "um/px" not in quarantine.fault["empty"]
+    with pytest.raises(BadInput, match="finer than the slide"):
+        tile_cohort(cohort, tmp_path / "strict", mpps=(0.5, 1.0), strict=True)
+
+
+def test_a_journal_of_an_earlier_version_told_no_resolution(phantoms, tmp_path):
+    rule = TileRule(mpp=1.0)
+    tile_cohort(phantoms, tmp_path, rule)
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(re.sub(', "mpp": 1.0', "", journal.read_text()))
+    before = content(tmp_path)
+    tile_cohort(phantoms, tmp_path, rule)
+    assert content(tmp_path) == before and len(read_jsonl(journal)) == len(phantoms.slides)

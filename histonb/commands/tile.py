@@ -46,7 +46,10 @@ def slides_by_name(
 # %% ../../nbs/14_commands/03_tile.ipynb #cell-008
 _TileSources = Annotated[list[Path], typer.Argument(help="A cohort's folder in PANDA's layout, or slide files.")]
 _TilesFolder = Annotated[Path, typer.Option(help="Folder for the tile table and the tiles.")]
-_TileMpp = Annotated[float | None, typer.Option(help="Resolution of the tiles in µm/px, instead of a level.")]
+_TileMpp = Annotated[
+    list[float] | None,
+    typer.Option(help="Resolution of the tiles in µm/px, instead of a level. Again, to cut every slide at each."),
+]
 SlideMpp = Annotated[
     float | None, typer.Option(help="Resolution of level 0 in µm/px, for slides whose files do not say.")
 ]
@@ -80,6 +83,7 @@ def tile_command(
     Examples:
       histonb tile /data/panda --out tiles --workers 8
       histonb tile a.svs b.tiff --out tiles --mpp 0.5
+      histonb tile /data/panda --out tiles --mpp 0.5 --mpp 1 --mpp 2
     """
     from histonb.datasets.cohorts import panda
     from histonb.slides.tile_rules import TileRule
@@ -88,9 +92,9 @@ def tile_command(
     cohort = panda(source[0]) if len(source) == 1 and os.path.isdir(source[0]) else slides_by_name(source)
     if slide_mpp is not None:
         cohort.slides["mpp"] = slide_mpp
-    rule = TileRule(size=size, level=level, mpp=mpp, min_coverage=min_coverage, max_damaged=max_damaged)
+    rule = TileRule(size=size, level=level, min_coverage=min_coverage, max_damaged=max_damaged)
     try:
-        tiles = tile_cohort(cohort, out, rule=rule, workers=workers, store=store, strict=strict)
+        tiles = tile_cohort(cohort, out, rule=rule, workers=workers, store=store, strict=strict, mpps=mpp or ())
     except KeyboardInterrupt:
         typer.echo("\ninterrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None

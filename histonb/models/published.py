@@ -24,7 +24,7 @@ from ..core.errors import BadInput, nearest
 from .backbones import build_backbone
 from .heads import DINOHead, find_head
 from .hubs import from_address, from_repository
-from .vit import VIT, set_positions
+from .vit import VIT, resize_patches, set_positions
 from .weight_files import WEIGHT_SUFFIXES, read_state
 from .weights import build_with_weights, find_network, flatten_state
 from .xcit import XCIT, rename_official
@@ -207,16 +207,19 @@ def load_published(
     download: bool = False,  # fetch the file where it is not here
     positions: str = "timm",  # of `vit.POSITIONS`: how a ViT resizes its position codes
 ) -> tuple[nn.Module, nn.Module | None, dict]:  # backbone; DINO head, if any; how the file fitted, what was `taken`
-    "Load a published encoder from its file. A file of another model is a `BadInput` that states the difference."
+    """Load a published encoder from its file. A file of another model is a `BadInput` that states the difference.
+
+    Patches of a ViT of another size are resized, which the report tells."""
     known = find_published(name)
     path = Path(path) if path else find_weights(name, download)
     state = known.names(flatten_state(read_state(path)))
     with torch.device("meta"):
         empty = known.build({})
     body, prefix = find_network(state, empty.state_dict(), path)
-    body = _merge_class_position(empty, body)
+    body, resized = resize_patches(_merge_class_position(empty, body), empty.state_dict())
     model, report = build_with_weights(lambda: known.build(body), body, path, name, strict)
     set_positions(model, positions)
     head = find_head(state, prefix, path)
     fits = head is not None and head.mlp[0].in_features == model.num_features
-    return model, head if fits else None, report | {"taken": prefix or "the whole file"}
+    report = report | {"resized": resized, "taken": prefix or "the whole file"}
+    return model, head if fits else None, report

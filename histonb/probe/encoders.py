@@ -224,6 +224,9 @@ def load_encoder(
     weights = name if checkpoint is None else f"run:{checkpoint}"
     known = checkpoint is not None and (name in ENCODERS or is_architecture(name))
     start = load_start(weights, name if known else "", seed, download, strict)
+    if start.report.get("resized"):
+        remedy = "Name the network that they are of: a frozen encoder is read as it was trained."
+        raise BadInput(checkpoint or name, f"weights for patches of another size than those of {start.arch}", remedy)
     return encoder_from(start, name, bf16, pool, tuple(depths), mean, std, positions)
 
 # %% ../../nbs/07_probe/02_encoders.ipynb #3abadc5e

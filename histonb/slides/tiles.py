@@ -273,8 +273,7 @@ def overview(
     with contextlib.ExitStack() as stack:
         if not hasattr(slide, "map_tiles"):
             slide = stack.enter_context(open_slide(slide))
-        level = int(table.level.iloc[0])
-        extent = tile_span(slide, level, table.mpp.iloc[0], tile) * slide.downsample(level)
+        extents = [tile_span(slide, t.level, t.mpp, tile) * slide.downsample(t.level) for t in table.itertuples()]
         image = slide.thumbnail(size)
     height, width = image.shape[:2]
     scale_x = slide.base.shape[1] / width
@@ -284,7 +283,7 @@ def overview(
         _, ax = plt.subplots(figsize=(6 * width / longer + 1.6, 6 * height / longer), layout="constrained")
     ax.imshow(image)
     colors = _label_colors()
-    for t in table.itertuples():
+    for t, extent in zip(table.itertuples(), extents, strict=True):
         if t.kept:
             style = {"facecolor": (*colors[t.label], 0.45), "edgecolor": colors[t.label]}
         else:

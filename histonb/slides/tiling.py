@@ -42,11 +42,15 @@ class _Job:
     image: str
     mask: str | None
     codes: str | dict
-    mpp: float | None
+    mpp: float | None  # of the slide, where its file does not say
     rule: TileRule
     parts: Path
     store: bool
     threads: int
+
+    @property
+    def id(self):  # what tells it from the other jobs: its slide, and the um/px of its tiles where the rule says one
+        return (self.slide,) if self.rule.mpp is None else (self.slide, self.rule.mpp)
 
     @property
     def key(self):  # changes when the files do
@@ -55,7 +59,7 @@ class _Job:
         return digest(files, codes, self.mpp)
 
     def part(self, suffix):
-        return self.parts / (digest(self.slide) + suffix)  # a name may be longer than a file's may be
+        return self.parts / (digest(*self.id) + suffix)  # a name may be longer than a file's may be
 
 
 def _content(path):
@@ -151,9 +155,19 @@ def _results(jobs, processes):
             yield job, future.result() if future.done() and not future.exception() else _alone(job)
 
 # %% ../../nbs/02_slides/15_tiling.ipynb #cell-009
-def _same_rule(out, rule, store):
-    "Claim the folder for a rule, or refuse where it belongs to another."
-    wanted = {**dataclasses.asdict(rule), "store": store}
+def _rules(rule, mpps):
+    "Return the rule at each um/px, the finest first."
+    values = sorted(map(float, mpps))
+    if len({*values}) < len(values):
+        raise BadInput("mpps", f"{values} names one twice", "Name each resolution once.")
+    return [dataclasses.replace(rule, mpp=value) for value in values] or [rule]
+
+
+def _same_rule(out, rules, store):
+    "Claim the folder for a rule, or for one at several um/px, or refuse where it belongs to another."
+    wanted = {**dataclasses.asdict(rules[0]), "store": store}
+    if len(rules) > 1:
+        wanted["mpp"] = [rule.mpp for rule in rules]
     del wanted["max_damaged"]  # decides which slides are taken, and nothing of their tiles
     if (out / "rule.json").exists():
         earlier = read_json(out / "rule.json")
@@ -190,17 +204,22 @@ def _labels(slides):
     return labels
 
 # %% ../../nbs/02_slides/15_tiling.ipynb #cell-009-2
+def _id_columns(jobs):
+    "Return the columns of a tile table that hold the `id` of the job of each tile."
+    return ["slide"] if all(job.rule.mpp is None for job in jobs) else ["slide", "mpp"]
+
+
 def _assemble(out, jobs, done, slides):
     "Make one table from the slides' parts and, for slides of an earlier run, from the table that is there."
     tables = []
     earlier = {}
     if (out / "tiles.parquet").exists():
-        earlier = dict(list(read_tiles(out, TILE_COLUMNS).groupby("slide", sort=False)))
+        earlier = dict(list(read_tiles(out, TILE_COLUMNS).groupby(_id_columns(jobs), sort=False)))
     for job in jobs:
-        if job.slide not in done:
+        if job.id not in done:
             continue
-        table = earlier.get(job.slide)
-        row = done[job.slide]
+        table = earlier.get(job.id)
+        row = done[job.id]
         if job.part(".parquet").exists():
             table = read_parquet(job.part(".parquet"), remedy="Delete it and run again.")
             stored = table["nbytes"] > 0
@@ -223,7 +242,8 @@ def tile_cohort(
     workers: int = 2,  # threads in all; every two share a slide, in a process of their own
     store: bool = True,  # write the kept tiles to shards
     strict: bool = False,  # stop at the first slide that cannot be used, instead of quarantining it
-) -> pd.DataFrame:  # the tile table
+    mpps=(),  # um/px, at each of which every slide is cut; empty: the rule's alone
+) -> pd.DataFrame:  # the tile table; its column `mpp` tells the um/px of each tile
     """Tile every slide of a cohort into one table and, on demand, shards.
 
     Raises `BadInput` for slide ids that occur twice, a folder of another rule or process, a full disk, and where no
@@ -236,13 +256,15 @@ def tile_cohort(
         fault = f"slides occur twice: {', '.join(map(str, twice[:5]))}"
         raise BadInput(cohort.name, fault, "Give every slide an id of its own.")
     threads = min(2, max(1, workers))
+    rules = _rules(rule, mpps)
     jobs = []
     for row in slides.itertuples(index=False):
         mpp = getattr(row, "mpp", None)
         mpp = None if pd.isna(mpp) else mpp
-        jobs.append(_Job(row.slide, row.image, row.mask or None, row.codes, mpp, rule, out / "parts", store, threads))
+        told = row.slide, row.image, row.mask or None, row.codes, mpp
+        jobs += [_Job(*told, rule, out / "parts", store, threads) for rule in rules]
     with hold(out):
-        _same_rule(out, rule, store)
+        _same_rule(out, rules, store)
         return _run(cohort, out, jobs, max(1, workers // 2), store, strict)
 
 # %% ../../nbs/02_slides/15_tiling.ipynb #cell-009-4
@@ -269,26 +291,27 @@ def _journal(path):
     rows = read_jsonl(path)
     for row in rows:
         typed = all(isinstance(row.get(key), kind) for key, kind in _LINE.items())
-        if not typed or not isinstance(row.get("damaged", 0), int):
+        if not typed or not isinstance(row.get("damaged", 0), int) or not isinstance(row.get("mpp", 0.0), float):
             fault = f"a line is not of a journal of tiles ({str(row)[:80]})"
             raise BadInput(path, fault, "Choose another folder, or delete this one.")
     return rows
 
 # %% ../../nbs/02_slides/15_tiling.ipynb #cell-009-5
 def _done_before(out, jobs, rows):
-    "Return the journal's rows of slides that need not be tiled again: same files, and their tiles are there."
+    "Return the journal's rows of jobs that need not be done again: same files, and their tiles are there."
     in_table = ()
     if (path := out / "tiles.parquet").exists():
         remedy = "Delete it and run again: the slides are cut anew."
-        in_table = set(read_parquet(path, ["slide"], remedy, only=True)["slide"])
-    last = {row["slide"]: row for row in rows}
+        ids = read_parquet(path, _id_columns(jobs), remedy, only=True).drop_duplicates()
+        in_table = set(ids.itertuples(index=False, name=None))
+    last = {(row["slide"], row.get("mpp")): row for row in rows}
     done = {}
     for job in jobs:
-        row = last.get(job.slide)
+        row = last.get((job.slide, job.rule.mpp)) or last.get((job.slide, None))  # earlier versions told no mpp
         if row is None or row["key"] != job.key or row.get("damaged", 0) > job.rule.max_damaged:
             continue
-        if job.slide in in_table or job.part(".parquet").exists():
-            done[job.slide] = row
+        if job.id in in_table or job.part(".parquet").exists():
+            done[job.id] = row
     return done
 
 
@@ -300,20 +323,37 @@ def _shard_sizes(rows):
     return sizes
 
 # %% ../../nbs/02_slides/15_tiling.ipynb #cell-009-6
+def _quarantine(jobs, failed):
+    "List what failed: a slide once where it did so at every um/px alike, else with the um/px at which it did."
+    slides = {}
+    for job in jobs:
+        slides.setdefault(job.slide, []).append(job)
+    rows = []
+    for slide, of_slide in slides.items():
+        errors = [failed[job.id] for job in of_slide if job.id in failed]
+        alike = len(errors) == len(of_slide) and len({str(error) for error in errors}) == 1
+        for job, error in ((job, failed[job.id]) for job in of_slide if job.id in failed):
+            fault = error.fault if alike else f"at {job.rule.mpp:g} um/px: {error.fault}"
+            rows.append((slide, error.path, fault, error.remedy))
+    return pd.DataFrame(list(dict.fromkeys(rows)), columns=QUARANTINE_COLUMNS)
+
+
 def _write_tables(out, jobs, done, cohort, failed):
     "Write quarantine, tile table, counts of outcomes and names of classes; return the tile table."
-    failed = pd.DataFrame(failed, columns=QUARANTINE_COLUMNS)
+    failed = _quarantine(jobs, failed)
     with atomic_path(out / "quarantine.csv") as path:
         pd.concat([cohort.quarantine, failed], ignore_index=True).to_csv(path, index=False)
     if not done:
         remedy = f"The first: {BadInput(*failed.iloc[0, 1:])}" if len(failed) else "The cohort is empty."
-        raise BadInput(out, f"none of {len(jobs)} slides could be tiled", remedy)
+        raise BadInput(out, f"none of {len(cohort.slides)} slides could be tiled", remedy)
     table = _assemble(out, jobs, done, cohort.slides)
+    labels = _labels(cohort.slides)
     unread = {}
-    for slide, label in _labels(cohort.slides).items():
-        if slide in done:
-            counts = {outcome: done[slide][outcome] for outcome in ("incomplete", "background")}
-            unread[slide] = {"label": label, **counts}
+    for job in jobs:
+        if job.id in done:
+            counts = unread.setdefault(job.slide, {"label": labels[job.slide], "incomplete": 0, "background": 0})
+            for outcome in ("incomplete", "background"):
+                counts[outcome] += done[job.id][outcome]
     write_parquet(out / "account.parquet", tile_counts(table, unread))
     if (classes := _classes(cohort.slides)).keys() - {*LABELS.values()}:
         write_json(out / "classes.json", list(classes))
@@ -328,10 +368,10 @@ def _run(cohort, out, jobs, processes, store, strict):
     rows = _journal(journal) if journal.exists() else []
     done = _done_before(out, jobs, rows)
     writer = ShardWriter(out, _shard_sizes(rows) if store else {})
-    todo = [job for job in jobs if job.slide not in done]
-    failed = []
+    todo = [job for job in jobs if job.id not in done]
+    failed = {}
     with (
-        _parts(out, {job.part(".parquet") for job in jobs if job.slide in done}),
+        _parts(out, {job.part(".parquet") for job in jobs if job.id in done}),
         progress(desc="tiling", total=len(jobs), unit="slide") as bar,
         contextlib.closing(_results(todo, processes)) as results,
     ):
@@ -341,12 +381,14 @@ def _run(cohort, out, jobs, processes, store, strict):
             if isinstance(result, BadInput):
                 if strict:
                     raise result
-                failed.append((job.slide, result.path, result.fault, result.remedy))
+                failed[job.id] = result
             else:
                 shard, start = writer.append(job.part(".tiles")) if store else (-1, 0)
                 row = {"slide": job.slide, "shard": shard, "start": start, "end": writer.sizes.get(shard, 0), **result}
+                if job.rule.mpp is not None:
+                    row["mpp"] = float(job.rule.mpp)
                 append_jsonl(journal, row)
                 job.part(".tiles").unlink()
-                done[job.slide] = row
+                done[job.id] = row
             bar.update(1, f"{len(failed)} quarantined")
     return _write_tables(out, jobs, done, cohort, failed)
