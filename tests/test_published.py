@@ -551,5 +551,5 @@ def test_the_benchmark_is_that_of_the_report():
             assert stage.notebook.endswith(f"{notebook}.ipynb") and stage.parameters["pool"] == pool, stage.name
         assert stages[f"deepgleason-{name}"].parameters["tiles"] == "runs/bench/deepgleason"
     assert stages["recap-deepgleason"].parameters["masks"] == [
-        f"runs/bench/deepgleason-{name}" for name in ("bony", "hibou", "histoencoder")
+        f"runs/bench/deepgleason-{name}" for name in ("bony", "hibou", "histoencoder", "imagenet")
     ]

@@ -127,6 +127,7 @@ def _hub_start(name, repository, download):
     return _saved_start(name, config.parent)
 
 # %% ../../nbs/04_models/16_starting_weights.ipynb #cell-011
+_XCITS = tuple(name for name in XCIT if name.endswith("_224"))  # the same networks as for other sizes of image
 _COMMON = (  # networks that a file of weights is likely to be of, beside every XCiT
     *(f"vit_{size}_patch{p}_224" for size in ("tiny", "small", "base", "large") for p in (8, 16)),
     *(f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large")),
@@ -140,7 +141,8 @@ def fitting_architecture(
     state: dict,  # name -> tensor, from `weights.flatten_state`
 ) -> str:  # empty: none fits
     "Find the network whose tensors are among those of a file, by name and shape."
-    for arch in (*XCIT, *(name for name in _COMMON if timm.is_model(name))):
+    has_xca = any(name.endswith(".temperature") for name in state)
+    for arch in _XCITS if has_xca else filter(timm.is_model, _COMMON):
         with torch.device("meta"):
             own = build_backbone(arch).state_dict()
         try:
