@@ -64,6 +64,8 @@ OUTPUTS = (  # files of an annotation; the last three where the network classifi
     "objects.geojson",
     "objects.parquet",
     "overview.png",
+    "summary.csv",
+    "summary.parquet",
     "tissue.png",
     "tissue_colour.png",
     "tissue.json",

@@ -27,6 +27,12 @@ _TaskNames = Annotated[
 _NetworkMpp = Annotated[
     float | None, typer.Option(help="Resolution the network reads in µm/px; default: its weights'.")
 ]
+_Region = Annotated[
+    str,
+    typer.Option(
+        help="Where to look: x,y,width,height in pixels of level 0 (or `...um`), a GeoJSON, a mask; or a folder."
+    ),
+]
 _TileSide = Annotated[
     int, typer.Option(help="Side of a tile in pixels, a multiple of 144. Smaller needs less memory and more time.")
 ]
@@ -45,6 +51,7 @@ def annotate_command(
     tasks: _TaskNames = "",
     mpp: _NetworkMpp = None,
     slide_mpp: SlideMpp = None,
+    region: _Region = "",
     tile: _TileSide = 1008,
     device: Annotated[str, typer.Option(help="cpu, cuda ...; auto: a GPU where there is one.")] = "auto",
     precision: _Precision = "auto",
@@ -59,10 +66,14 @@ def annotate_command(
     settings and counts. Ctrl-C stops; the same command continues from there. A finished annotation is checked and
     kept. One made with other settings is refused, unless --overwrite or --skip-existing says what to do.
 
+    summary.csv has the numbers of each region and class, and OUT/summary.html those of all slides in OUT. With --region
+    only tiles near the regions are read; objects whose centre lies in one are kept, whole.
+
     \b
     Examples:
       histonb annotate a.svs b.tiff --weights runs/cerberus/train --out annotated
       histonb annotate a.svs --weights weights.tar --tasks gland,lumen --out annotated
+      histonb annotate a.svs --weights stain --region 2000,1000,4000,3000 --out annotated
       histonb annotate scan.tif --slide-mpp 0.25 --weights stain --out annotated
     """
     from histonb.segment.predictors import load_predictor
@@ -72,6 +83,7 @@ def annotate_command(
     predictor = load_predictor(weights, task_names, mpp, device, precision)
     options = {
         "slide_mpp": slide_mpp,
+        "region": region or None,
         "tile": tile,
         "overwrite": overwrite,
         "skip_existing": skip_existing,
@@ -103,6 +115,7 @@ def _check_slides(slides, overwrite, skip_existing):
 def _annotate_all(slides, predictor, out, options):
     "Annotate slide by slide; returns the faults of those that could not be used."
     from histonb.annotate.slide import annotate_slide
+    from histonb.annotate.tables import collect_summaries
 
     faults = []
     for slide in slides:
@@ -113,6 +126,9 @@ def _annotate_all(slides, predictor, out, options):
             if len(slides) == 1 or disk_is_full(e):
                 raise
             faults.append(e)
+    n_slides = collect_summaries(out)["slide"].nunique()
+    if n_slides > 1:
+        print(f"{out / 'summary.html'}: {n_slides} slides")
     return faults
 
 
