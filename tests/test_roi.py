@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import shapely
 from PIL import Image
-from test_annotate import Painted, paint
+from test_annotate import Painted as PaintedAll
+from test_annotate import paint
 
 from histonb import cli
 from histonb.annotate.roi import read_roi
@@ -33,6 +34,17 @@ def slide(tmp_path_factory):
     return path
 
 
+class Painted(PaintedAll):
+    "Of the network of colours only glands, and nuclei with their types."
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.tasks = {name: self.tasks[name] for name in ("nucleus", "nucleus-type", "gland")}
+
+    def __call__(self, image, keep):
+        yield from (found for found in super().__call__(image, keep) if found[0] in self.tasks)
+
+
 def box(x, y, width, height):
     return shapely.box(x, y, x + width, y + height)
 
@@ -48,14 +60,14 @@ def save(path, **regions):
 
 @pytest.fixture(scope="module")
 def whole(slide, tmp_path_factory):
-    return annotate_slide(slide, Painted(), tmp_path_factory.mktemp("whole"), tile=144)
+    return annotate_slide(slide, Painted(), tmp_path_factory.mktemp("whole"), tile=288)
 
 
 @pytest.fixture(scope="module")
 def halves(slide, tmp_path_factory):
     out = tmp_path_factory.mktemp("halves")
     region = save(out / "halves.geojson", left=box(*LEFT), right=box(*RIGHT))
-    return annotate_slide(slide, Painted(), out, tile=144, region=region)
+    return annotate_slide(slide, Painted(), out, tile=288, region=region)
 
 
 def objects_of(folder):
@@ -66,7 +78,7 @@ def objects_of(folder):
 
 def test_objects_in_a_region_are_those_of_the_whole_slide_and_tiles_far_away_are_not_read(slide, whole, tmp_path):
     predictor = Painted()
-    folder = annotate_slide(slide, predictor, tmp_path, tile=144, region=SMALL)
+    folder = annotate_slide(slide, predictor, tmp_path, tile=288, region=SMALL)
     n_all = read_json(whole / "annotation.json")["tiles"]["computed"]
     assert predictor.seen == read_json(folder / "annotation.json")["tiles"]["computed"] < n_all
     expected = objects_of(whole)
@@ -131,12 +143,13 @@ def test_a_rectangle_an_outline_and_a_mask_say_the_same(slide, tmp_path):
         assert area.symmetric_difference(box(x, y, width, height)).area < 100
 
 
-def test_a_folder_belongs_to_its_region(slide, tmp_path):
-    annotate_slide(slide, Painted(), tmp_path, tile=144, region=SMALL)
-    annotate_slide(slide, Painted(stop=0), tmp_path, tile=144, region=SMALL)  # finished: nothing is computed
-    for other in (None, "583,430,250,151"):
+def test_a_folder_belongs_to_its_region(slide, halves):
+    out = halves.parent
+    region = str(out / "halves.geojson")
+    assert annotate_slide(slide, Painted(stop=0), out, tile=288, region=region) == halves  # nothing is computed
+    for other in (None, SMALL):
         with pytest.raises(BadInput, match="begun with other settings"):
-            annotate_slide(slide, Painted(), tmp_path, tile=144, region=other)
+            annotate_slide(slide, Painted(), out, tile=288, region=other)
 
 
 @pytest.mark.parametrize(
