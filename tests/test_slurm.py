@@ -411,9 +411,10 @@ def test_a_failing_rank_fails_the_job_and_cancels_what_needs_it(root, cluster):
 def test_a_rank_that_aborts_on_its_way_out_is_told_by_what_it_raised(tmp_path, monkeypatch):
     """Threads of the process group may end a process that is ending already; a real crash has no traceback."""
     monkeypatch.delenv("HISTONB_STAGE", raising=False)
-    raising = "import os, sys\ntry:\n    raise ValueError('enough')\nexcept ValueError:\n    sys.excepthook(*sys.exc_info())"
-    for name, first in (("raises", raising), ("crashes", "import os, sys")):
-        (tmp_path / f"{name}.py").write_text(f"{first}\nprint('terminate called', file=sys.stderr)\nos.abort()\n")
+    tried = "try:\n    raise ValueError('enough')\nexcept ValueError:\n    sys.excepthook(*sys.exc_info())"
+    for name, first in (("raises", tried), ("crashes", "")):
+        last = "print('terminate called', file=sys.stderr)\nos.abort()"
+        (tmp_path / f"{name}.py").write_text(f"import os, sys\n{first}\n{last}\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(RanksFailed, match="rank 0 of 1: ValueError: enough$"):
         launch([], module="raises")
