@@ -17,7 +17,7 @@ import shapely
 
 import histonb
 from .exporting import class_name, to_slide_coordinates, write_objects, write_tissue
-from .tile_merging import instances_in_window, lumens_in_glands, merge_pieces
+from .tile_merging import enclosing_glands, instances_in_window, merge_pieces
 from histonb.annotate.working_folder import (
     DELETE,
     DISCARD,
@@ -29,6 +29,7 @@ from histonb.annotate.working_folder import (
     open_folder,
     read_settings,
     tiles_with_tissue,
+    tissue_areas,
     tissue_mm2,
     tissue_squares,
 )
@@ -37,7 +38,9 @@ from ..core.digests import content_key, digest
 from ..core.errors import BadInput, foreign_errors
 from ..core.files import read_json, read_parquet, write_json, write_parquet
 from ..core.progress import progress
+from ..metrics.density import DensityGrid
 from ..models.cerberus import PATCH
+from ..segment.morphology import DENSITIES
 from ..segment.predictors import load_predictor
 from ..segment.tiled_inference import TILE, ResampledSlide, pad_box, tile_boxes
 from ..slides.slides import open_slide
@@ -93,6 +96,10 @@ class _Work:
             return 0
         return self.predictor.survey(self.read, self.shape, self.squares > 1 - GLASS, self.folder / "parts/survey.npz")
 
+    def read_box(self, box):
+        "Read the slide in a box: top, left, bottom, right."
+        return self.read(box[1], box[0], box[3] - box[1], box[2] - box[0])
+
     def part(self, kind, i):
         return self.folder / "parts" / f"{kind}-{i:06d}.parquet"
 
@@ -110,14 +117,14 @@ def _predict_tiles(work):
         work.cache.write(i, predict(image, keep, (top, left)) if work.surveyed else predict(image, keep))
 
 
-def _extract_windows(work, task):
-    "Write the objects of one task in every window."
-    types = work.types_of[task].name if task in work.types_of else ""
-    missing = [i for i in work.tiles if not work.part(task, i).exists()]
-    for i in progress(missing, f"{work.slide.path.name}, {task}", unit="window"):
+def _extract_windows(work):
+    "Write the objects of all tasks in every window; tasks of a window share what is read of the slide."
+    missing = [(i, task) for i in work.tiles for task in work.instance_tasks if not work.part(task, i).exists()]
+    for i, task in progress(missing, f"{work.slide.path.name}, objects", unit="window"):
         at = divmod(i, work.has_tissue.shape[1])
+        types = work.types_of[task].name if task in work.types_of else ""
         table, edges = instances_in_window(
-            work.cache, task, at, work.shape, work.tile, work.has_tissue, work.mpp, types
+            work.cache, task, at, work.shape, work.tile, work.has_tissue, work.mpp, types, read_image=work.read_box
         )
         write_parquet(work.part(f"{task}-edges", i), edges)
         write_parquet(work.part(task, i), table)  # last: its presence says that both are there
@@ -132,7 +139,7 @@ def _objects(work, task):
     pieces = []
     edges = []
     for i in work.tiles:
-        table = read_parquet(work.part(task, i), ["piece"], DELETE)
+        table = read_parquet(work.part(task, i), ["piece", *DENSITIES], DELETE)
         with _damaged_parts(work):
             long = table["piece"] >= 0
         if long.any():
@@ -151,7 +158,20 @@ def _gland_tree(tables):
     return shapely.STRtree(shapely.from_wkb(np.concatenate([t["outline"] for t in tables]))) if tables else None
 
 
-def _groups(work):
+def _with_place(work, table, task, glands):
+    "Add the gland that holds each object, and whether it touches the slide's border; lumina outside glands go."
+    bottom, right = work.shape
+    touches = (table[["left", "top"]].min(axis=1) <= 0) | (table["right"] >= right) | (table["bottom"] >= bottom)
+    table = table.assign(on_border=touches)
+    if task == "gland" or glands is None:
+        return table
+    place = enclosing_glands(shapely.from_wkb(table["outline"].to_numpy(object)), glands)
+    table = table.assign(gland=pd.array(place + 1, "Int64"))  # glands are numbered from 1 in the order of the tree
+    table.loc[place < 0, "gland"] = pd.NA
+    return table[place >= 0].reset_index(drop=True) if task == "lumen" else table
+
+
+def _groups(work, source):
     "Yield the objects of all tasks in coordinates of the slide, glands first."
     glands = None
     for task in work.instance_tasks:
@@ -164,12 +184,10 @@ def _groups(work):
                 glands = _gland_tree(tables)
         for table in tables:
             with _damaged_parts(work):
-                if task == "lumen" and glands is not None:
-                    table = lumens_in_glands(table, glands)
+                table = _with_place(work, table, task, glands)
                 if work.surveyed:
                     table = table.assign(probability=np.nan)  # no network, no probability
-                name = work.slide.path.name
-                group = to_slide_coordinates(table, task, classes, work.scale, work.mpp, name, first)
+                group = to_slide_coordinates(table, task, classes, work.scale, work.mpp, source, first)
             yield group
             first += len(table)
 
@@ -199,6 +217,7 @@ def annotate_slide(
     overwrite: bool = False,  # discard what the slide's folder holds
     skip_existing: bool = False,  # leave a slide that has an annotation as it is, whatever its settings
     max_damaged: int = 16,  # internal tiles of the slide that may be damaged: they are blank, and counted
+    compress: bool = False,  # write objects.geojson.gz in place of objects.geojson
 ) -> Path:  # the slide's folder, with annotation.json
     "Annotate a slide, or resume an annotation; a slide, weights or a folder that cannot be used is `BadInput`."
     start = time.monotonic()
@@ -217,7 +236,7 @@ def annotate_slide(
         before = {} if overwrite else read_settings(folder)
         if getattr(predictor, "automatic", False) and before.get("precision") in ("fp32", "bf16"):
             predictor = predictor.in_precision(before["precision"])
-        settings = _settings(slide, predictor, tile)
+        settings = _settings(slide, predictor, tile) | {"compress": compress}
         with hold(folder):
             if overwrite:
                 discard_annotation(folder)
@@ -250,12 +269,14 @@ OVERVIEW = 1600  # pixels of the longer side of the overview
 def _annotate(work, settings, start):
     "Run all steps, and write annotation.json last."
     _predict_tiles(work)
-    for task in work.instance_tasks:
-        _extract_windows(work, task)
+    _extract_windows(work)
     slide = work.slide
     side = max(slide.shapes[0]) * slide.mpp
     small = ResampledSlide(slide, max(work.mpp, side / OVERVIEW), 128)
-    counts = write_objects(work.folder, _groups(work), small(0, 0, *small.shape[::-1]), small.scale)
+    groups = _groups(work, digest([settings[name] for name in ("file", "weights", "mpp")]))
+    image = small(0, 0, *small.shape[::-1])
+    grid = DensityGrid(tissue_areas(work.squares, work.shape, work.mpp), PATCH * work.scale, slide.mpp)
+    counts = write_objects(work.folder, groups, image, small.scale, grid, settings["compress"])
     without = {class_name(task): 0 for task in work.instance_tasks}
     for name in counts:
         without.pop(name.partition(":")[0], None)
