@@ -19,7 +19,7 @@ import histonb
 from .exporting import class_name, to_slide_coordinates, write_objects, write_tissue
 from .roi import Roi, draw_roi, read_roi, share_of_squares, squares_around
 from .tables import ALL, Tally, summary_table, write_summary
-from .tile_merging import HALO, instances_in_window, lumens_in_glands, merge_pieces
+from .tile_merging import HALO, enclosing_glands, instances_in_window, merge_pieces
 from histonb.annotate.working_folder import (
     DELETE,
     DISCARD,
@@ -31,7 +31,7 @@ from histonb.annotate.working_folder import (
     open_folder,
     read_settings,
     tiles_with_tissue,
-    tissue_mm2,
+    tissue_areas,
     tissue_squares,
 )
 from ..core.claims import hold
@@ -39,7 +39,9 @@ from ..core.digests import content_key, digest
 from ..core.errors import BadInput, foreign_errors
 from ..core.files import read_json, read_parquet, write_json, write_parquet
 from ..core.progress import progress
+from ..metrics.density import DensityGrid
 from ..models.cerberus import PATCH
+from ..segment.morphology import DENSITIES
 from ..segment.predictors import load_predictor
 from ..segment.tiled_inference import TILE, ResampledSlide, pad_box, tile_boxes
 from ..slides.slides import open_slide
@@ -84,11 +86,11 @@ class _Work:
         "Squares that the regions of interest touch, widened by what a short object may reach."
         return squares_around(self.roi.area, self.shape, self.scale, max(HALO.values()))
 
-    def tissue_mm2(self):
-        "Area of the tissue of each region of interest, and of all of them."
+    def tissue_areas(self):
+        "Area of the tissue in each square, mm2, for each region of interest and for all of them."
         areas = {} if self.roi is None else dict(zip(self.roi.names, self.roi.outlines)) | {ALL: self.roi.area}
         shares = {ALL: 1.0} | {n: share_of_squares(a, self.shape, self.scale) for n, a in areas.items()}
-        return {name: tissue_mm2(self.squares * share, self.shape, self.mpp) for name, share in shares.items()}
+        return {name: tissue_areas(self.squares * share, self.shape, self.mpp) for name, share in shares.items()}
 
     @property
     def damage_file(self):
@@ -107,6 +109,10 @@ class _Work:
             return 0
         return self.predictor.survey(self.read, self.shape, self.squares > 1 - GLASS, self.folder / "parts/survey.npz")
 
+    def read_box(self, box):
+        "Read the slide in a box: top, left, bottom, right."
+        return self.read(box[1], box[0], box[3] - box[1], box[2] - box[0])
+
     def part(self, kind, i):
         return self.folder / "parts" / f"{kind}-{i:06d}.parquet"
 
@@ -124,14 +130,14 @@ def _predict_tiles(work):
         work.cache.write(i, predict(image, keep, (top, left)) if work.surveyed else predict(image, keep))
 
 
-def _extract_windows(work, task):
-    "Write the objects of one task in every window."
-    types = work.types_of[task].name if task in work.types_of else ""
-    missing = [i for i in work.tiles if not work.part(task, i).exists()]
-    for i in progress(missing, f"{work.slide.path.name}, {task}", unit="window"):
+def _extract_windows(work):
+    "Write the objects of all tasks in every window; tasks of a window share what is read of the slide."
+    missing = [(i, task) for i in work.tiles for task in work.instance_tasks if not work.part(task, i).exists()]
+    for i, task in progress(missing, f"{work.slide.path.name}, objects", unit="window"):
         at = divmod(i, work.has_tissue.shape[1])
+        types = work.types_of[task].name if task in work.types_of else ""
         table, edges = instances_in_window(
-            work.cache, task, at, work.shape, work.tile, work.has_tissue, work.mpp, types
+            work.cache, task, at, work.shape, work.tile, work.has_tissue, work.mpp, types, read_image=work.read_box
         )
         write_parquet(work.part(f"{task}-edges", i), edges)
         write_parquet(work.part(task, i), table)  # last: its presence says that both are there
@@ -146,7 +152,7 @@ def _objects(work, task):
     pieces = []
     edges = []
     for i in work.tiles:
-        table = read_parquet(work.part(task, i), ["piece"], DELETE)
+        table = read_parquet(work.part(task, i), ["piece", *DENSITIES], DELETE)
         with _damaged_parts(work):
             long = table["piece"] >= 0
         if long.any():
@@ -165,7 +171,20 @@ def _gland_tree(tables):
     return shapely.STRtree(shapely.from_wkb(np.concatenate([t["outline"] for t in tables]))) if tables else None
 
 
-def _groups(work):
+def _with_place(work, table, task, glands):
+    "Add the gland that holds each object, and whether it touches the slide's border; lumina outside glands go."
+    bottom, right = work.shape
+    touches = (table[["left", "top"]].min(axis=1) <= 0) | (table["right"] >= right) | (table["bottom"] >= bottom)
+    table = table.assign(on_border=touches)
+    if task == "gland" or glands is None:
+        return table
+    place = enclosing_glands(shapely.from_wkb(table["outline"].to_numpy(object)), glands)
+    table = table.assign(gland=pd.array(place + 1, "Int64"))  # glands are numbered from 1 in the order of the tree
+    table.loc[place < 0, "gland"] = pd.NA
+    return table[place >= 0].reset_index(drop=True) if task == "lumen" else table
+
+
+def _groups(work, source):
     "Yield the objects of all tasks in coordinates of the slide, glands first."
     glands = None
     for task in work.instance_tasks:
@@ -178,12 +197,10 @@ def _groups(work):
                 glands = _gland_tree(tables)
         for table in tables:
             with _damaged_parts(work):
-                if task == "lumen" and glands is not None:
-                    table = lumens_in_glands(table, glands)
+                table = _with_place(work, table, task, glands)
                 if work.surveyed:
                     table = table.assign(probability=np.nan)  # no network, no probability
-                name = work.slide.path.name
-                group = to_slide_coordinates(table, task, classes, work.scale, work.mpp, name, first)
+                group = to_slide_coordinates(table, task, classes, work.scale, work.mpp, source, first)
             yield group
             first += len(table)
 
@@ -214,6 +231,7 @@ def annotate_slide(
     skip_existing: bool = False,  # leave a slide that has an annotation as it is, whatever its settings
     region: str | None = None,  # where to look, for `read_roi`; None: everywhere
     max_damaged: int = 16,  # internal tiles of the slide that may be damaged: they are blank, and counted
+    compress: bool = False,  # write objects.geojson.gz in place of objects.geojson
 ) -> Path:  # the slide's folder, with annotation.json
     "Annotate a slide, or resume an annotation; a slide, weights or a folder that cannot be used is `BadInput`."
     start = time.monotonic()
@@ -232,9 +250,8 @@ def annotate_slide(
         before = {} if overwrite else read_settings(folder)
         if getattr(predictor, "automatic", False) and before.get("precision") in ("fp32", "bf16"):
             predictor = predictor.in_precision(before["precision"])
-        settings = _settings(slide, predictor, tile)
         roi = read_roi(region, slide) if region else None
-        settings |= {"region": roi.key if roi else None}
+        settings = _settings(slide, predictor, tile) | {"compress": compress, "region": roi.key if roi else None}
         with hold(folder):
             if overwrite:
                 discard_annotation(folder)
@@ -267,8 +284,7 @@ OVERVIEW = 1600  # pixels of the longer side of the overview
 def _annotate(work, settings, start):
     "Run all steps, and write annotation.json last."
     _predict_tiles(work)
-    for task in work.instance_tasks:
-        _extract_windows(work, task)
+    _extract_windows(work)
     slide = work.slide
     side = max(slide.shapes[0]) * slide.mpp
     small = ResampledSlide(slide, max(work.mpp, side / OVERVIEW), 128)
@@ -276,8 +292,11 @@ def _annotate(work, settings, start):
     if work.roi:
         draw_roi(image, work.roi, small.scale)
     tally = Tally(slide.mpp, work.roi)
-    counts = write_objects(work.folder, map(tally.add, _groups(work)), image, small.scale)
-    tissue = work.tissue_mm2()
+    groups = map(tally.add, _groups(work, digest([settings[name] for name in ("file", "weights", "mpp")])))
+    areas = work.tissue_areas()
+    grid = DensityGrid(areas[ALL], PATCH * work.scale, slide.mpp)
+    counts = write_objects(work.folder, groups, image, small.scale, grid, settings["compress"])
+    tissue = {name: float(of_squares.sum()) for name, of_squares in areas.items()}
     write_summary(work.folder, summary_table(tally, work.folder.name, work.instance_tasks, tissue))
     without = {class_name(task): 0 for task in work.instance_tasks}
     for name in counts:

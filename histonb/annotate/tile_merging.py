@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'HALO', 'GUARD', 'PIECES_PER_TILE', 'trace_outlines', 'largest_outline', 'instance_outlines',
-           'instances_in_window', 'merge_pieces', 'lumens_in_glands', 'instances_in_windows']
+           'instances_in_window', 'merge_pieces', 'enclosing_glands', 'lumens_in_glands', 'instances_in_windows']
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-002
 import numpy as np
@@ -17,6 +17,7 @@ from skimage.measure import find_contours
 
 from ..models.cerberus import CERBERUS_MPP, PATCH
 from ..segment.instances import extract_instances, majority_types, object_table
+from ..segment.morphology import DENSITIES, mean_densities
 from ..segment.tiled_inference import pad_box
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-005
@@ -85,6 +86,7 @@ def instances_in_window(
     mpp: float = CERBERUS_MPP,  # um per pixel
     types: str = "",  # task that tells the types of these objects
     halo: int | None = None,  # pixels around the core; None: as in `HALO`
+    read_image=None,  # box -> (h, w, 3) uint8, the slide; None: optical densities stay unknown
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Extract the short objects of a window, and its pieces of long ones.
 
@@ -111,6 +113,7 @@ def instances_in_window(
     piece[label[long[label]]] = (at[0] * has_tissue.shape[1] + at[1]) * PIECES_PER_TILE + label[long[label]]
     table["piece"] = piece[label]
     table["outline"] = _window_outlines(drawn, label, long, top, left)
+    table[[*DENSITIES]] = np.nan if read_image is None else mean_densities(kept, read_image(outer)).to_numpy()[label]
     counts = _counts(kept, probs, label, long, bool(types))
     table["votes"] = [votes for votes, _ in counts]
     table["sums"] = [sums for _, sums in counts]
@@ -238,7 +241,7 @@ def _merge(pieces):
     kind = votes[1:].argmax() + 1 if votes[1:].any() else 0
     outline = _filled(shapely.union_all(shapely.from_wkb(pieces["outline"])))
     return {
-        **{c: np.average(pieces[c], weights=pieces["n"]) for c in ("x", "y")},
+        **{c: np.average(pieces[c], weights=pieces["n"]) for c in ("x", "y", *DENSITIES)},
         **{c: pieces[c].min() for c in ("left", "top")},
         **{c: pieces[c].max() for c in ("right", "bottom")},
         "n": max(n, round(outline.area + 0.5)),
@@ -248,15 +251,30 @@ def _merge(pieces):
     }
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-011
+def enclosing_glands(
+    outlines: np.ndarray,  # (n,) polygons of nuclei or lumina
+    glands: shapely.STRtree,  # outlines of glands, each once
+) -> np.ndarray:  # (n,) place of each one's gland in the tree; -1: less than half of its area lies in glands
+    "Find the gland that holds most of each object."
+    shapely.prepare(glands.geometries)
+    i, j = glands.query(outlines, "intersects")
+    area = shapely.area(outlines)
+    shared = area[i]
+    cut = ~shapely.contains_properly(glands.geometries[j], outlines[i])
+    shared[cut] = shapely.area(shapely.intersection(outlines[i[cut]], glands.geometries[j[cut]]))
+    order = np.argsort(shared, kind="stable")
+    gland = np.full(len(outlines), -1)
+    gland[i[order]] = j[order]  # the last one written stays: that of the largest share
+    return np.where(np.bincount(i, shared, len(outlines)) >= 0.5 * area, gland, -1)
+
+
 def lumens_in_glands(
     table: pd.DataFrame,  # lumens, each once
     glands: shapely.STRtree,  # outlines of glands, each once
 ) -> pd.DataFrame:  # the lumens that lie in glands by at least half of their area
     "Keep the lumina that lie in glands by at least half of their area."
-    lumens = shapely.from_wkb(table["outline"].to_numpy(object))
-    i, j = glands.query(lumens, "intersects")
-    share = np.bincount(i, shapely.area(shapely.intersection(lumens[i], glands.geometries[j])), len(lumens))
-    return table[share >= 0.5 * shapely.area(lumens)].reset_index(drop=True)
+    inside = enclosing_glands(shapely.from_wkb(table["outline"].to_numpy(object)), glands) >= 0
+    return table[inside].reset_index(drop=True)
 
 
 def instances_in_windows(
@@ -265,7 +283,7 @@ def instances_in_windows(
     shape: tuple[int, int],  # height and width of the picture
     tile: int,  # pixels of a side of a core
     **kwargs,  # of `instances_in_window`
-) -> pd.DataFrame:  # `x`, `y`, `left`, `top`, `right`, `bottom` in pixels; `n`, `type`, `probability`; `outline` in WKB
+) -> pd.DataFrame:  # `x`, `y`, `left`, `top`, `right`, `bottom` in pixels; `n`, `type`, ...; `outline` in WKB
     "Extract the objects of a picture, window by window."
     tables, edges = zip(
         *(

@@ -41,6 +41,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what OUT 
 _SkipExisting = Annotated[
     bool, typer.Option("--skip-existing", help="Leave slides that OUT already holds, whatever their settings.")
 ]
+_Compress = Annotated[bool, typer.Option("--compress", help="Write objects.geojson.gz in place of objects.geojson.")]
 _MaxDamaged = Annotated[int, typer.Option(help="Damaged internal tiles that a slide may have before it is refused.")]
 
 # %% ../../nbs/14_commands/05_annotate.ipynb #cell-007
@@ -58,13 +59,15 @@ def annotate_command(
     overwrite: _Overwrite = False,
     skip_existing: _SkipExisting = False,
     max_damaged: _MaxDamaged = 16,
+    compress: _Compress = False,
 ):
     """Find glands, lumina and nuclei in whole slides.
 
     OUT/SLIDE/ gets objects.geojson, to be dragged onto the slide in QuPath; objects.parquet, a table with one row per
-    object; overview.png; tissue.png where the network classifies tissue; and annotation.json, the record of weights,
-    settings and counts. Ctrl-C stops; the same command continues from there. A finished annotation is checked and
-    kept. One made with other settings is refused, unless --overwrite or --skip-existing says what to do.
+    object, its shape, stain, gland and outline (GeoParquet); overview.png; tissue.png where the network classifies
+    tissue; and annotation.json, the record of weights, settings and counts. Ctrl-C stops; the same command continues
+    from there. A finished annotation is checked and kept. One made with other settings is refused, unless --overwrite
+    or --skip-existing says what to do.
 
     summary.csv has the numbers of each region and class, and OUT/summary.html those of all slides in OUT. With --region
     only tiles near the regions are read; objects whose centre lies in one are kept, whole.
@@ -88,6 +91,7 @@ def annotate_command(
         "overwrite": overwrite,
         "skip_existing": skip_existing,
         "max_damaged": max_damaged,
+        "compress": compress,
     }
     try:
         faults = _annotate_all(slides, predictor, out, options)
