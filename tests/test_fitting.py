@@ -361,6 +361,24 @@ def test_a_run_that_is_stopped_goes_on_exactly(train, tmp_path, how):
     assert not (tmp_path / "halves" / "stopped").exists()
 
 
+def test_a_stage_that_is_asked_to_stop_stops_each_of_its_trainings(train, tmp_path, monkeypatch):
+    """As a job of SLURM asks: in the folder of the stage, below which its trainings have theirs."""
+    monkeypatch.setenv("HISTONB_STAGE", str(tmp_path))
+
+    def stop(net, epoch):
+        (tmp_path / "stop").touch()
+
+    with pytest.raises(Stopped):
+        fit_network(Net(), loss, train, config(tmp_path / "first"), at_epoch=stop)
+    assert not (tmp_path / "stop").exists() and (tmp_path / "stopped").exists()
+    assert json.loads((tmp_path / "first/stopped").read_text())["step"] == 1
+    n = len(train)
+    fit_network(Net(), loss, train, config(tmp_path / "second", epochs=1, batch_size=n), at_epoch=stop)  # at its end
+    assert (tmp_path / "stop").exists()
+    with pytest.raises(Stopped):
+        fit_network(Net(), loss, train, config(tmp_path / "third"))
+
+
 def test_a_crash_between_epochs_loses_no_epoch_twice(train, tmp_path):
     def crash(net, epoch):
         if epoch == 2:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from forked import Forked
 
+from histonb.commands.train_cerberus import train_cerberus_command
 from histonb.core.errors import BadInput
-from histonb.core.files import read_json, read_jsonl
+from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets.readers import read_sets
 from histonb.models import backbones, cerberus
 from histonb.models.cerberus import Cerberus
@@ -276,12 +277,12 @@ def test_a_lower_rate_of_the_encoder_and_an_exact_resume(tmp_path):
 # --- several processes
 
 
-def train_with_fixed_statistics(config):
-    "Train with batch norm in eval mode, whose statistics of a part of the batch are others than of the whole."
+def train_with_fixed_statistics(path):
+    "Run the command with batch norm in eval mode, whose statistics of a part of the batch are others than of all."
     torch.set_num_threads(1)
     batch_norm = torch.nn.BatchNorm2d
     batch_norm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
-    train(config)
+    train_cerberus_command(path)
 
 
 @pytest.mark.parametrize("type_loss", ["objects", "pixels"])
@@ -291,7 +292,8 @@ def test_two_processes_equal_one_also_where_one_lacks_labels(tmp_path, type_loss
     changes = dict(width=0.125, shares=(2, 1), steps=3, log_every=1, checkpoint_every=1, keep=3, type_loss=type_loss)
     runs = {n: dataclasses.replace(config(tmp_path / str(n), **changes), sets=sets) for n in (1, 2)}
     for n, c in runs.items():
-        process = Forked(train_with_fixed_statistics, c, processes=n)
+        write_json(tmp_path / f"{n}.json", dataclasses.asdict(c))
+        process = Forked(train_with_fixed_statistics, tmp_path / f"{n}.json", processes=n)
         assert process.communicate()[1] is not None and process.returncode == 0, process.communicate()[1]
     first = [read_checkpoint(checkpoints(c.out)[-1][1]) for c in runs.values()]
     assert [state["step"] for state in first] == [1, 1] and [state["world"] for state in first] == [1, 2]
