@@ -18,6 +18,7 @@ from .commands.edits import edits_command
 from .commands.pretrain import export_command, pretrain_command
 from .commands.studies import run_command, status_command
 from .commands.tile import tile_command
+from .commands.train_cerberus import train_cerberus_command
 from .commands.weights import weights_app
 from .core.errors import BadInput, explain_refusal
 from .core.processes import wait_policy
@@ -62,6 +63,7 @@ def histonb(
       histonb tile /data/panda --out tiles      tiles of a cohort, with labels
       histonb tile a.svs b.tiff --out tiles     tiles of single slides
       histonb pretrain mine.yaml                train without labels; also under torchrun
+      histonb train-cerberus mine.yaml          train glands and nuclei from labels; also under torchrun
       histonb weights list                      weights that a network can start from
       histonb export runs/demo/pretrain model   the trained backbone, for timm
       histonb annotate a.svs --weights W --out O  glands and nuclei of a slide, for QuPath
@@ -76,6 +78,7 @@ COMMANDS = {
     "tile": tile_command,
     "pretrain": pretrain_command,
     "export": export_command,
+    "train-cerberus": train_cerberus_command,
     "annotate": annotate_command,
     "edits": edits_command,
 }

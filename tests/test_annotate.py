@@ -29,7 +29,14 @@ from histonb.models.cerberus import Cerberus, save_cerberus
 from histonb.segment.instances import extract_instances, majority_types, object_table
 from histonb.segment.predictors import StainPredictor, TilePredictor, load_predictor
 from histonb.segment.targets import instance_target
-from histonb.segment.tiled_inference import ResampledSlide, inference_margin, predict_tiled, tile_boxes, to_input
+from histonb.segment.tiled_inference import (
+    ResampledSlide,
+    default_tile,
+    inference_margin,
+    predict_tiled,
+    tile_boxes,
+    to_input,
+)
 from histonb.slides.slides import Slide, open_slide
 from histonb.synthetic.phantom import draw_field, draw_slide
 from histonb.synthetic.writing import write_slide
@@ -523,6 +530,24 @@ def test_tissue_and_provenance(slide, annotated):
         and about["counts"]["Gland"] == 5
     )
     assert not (annotated / "parts").exists()
+
+
+def test_the_default_tile_grows_with_what_the_network_sees(slide, tmp_path):
+    """At least two fifths of what is read are kept; a ResNet34 keeps its 1008. A slide ends with the tile it began."""
+    for margin in range(0, 1500, 16):
+        tile = default_tile(margin)
+        assert tile % 144 == 0 and tile >= 1008 and (tile / (tile + 2 * margin)) ** 2 >= 0.4
+        assert tile == 1008 or ((tile - 144) / (tile - 144 + 2 * margin)) ** 2 < 0.4
+    assert [default_tile(margin) for margin in (176, 288, 576)] == [1008, 1008, 2016]
+    far = Painted(0)
+    far.margin = 300
+    with pytest.raises(KeyboardInterrupt):
+        annotate_slide(slide[0], far, tmp_path)
+    assert read_json(tmp_path / "painted/settings.json")["tile"] == 1152
+    with pytest.raises(KeyboardInterrupt):
+        annotate_slide(slide[0], Painted(0), tmp_path)
+    with pytest.raises(BadInput, match="tile 1152 -> 288"):
+        annotate_slide(slide[0], Painted(0), tmp_path, tile=288)
 
 
 @pytest.mark.parametrize("stop", [1, 5])

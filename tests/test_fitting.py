@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forked import Forked
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,12 +22,14 @@ from histonb.core.files import read_jsonl
 from histonb.datasets.ebhi import EBHI_CLASSES, ebhi_seg
 from histonb.models import backbones, cerberus
 from histonb.models.pyramids import resnet_encoder
+from histonb.training import distributed as ranks
 from histonb.training.checkpoint import checkpoints
 from histonb.training.loop import Stopped
 from histonb.training.pair_augmentation import EBHIAugment
+from histonb.transfer.classes import class_loss
 from histonb.transfer.ebhi_dataset import EBHIDataset, epoch_batches, rows_by_split, write_example
 from histonb.transfer.freezable_encoders import INPUT_RANGES, FreezableEncoder, load_freezable_encoder
-from histonb.transfer.supervised import FitConfig, fit_network, predict_batches
+from histonb.transfer.supervised import FitConfig, fit_network, predict_batches, resolve_fit_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = ("seconds", "images_per_s", "data_wait", "memory")
@@ -358,6 +361,24 @@ def test_a_run_that_is_stopped_goes_on_exactly(train, tmp_path, how):
     assert not (tmp_path / "halves" / "stopped").exists()
 
 
+def test_a_stage_that_is_asked_to_stop_stops_each_of_its_trainings(train, tmp_path, monkeypatch):
+    """As a job of SLURM asks: in the folder of the stage, below which its trainings have theirs."""
+    monkeypatch.setenv("HISTONB_STAGE", str(tmp_path))
+
+    def stop(net, epoch):
+        (tmp_path / "stop").touch()
+
+    with pytest.raises(Stopped):
+        fit_network(Net(), loss, train, config(tmp_path / "first"), at_epoch=stop)
+    assert not (tmp_path / "stop").exists() and (tmp_path / "stopped").exists()
+    assert json.loads((tmp_path / "first/stopped").read_text())["step"] == 1
+    n = len(train)
+    fit_network(Net(), loss, train, config(tmp_path / "second", epochs=1, batch_size=n), at_epoch=stop)  # at its end
+    assert (tmp_path / "stop").exists()
+    with pytest.raises(Stopped):
+        fit_network(Net(), loss, train, config(tmp_path / "third"))
+
+
 def test_a_crash_between_epochs_loses_no_epoch_twice(train, tmp_path):
     def crash(net, epoch):
         if epoch == 2:
@@ -541,3 +562,95 @@ def test_the_best_epoch_survives_a_stop(train, tmp_path):
         "steps": 3 * (len(train) // 8),
         "best": [0.9],
     }
+
+
+# --- several processes
+
+
+class Plain(nn.Module):
+    "A classifier without batch norm and dropout: what it learns does not depend on how a batch is divided."
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 8, 3, 2), nn.Tanh())
+        self.head = nn.Linear(8, 6)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def late_bias(folder, net, epoch):
+    "Let the bias of the head learn from the second epoch on, and keep what each process holds at each epoch."
+    bias = net.head[1].bias if isinstance(net, Net) else net.head.bias
+    bias.requires_grad_(epoch >= 1)
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    torch.save(state, f"{folder}-epoch-{epoch}-rank-{ranks.rank()}.pt")
+
+
+def fit_rank(make, slides, config, stopped_by=None):
+    "Fit in a process of a group; one of them is asked to stop in the second epoch."
+    torch.set_num_threads(1)
+    pictures = EBHIDataset(rows_by_split(slides, masks=True)["train"], 32, EBHIAugment())
+    weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0, 0.1])
+
+    def at_epoch(net, epoch):
+        late_bias(config.out, net, epoch)
+        if epoch == 1 and ranks.rank() == stopped_by:
+            signal.raise_signal(signal.SIGTERM)
+
+    fit_network(make(), class_loss(weights), pictures, config, lambda net: {"accuracy": 0.5}, at_epoch)
+
+
+def ended(process):
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+
+
+def at_epoch_2(folder, rank):
+    return torch.load(f"{folder}-epoch-2-rank-{rank}.pt")
+
+
+def weights_of(folder):
+    return load_file(folder / "weights.safetensors")
+
+
+def test_two_processes_equal_one_with_the_whole_batch(slides, tmp_path):
+    two = Forked(fit_rank, Plain, slides, config(tmp_path / "two"), processes=2)
+    fit_rank(Plain, slides, config(tmp_path / "one"))
+    ended(two)
+    one, *both = at_epoch_2(tmp_path / "one", 0), *(at_epoch_2(tmp_path / "two", rank) for rank in (0, 1))
+    assert all(both[0][k].equal(both[1][k]) for k in both[0])
+    assert all(torch.allclose(one[k], both[0][k], rtol=0, atol=1e-5) for k in one)
+    assert not one["head.bias"].equal(Plain().head.bias) and one["unused.weight"].equal(Plain().unused.weight)
+    rows = [read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert np.allclose(*([row["loss"] for row in of] for of in rows), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stopped_by", [0, 1])
+def test_two_processes_that_are_stopped_together_go_on_exactly(slides, tmp_path, stopped_by):
+    """With batch norm and dropout; each process normalises by its own pictures, and they keep one network."""
+    stopped = Forked(fit_rank, Net, slides, config(tmp_path / "halves"), stopped_by, processes=2)
+    whole = Forked(fit_rank, Net, slides, config(tmp_path / "whole"), processes=2)
+    assert "stopped at step" in stopped.communicate()[1] and stopped.codes == [1, 1]
+    step = json.loads((tmp_path / "halves/stopped").read_text())["step"]
+    assert checkpoints(tmp_path / "halves")[0][0] == step and not (tmp_path / "halves/fit.json").exists()
+    with pytest.raises(BadInput, match="a run of 2 processes, continued on 1"):
+        fit_rank(Net, slides, config(tmp_path / "halves"))
+    ended(Forked(fit_rank, Net, slides, config(tmp_path / "halves"), processes=2))
+    ended(whole)
+    a, b = (weights_of(tmp_path / name) for name in ("halves", "whole"))
+    assert all(a[k].equal(b[k]) for k in a)
+    first, second = (at_epoch_2(tmp_path / "whole", rank) for rank in (0, 1))
+    assert all(first[k].equal(second[k]) for k in first) and any("running_mean" in k for k in first)
+    logs = (bare(read_jsonl(tmp_path / name / "log.jsonl")) for name in ("halves", "whole"))
+    assert next(logs) == next(logs)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(train):
+    assert [len(b) for b in epoch_batches(train, 8, 0, 2)] == [8] * (len(train) // 8)
+    assert [len(b) for b in epoch_batches(train, 100, 0, 5)] == [len(train) // 5 * 5]
+    for size, such in ((9, "Choose 8"), (2, "Choose 4")):
+        with pytest.raises(BadInput, match=f"{size} for 2 processes.*{such}"):
+            resolve_fit_config(config("", batch_size=size), 2)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from forked import Forked
 
+from histonb.commands.train_cerberus import train_cerberus_command
 from histonb.core.errors import BadInput
-from histonb.core.files import read_json, read_jsonl
+from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets.readers import read_sets
 from histonb.models import backbones, cerberus
 from histonb.models.cerberus import Cerberus
-from histonb.models.pyramids import pyramid_encoder
+from histonb.models.pyramids import pyramid_encoder, start_encoder
 from histonb.models.receptive_field import decoder_field, receptive_field
 from histonb.models.starting_weights import load_start
 from histonb.segment.predictors import TilePredictor
@@ -107,6 +108,74 @@ def test_tiles_of_another_encoder_equal_a_single_pass():
     narrow = predict_tiled(net, read, picture.shape[:2], 144, 96, ["gland"])["gland"]
     assert np.abs(narrow - whole["gland"]).max() > 1e-2
     assert inference_margin(net) == 576
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem_stride", "strides"),
+    [
+        (LITE0, 1, (1, 2, 4, 8, 16)),
+        (LITE0, 2, (2, 4, 8, 16, 32)),
+        ("resnet10t", 1, (1, 2, 4, 8, 16)),  # a stem of three convolutions
+        ("resnet18", 1, (1, 2, 4, 8, 16)),
+        ("resnet18", 2, (2, 4, 8, 16, 32)),
+    ],
+)
+def test_the_stem_has_the_stride_that_is_asked_for_and_the_same_weights(tmp_path, arch, stem_stride, strides):
+    width = 0.125 if arch == "resnet18" else 1.0
+    torch.manual_seed(0)
+    usual = Cerberus(("gland", "tissue"), arch, width).eval()
+    torch.manual_seed(0)
+    net = Cerberus(("gland", "tissue"), arch, width, stem_stride=stem_stride).eval()
+    assert net.pyramid.strides == strides and net.decoders["gland"].stride == stem_stride
+    theirs = usual.encoder.state_dict()
+    assert all(t.equal(theirs[name]) for name, t in net.encoder.state_dict().items())
+    cerberus.save_cerberus(net.with_tasks(("gland", "lumen")), tmp_path)
+    again, about = cerberus.load_cerberus(tmp_path)
+    images = torch.rand(1, 3, 50, 97)
+    with torch.inference_mode():
+        scores, same = net(images)["gland"], again(images)["gland"]
+    assert scores.shape[-2:] == (50, 97) and scores.equal(same) and about["stem_stride"] == stem_stride
+
+
+@pytest.mark.parametrize(("arch", "stem"), [(LITE0, "conv_stem"), ("resnet18", "conv1")])
+def test_a_stem_of_stride_1_computes_what_one_of_stride_2_skips(arch, stem):
+    "With published weights; of the first convolution every second value is that at stride 2."
+    start = load_start("imagenet" if arch == LITE0 else "random", arch)
+    fine, coarse = (pyramid_encoder(arch, stem_stride=stride).eval() for stride in (1, 2))
+    for net in (fine, coarse):
+        report = start_encoder(net, start)
+        assert report["missing"] + report["unexpected"] + report["reshaped"] == []
+    images = torch.rand(1, 3, 64, 96)
+    every, second = (net.get_submodule(stem)(images) for net in (fine, coarse))
+    assert torch.allclose(every[..., ::2, ::2], second, atol=1e-5) and every.shape[-2:] == (64, 96)
+
+
+def test_tiles_of_a_network_with_a_stem_of_stride_1_equal_a_single_pass():
+    "It sees half as far as with its own stem, and begins on a grid of 16."
+    net = normalised_by_noise(Cerberus(("gland",), LITE0, stem_stride=1))
+    stride, down = 1, 0
+    for m in net.encoder.modules():
+        if isinstance(m, torch.nn.Conv2d) and m.kernel_size[0] > 1:
+            down += stride * (m.kernel_size[0] // 2)
+            stride *= m.stride[0]
+    assert stride == 16 and abs(receptive_field(net) - (down + sum(4 * s for s in (8, 4, 2, 1)))) <= 1
+    picture = np.random.default_rng(0).integers(0, 256, (144, 910, 3), np.uint8)
+    with torch.inference_mode():
+        whole = net(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255)["gland"][0].numpy()
+
+    def read(x, y, w, h):
+        return picture[y : y + h, x : x + w]
+
+    tiled, narrow = (predict_tiled(net, read, picture.shape[:2], 144, m)["gland"] for m in (inference_margin(net), 48))
+    assert np.abs(tiled - whole).max() < 1e-4 * np.abs(whole).max() < np.abs(narrow - whole).max()
+
+
+def test_stems_that_fit_one_stride_alone_are_refused():
+    with pytest.raises(BadInput, match="a stem that fits one stride alone"):
+        pyramid_encoder("convnext_atto", stem_stride=1)
+    with pytest.raises(BadInput, match="stem_stride: 3. Choose 1, 2"):
+        pyramid_encoder(LITE0, stem_stride=3)
+    assert resolve_train_config(config("", arch=LITE0, stem_stride=1, crop=48), [1]).crop == 48
 
 
 def test_networks_that_see_the_whole_picture_are_not_tiled(tmp_path):
@@ -208,12 +277,12 @@ def test_a_lower_rate_of_the_encoder_and_an_exact_resume(tmp_path):
 # --- several processes
 
 
-def train_with_fixed_statistics(config):
-    "Train with batch norm in eval mode, whose statistics of a part of the batch are others than of the whole."
+def train_with_fixed_statistics(path):
+    "Run the command with batch norm in eval mode, whose statistics of a part of the batch are others than of all."
     torch.set_num_threads(1)
     batch_norm = torch.nn.BatchNorm2d
     batch_norm.train = lambda self, mode=True: torch.nn.Module.train(self, False)
-    train(config)
+    train_cerberus_command(path)
 
 
 @pytest.mark.parametrize("type_loss", ["objects", "pixels"])
@@ -223,7 +292,8 @@ def test_two_processes_equal_one_also_where_one_lacks_labels(tmp_path, type_loss
     changes = dict(width=0.125, shares=(2, 1), steps=3, log_every=1, checkpoint_every=1, keep=3, type_loss=type_loss)
     runs = {n: dataclasses.replace(config(tmp_path / str(n), **changes), sets=sets) for n in (1, 2)}
     for n, c in runs.items():
-        process = Forked(train_with_fixed_statistics, c, processes=n)
+        write_json(tmp_path / f"{n}.json", dataclasses.asdict(c))
+        process = Forked(train_with_fixed_statistics, tmp_path / f"{n}.json", processes=n)
         assert process.communicate()[1] is not None and process.returncode == 0, process.communicate()[1]
     first = [read_checkpoint(checkpoints(c.out)[-1][1]) for c in runs.values()]
     assert [state["step"] for state in first] == [1, 1] and [state["world"] for state in first] == [1, 2]

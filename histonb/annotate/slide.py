@@ -43,7 +43,7 @@ from ..metrics.density import DensityGrid
 from ..models.cerberus import PATCH
 from ..segment.morphology import DENSITIES
 from ..segment.predictors import load_predictor
-from ..segment.tiled_inference import TILE, ResampledSlide, pad_box, tile_boxes
+from ..segment.tiled_inference import ResampledSlide, default_tile, pad_box, tile_boxes
 from ..slides.slides import open_slide
 from ..slides.streams import Damaged
 
@@ -224,7 +224,7 @@ def annotate_slide(
     tasks=None,  # names; None: all that the network has
     mpp: float | None = None,  # um per pixel that the network reads, in place of what its weights say
     slide_mpp: float | None = None,  # um per pixel at level 0, for slides that do not say
-    tile: int = TILE,  # pixels of a side of what is kept of a tile, a multiple of 144
+    tile: int | None = None,  # pixels of a side of what is kept of a tile, a multiple of 144; None: `default_tile`
     device: str = "auto",  # auto, cpu, cuda ...
     precision: str = "auto",  # fp32, bf16; auto: fp32 on a CPU, bf16 on a GPU that computes in it
     overwrite: bool = False,  # discard what the slide's folder holds
@@ -244,14 +244,16 @@ def annotate_slide(
     if skip_existing and (folder / "annotation.json").exists():
         return check_annotation(folder) and folder
     predictor = load_predictor(weights, tasks, mpp, device, precision)
-    tile_boxes((1, 1), tile)  # refuses a side that is no multiple of 144
+    if tile is not None:
+        tile_boxes((1, 1), tile)  # refuses a side that is no multiple of 144
     with open_slide(path, slide_mpp, max_damaged=max_damaged) as slide:
         ResampledSlide(slide, predictor.mpp)  # refuses a slide that is too coarse before a folder is made
         before = {} if overwrite else read_settings(folder)
         if getattr(predictor, "automatic", False) and before.get("precision") in ("fp32", "bf16"):
             predictor = predictor.in_precision(before["precision"])
         roi = read_roi(region, slide) if region else None
-        settings = _settings(slide, predictor, tile) | {"compress": compress, "region": roi.key if roi else None}
+        settings = _settings(slide, predictor, tile or before.get("tile") or default_tile(predictor.margin))
+        settings |= {"compress": compress, "region": roi.key if roi else None}
         with hold(folder):
             if overwrite:
                 discard_annotation(folder)
@@ -260,7 +262,7 @@ def annotate_slide(
                 check_annotation(folder)
                 shutil.rmtree(folder / "parts", ignore_errors=True)  # of a process that was killed at the end
                 return folder
-            _annotate(_Work(slide, predictor, folder, tile, roi), settings, start)
+            _annotate(_Work(slide, predictor, folder, settings["tile"], roi), settings, start)
     return folder
 
 # %% ../../nbs/11_annotate/06_slide.ipynb #cell-013-5

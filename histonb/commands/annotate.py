@@ -34,7 +34,11 @@ _Region = Annotated[
     ),
 ]
 _TileSide = Annotated[
-    int, typer.Option(help="Side of a tile in pixels, a multiple of 144. Smaller needs less memory and more time.")
+    int | None,
+    typer.Option(
+        help="Side of a tile in pixels, a multiple of 144. Smaller needs less memory and more time. "
+        "Default: 1008, more for a network that sees further than a ResNet34."
+    ),
 ]
 _Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help=_PRECISION_HELP)]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what OUT holds of these slides and start anew.")]
@@ -53,7 +57,7 @@ def annotate_command(
     mpp: _NetworkMpp = None,
     slide_mpp: SlideMpp = None,
     region: _Region = "",
-    tile: _TileSide = 1008,
+    tile: _TileSide = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...; auto: a GPU where there is one.")] = "auto",
     precision: _Precision = "auto",
     overwrite: _Overwrite = False,

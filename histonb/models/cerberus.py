@@ -107,16 +107,18 @@ class Cerberus(nn.Module):
         mean=None,  # of the channels, in 0..1, that the encoder was trained with; None: as its architecture has it
         std=None,  # their deviation
         max_stride: int = 0,  # of the coarsest feature map that is used; 0: all are
+        stem_stride: int = 0,  # of the encoder's first convolution, for `pyramid_encoder`
     ):
         super().__init__()
         self.tasks = {t.name: t for t in find_tasks(tasks)}
         self.arch = arch
         self.width = width
         self.max_stride = max_stride
+        self.stem_stride = stem_stride
         for name in self.tasks:
             if hasattr(nn.ModuleDict, name):
                 raise BadInput(name, "cannot be the name of a task", "Choose another.")
-        self.encoder = pyramid_encoder(arch, width, max_stride)
+        self.encoder = pyramid_encoder(arch, width, max_stride, stem_stride)
         self.pyramid = self.encoder.pyramid
         self.normalise_by(self.pyramid.mean if mean is None else mean, self.pyramid.std if std is None else std)
         w = self.pyramid.channels
@@ -140,7 +142,7 @@ class Cerberus(nn.Module):
     ) -> "Cerberus":  # random decoders for tasks that this one does not have
         "Build a network with the same encoder, weights included, for other tasks."
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        net = Cerberus(tasks, self.arch, self.width, mean, std, self.max_stride)
+        net = Cerberus(tasks, self.arch, self.width, mean, std, self.max_stride, self.stem_stride)
         net.load_state_dict(self.state_dict(), strict=False)
         return net
 
@@ -264,6 +266,7 @@ def save_cerberus(
             "arch": net.arch,
             "width": net.width,
             "max_stride": net.max_stride,
+            "stem_stride": net.stem_stride,
             "mean": net.mean.flatten().tolist(),
             "std": net.std.flatten().tolist(),
             "mpp": mpp,
@@ -291,7 +294,8 @@ def load_cerberus(
     tasks = [build(Task, task, about) for task in info["tasks"]]
 
     def build_net():
-        return Cerberus(tasks, info["arch"], info["width"], info["mean"], info["std"], info["max_stride"])
+        strides = {key: info[key] for key in ("max_stride", "stem_stride")}
+        return Cerberus(tasks, info["arch"], info["width"], info["mean"], info["std"], **strides)
 
     return build_with_weights(build_net, flatten_state(read_state(weights)), weights, "this Cerberus")[0], info
 
@@ -309,7 +313,7 @@ def _read_about(path):
     if not _has_tasks(info) or not {"arch", "width", "mpp"} <= info.keys():
         raise BadInput(path, "lacks `tasks`, `arch`, `width` or `mpp`", "Copy it again from the run.")
 
-    info = {"mean": [0.0] * 3, "std": [1.0] * 3, "max_stride": 0} | info  # version 0.1 had no others
+    info = {"mean": [0.0] * 3, "std": [1.0] * 3, "max_stride": 0, "stem_stride": 0} | info  # as in version 0.1
 
     def positive(value):
         return type(value) in (int, float) and 0 < value < 100
@@ -320,8 +324,7 @@ def _read_about(path):
 
     wrong = [key for key in ("width", "mpp") if not positive(info[key])]
     wrong += [key for key, low in (("mean", -100), ("std", 1e-6)) if not statistics(info[key], low)]
-    if type(info["max_stride"]) is not int:
-        wrong.append("max_stride")
+    wrong += [key for key in ("max_stride", "stem_stride") if type(info[key]) is not int]
     if not isinstance(info["arch"], str):
         wrong.append("arch")
 
@@ -348,4 +351,5 @@ def _load_published(path):
     state = from_published({name: t for name, t in state.items() if "/" not in name})
     tasks = [name for name in TASKS if any(k.startswith(f"decoders.{name}.") for k in state)]
     net, _ = build_with_weights(lambda: Cerberus(tasks or ["gland"]), state, path, "Cerberus")
-    return net, {"arch": "resnet34", "width": 1.0, "max_stride": 0, "mpp": CERBERUS_MPP, "source": path.name}
+    about = {"arch": "resnet34", "width": 1.0, "max_stride": 0, "stem_stride": 0}
+    return net, about | {"mpp": CERBERUS_MPP, "source": path.name}

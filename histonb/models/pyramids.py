@@ -36,20 +36,21 @@ MIN_MAPS = 3  # fewest maps that make a pyramid
 _FITTING = "Choose a convolutional network, such as efficientnet_lite0, resnet34 or convnext_atto."
 
 # %% ../../nbs/04_models/21_pyramids.ipynb #cell-007
-RESNETS = ("resnet18", "resnet34")  # whose first convolution has stride 1 here
+RESNETS = ("resnet18", "resnet34")  # whose first convolution has stride 1 here by default
 
 
 def resnet_encoder(
     arch: str = "resnet34",  # of `RESNETS`
     width: float = 1.0,  # share of its channels
-) -> nn.Module:  # timm's network, with a first convolution of stride 1
+    stem_stride: int = 1,  # of the first convolution; timm's has 2
+) -> nn.Module:  # timm's network
     "Build the encoder of Cerberus."
     widths = [round(width * c) for c in (64, 128, 256, 512)]
     if widths[0] < 4:
         raise BadInput("width", f"{width} leaves {widths[0]} channels", "Choose at least 0.0625.")
     net = timm.create_model(arch, num_classes=0, channels=tuple(widths))
     w = widths[0]
-    net.conv1 = nn.Conv2d(3, w, 7, 1, 3, bias=False)
+    net.conv1 = nn.Conv2d(3, w, 7, stem_stride, 3, bias=False)
     net.bn1 = nn.BatchNorm2d(w)
     first = net.layer1[0]
     first.conv1 = nn.Conv2d(w, w, 3, 1, 1, bias=False)
@@ -57,7 +58,8 @@ def resnet_encoder(
     for conv in (net.conv1, first.conv1):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     modules = tuple(f["module"] for f in net.feature_info)
-    net.pyramid = Pyramid((1, 2, 4, 8, 16), (w, *widths), modules, (0, 1, 2, 3, 4), built=(arch, width))
+    strides = tuple(stem_stride * s for s in (1, 2, 4, 8, 16))
+    net.pyramid = Pyramid(strides, (w, *widths), modules, (0, 1, 2, 3, 4), built=(arch, width, 0, stem_stride))
     return net
 
 # %% ../../nbs/04_models/21_pyramids.ipynb #cell-009
@@ -65,29 +67,40 @@ def pyramid_encoder(
     arch: str = "resnet34",  # of `RESNETS`, or any network of `timm` with maps at three strides or more
     width: float = 1.0,  # share of the channels, for `RESNETS` alone
     max_stride: int = 0,  # of the coarsest map that is used; 0: all are
+    stem_stride: int = 0,  # of the first convolution, 1 or 2; 0: 1 for `RESNETS`, for others as timm has it
 ) -> nn.Module:  # with `pyramid`, for `feature_maps`; random weights
     "Build an encoder with a feature pyramid; a network that has none is `BadInput`."
+    if stem_stride not in (0, 1, 2):
+        raise BadInput("stem_stride", f"{stem_stride}", "Choose 1, 2, or 0 for that of the network.")
     if arch in RESNETS:
         if max_stride:
             raise BadInput("max_stride", f"{max_stride} with {arch}", "Leave it at 0: all its maps are used.")
-        return resnet_encoder(arch, width)
+        return resnet_encoder(arch, width, stem_stride or 1)
     net = build_backbone(arch)
     if width != 1:
         raise BadInput("width", f"{width} with {arch}", f"Leave it at 1; only {' and '.join(RESNETS)} can be narrower.")
-    net.pyramid = _find_pyramid(net, arch, max_stride)
+    net.pyramid = _find_pyramid(net, arch, max_stride, stem_stride)
     net.prune_intermediate_layers(list(net.pyramid.indices), prune_norm=True, prune_head=True)
     _check_maps(net, arch)
     return net
 
 
-def _find_pyramid(net, arch, max_stride):
+def _set_stem_stride(net, stride):
+    "Set the stride of the first convolution; returns by how much all strides are smaller than timm's."
+    stem = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    before, stem.stride = stem.stride[0], (stride, stride)
+    return before / stride
+
+
+def _find_pyramid(net, arch, max_stride, stem_stride):
     "Read from a network of timm which maps it has."
     listed = getattr(net, "feature_info", None)
     if not listed or not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise BadInput(arch, "gives no feature maps between its stages", _FITTING)
-    last = {info["reduction"]: i for i, info in enumerate(listed)}
-    taken = [i for stride, i in sorted(last.items()) if stride <= (max_stride or stride)]
-    strides = tuple(listed[i]["reduction"] for i in taken)
+    finer = _set_stem_stride(net, stem_stride) if stem_stride else 1
+    last = {max(1, int(info["reduction"] / finer)): i for i, info in enumerate(listed)}
+    strides = tuple(stride for stride in sorted(last) if stride <= (max_stride or stride))
+    taken = [last[stride] for stride in strides]
     if len(taken) < MIN_MAPS or any(b % a for a, b in zip(strides, strides[1:])):
         lies = f"has feature maps at {', '.join(f'stride {s}' for s in strides) or 'no such stride'} alone"
         raise BadInput(arch, f"{lies}, and a decoder needs {MIN_MAPS}", "Raise max_stride." if max_stride else _FITTING)
@@ -100,7 +113,7 @@ def _find_pyramid(net, arch, max_stride):
         tuple(about["mean"]),
         tuple(about["std"]),
         pooled=3,
-        built=(arch, 1.0, max_stride),
+        built=(arch, 1.0, max_stride, stem_stride),
     )
 
 # %% ../../nbs/04_models/21_pyramids.ipynb #cell-009-2
@@ -128,7 +141,7 @@ def _check_maps(net, arch):
         (c, *(side // s for side in sides)) for c, s in zip(net.pyramid.channels, net.pyramid.strides, strict=True)
     ]
     if [tuple(m.shape[1:]) for m in maps] != wanted:
-        raise BadInput(arch, "has other feature maps than timm lists", _FITTING)
+        raise BadInput(arch, "has other feature maps than timm lists, or a stem that fits one stride alone", _FITTING)
 
 # %% ../../nbs/04_models/21_pyramids.ipynb #cell-013b
 def start_encoder(

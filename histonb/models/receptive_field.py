@@ -57,10 +57,16 @@ def _strip_size(net):
     return rows, 0
 
 
+def _smallest(arch, max_stride, stem_stride):
+    "Build a network of the architecture that is as narrow as it can be."
+    width = 0.0625 if arch in RESNETS else 1.0
+    return Cerberus(["gland"], arch, width, max_stride=max_stride, stem_stride=stem_stride).eval()
+
+
 @functools.lru_cache
-def _measured_field(arch, max_stride):
+def _measured_field(arch, max_stride, stem_stride):
     "Measure the receptive field of an architecture in pixels; None: it is the whole image."
-    net = Cerberus(["gland"], arch, 0.0625 if arch in RESNETS else 1.0, max_stride=max_stride).eval()
+    net = _smallest(arch, max_stride, stem_stride)
     rows, length = _strip_size(net)
     if not length:
         return None
@@ -77,7 +83,7 @@ def receptive_field(
     net: Cerberus,  # the network; what counts is its architecture
 ) -> int:  # pixels
     "Measure how far to each side the score of a pixel depends on the image; a global operation is `BadInput`."
-    pixels = _measured_field(net.arch, net.max_stride)
+    pixels = _measured_field(net.arch, net.max_stride, net.stem_stride)
     if pixels is None:
         fault = "each score depends on the whole image (squeeze-excite, attention): tiles would not equal a single pass"
         raise BadInput(net.arch, fault, "Use a network without, such as efficientnet_lite0 or resnet34.")
@@ -85,9 +91,9 @@ def receptive_field(
 
 # %% ../../nbs/04_models/23_receptive_field.ipynb #cell-018c
 @functools.lru_cache
-def _measured_decoder(arch, max_stride):
+def _measured_decoder(arch, max_stride, stem_stride):
     "Measure how far a decoder's scores depend on feature maps outside a cut, in pixels."
-    net = Cerberus(["gland"], arch, 0.0625 if arch in RESNETS else 1.0, max_stride=max_stride).eval()
+    net = _smallest(arch, max_stride, stem_stride)
     coarsest = net.pyramid.strides[-1]
     furthest = 0
     for level, s in enumerate(net.pyramid.strides):
@@ -108,4 +114,4 @@ def decoder_field(
     net: Cerberus,  # the network; what counts is its architecture
 ) -> int:  # pixels
     "Measure how far beyond a tile the feature maps are needed to decode it."
-    return _measured_decoder(net.arch, net.max_stride)
+    return _measured_decoder(net.arch, net.max_stride, net.stem_stride)

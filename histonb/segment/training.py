@@ -105,10 +105,7 @@ class MultiTaskTrainer:
         state: dict,  # what `state_dict` gave
     ):
         "Continue where the state was taken, on as many processes."
-        before = state.get("world", 1)
-        if before != self.world:
-            fault = f"a run of {before} processes, continued on {self.world}"
-            raise BadInput("checkpoint", fault, f"Start {before} processes.")
+        ranks.check_world(state.get("world", 1))
         try:
             self.net.load_state_dict(state["net"])
         except RuntimeError as e:
@@ -180,7 +177,7 @@ def train_step(
     self.optimiser.zero_grad()
     total.backward()
     self.optimiser.step()
-    ranks.all_reduce_mean([b for b in self.net.buffers() if b.is_floating_point()])
+    ranks.average_statistics(self.net)
     self.step += 1
     return {"loss": total.item(), "lr": rate, **{f"loss_{name}": loss.item() for name, loss in losses.items()}}
 
@@ -188,7 +185,7 @@ def train_step(
 def _network(c, tasks):
     "Return the network, and the names of the tasks that it has been trained for."
     if not c.start:
-        return Cerberus(tasks, c.arch, c.width, max_stride=c.max_stride), []
+        return Cerberus(tasks, c.arch, c.width, max_stride=c.max_stride, stem_stride=c.stem_stride), []
     before, about = cerberus.load_cerberus(c.start)
     if abs(about["mpp"] - c.mpp) > 0.01 * c.mpp:
         raise BadInput(c.start, f"trained at {about['mpp']} um/px, not {c.mpp}", f"Set mpp to {about['mpp']}.")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'rank', 'world', 'launched_world_size', 'process_group', 'all_reduce_sum', 'all_reduce_max',
-           'all_reduce_mean', 'broadcast', 'any_rank', 'first_does', 'all_equal']
+           'all_reduce_mean', 'average_statistics', 'broadcast', 'any_rank', 'first_does', 'all_equal', 'batch_share',
+           'check_world']
 
 # %% ../../nbs/05_training/03_distributed.ipynb #cell-002
 import contextlib
@@ -39,9 +40,12 @@ def launched_world_size() -> int:  # world size that torchrun announces; 1 where
 def process_group(
     device: str = "cpu",  # where the run computes: cpu or cuda
 ):  # yields the torch device of this process
-    "Form a group with the other processes that torchrun started, for the length of a `with` block."
+    """Form a group with the other processes that torchrun started, for the length of a `with` block.
+
+    A block inside another one belongs to the same group."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     distributed = launched_world_size() > 1
+    mine = distributed and not dist.is_initialized()
     if device == "cuda" and distributed:
         if local >= torch.cuda.device_count():
             raise BadInput(
@@ -51,12 +55,12 @@ def process_group(
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if distributed and not dist.is_initialized():
+    if mine:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     try:
         yield torch.device(device)
     finally:
-        if distributed and dist.is_initialized():
+        if mine and dist.is_initialized():
             dist.destroy_process_group()
 
 # %% ../../nbs/05_training/03_distributed.ipynb #cell-008
@@ -87,6 +91,14 @@ def all_reduce_mean(
     flat = all_reduce_sum(torch.cat([t.reshape(-1).float() for t in tensors])) / world()
     for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(mean.view_as(t))
+
+
+def average_statistics(
+    net: torch.nn.Module,  # in train mode where it learns
+):
+    "Average over all processes the batch-norm statistics of the modules in train mode: each has seen its own samples."
+    learning = [module for module in net.modules() if module.training]
+    all_reduce_mean([b for m in learning for b in m.buffers(recurse=False) if b.is_floating_point()])
 
 
 def broadcast(
@@ -141,3 +153,23 @@ def all_equal(
             f"{what} differ between processes ({least:.0f} to {most:.0f}, here {value})",
             "Give every process the same tiles and parameters.",
         )
+
+# %% ../../nbs/05_training/03_distributed.ipynb #cell-share
+def batch_share(
+    batch_size: int,  # samples a step
+    world: int = 1,  # processes
+) -> int:  # samples of each process
+    "Divide a batch among processes. A part that is not whole, or too small for batch norm, is `BadInput`."
+    if batch_size < 2 * world or batch_size % world:
+        such = f"Choose {max(batch_size // world, 2) * world}." if world > 1 else "Batch norm needs 2 or more."
+        raise BadInput("batch_size", f"{batch_size}" + f" for {world} processes" * (world > 1), such)
+    return batch_size // world
+
+
+def check_world(
+    before: int,  # processes of the run so far
+):
+    "Raise `BadInput` where a run is continued on another number of processes."
+    if before != world():
+        fault = f"a run of {before} process{'es' if before > 1 else ''}, continued on {world()}"
+        raise BadInput("checkpoint", fault, f"Start {before}, or begin the run again.")

@@ -10,6 +10,7 @@ __all__ = ['Stopped', 'defer_signals', 'should_stop', 'end_run', 'RunLog', 'mean
 import contextlib
 import copy
 import math
+import os
 import signal
 import threading
 import time
@@ -53,12 +54,17 @@ def defer_signals():
             signal.signal(s, handler)
 
 # %% ../../nbs/05_training/07_loop.ipynb #cell-end
+def _stop_folders(folder):
+    "Return the folders in which a person or a job may ask for a stop: the run's, and that of the stage it is part of."
+    return {Path(folder).absolute(), Path(os.environ.get("HISTONB_STAGE") or folder).absolute()}
+
+
 def should_stop(
     requests: list,  # of `defer_signals`
     folder,  # of the run
 ) -> bool:
-    "Tell whether a signal came, or a file `stop` stands in the run's folder."
-    return bool(requests) or (Path(folder) / "stop").exists()
+    "Tell whether a signal came, or a file `stop` stands in the run's folder or in that of its stage."
+    return bool(requests) or any((place / "stop").exists() for place in _stop_folders(folder))
 
 
 def end_run(
@@ -68,8 +74,10 @@ def end_run(
 ):
     "Remove the file `stop`. Where steps are left, write `stopped` and raise `Stopped`."
     (Path(folder) / "stop").unlink(missing_ok=True)
-    if step < steps:
-        write_json(Path(folder) / "stopped", {"step": step, "steps": steps})
+    if step < steps:  # else the stage's next training is what has to stop
+        for place in _stop_folders(folder):
+            (place / "stop").unlink(missing_ok=True)
+            write_json(place / "stopped", {"step": step, "steps": steps})
         raise Stopped(f"stopped at step {step} of {steps}, checkpoint written")
 
 # %% ../../nbs/05_training/07_loop.ipynb #cell-log

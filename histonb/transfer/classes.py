@@ -26,6 +26,7 @@ from ..core.files import read_record
 from ..datasets.ebhi import EBHI_CLASSES
 from ..metrics import classification as metrics
 from ..metrics.intervals import unpaired_with_intervals
+from ..training.distributed import all_reduce_mean
 from ..training.loop import seeded
 from .ebhi_dataset import EBHIDataset
 from .freezable_encoders import FreezableEncoder, load_freezable_encoder
@@ -74,7 +75,12 @@ def class_loss(
     "Build the cross-entropy loss of the classes."
 
     def loss(scores, masks, classes):
-        return F.cross_entropy(scores, classes, None if weights is None else weights.to(scores.device))
+        if weights is None:
+            return F.cross_entropy(scores, classes)
+        weight = weights.to(scores.device)
+        total = weight[classes].sum()
+        all_reduce_mean([total])  # of the whole batch, whichever part of it this process has
+        return F.cross_entropy(scores, classes, weight, reduction="sum") / total
 
     return loss
 

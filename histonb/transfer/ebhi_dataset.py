@@ -22,6 +22,7 @@ from ..datasets import ebhi
 from ..datasets.ebhi import EBHI_CLASSES, EBHI_SIDE
 from ..datasets.splits import SPLITS
 from ..synthetic.phantom import draw_field
+from ..training.distributed import batch_share
 
 # %% ../../nbs/12_transfer/01_ebhi_dataset.ipynb #cell-005
 PATTERN = dict(
@@ -144,11 +145,11 @@ def epoch_batches(
     pictures: EBHIDataset,  # to learn from
     batch_size: int,  # pictures of a batch; fewer where there are fewer in all
     epoch: int,  # from 0
+    world: int = 1,  # processes that share a batch
 ) -> list[list[tuple[int, int]]]:  # of each batch the keys (epoch, i)
     "Return the batches of an epoch as lists of keys."
     n = len(pictures)
     order = np.random.default_rng((pictures.seed, epoch)).permutation(len(pictures)).tolist()
-    size = min(batch_size, n)
-    if size < 2:
-        raise BadInput("batch_size", f"{size}", "Batch norm needs 2 pictures or more.")
+    size = min(batch_size, n // world * world)
+    batch_share(size, world)  # refuses one that is too small
     return [[(epoch, i) for i in order[k : k + size]] for k in range(0, n - size + 1, size)]

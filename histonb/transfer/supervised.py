@@ -6,6 +6,7 @@
 __all__ = ['MAY_CHANGE', 'FitConfig', 'resolve_fit_config', 'predict_batches', 'SupervisedTrainer', 'fit_network']
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-002
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +15,19 @@ from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core.digests import digest
-from ..core.errors import BadInput
 from ..core.files import read_jsonl, write_json
 from ..core.parameters import check_ranges
 from ..core.progress import progress
 from ..models.weight_files import read_state
 from ..models.weights import load_weights, write_tensors
+from ..training import distributed as ranks
 from histonb.training.checkpoint import (
     checkpoints,
     keep_precision,
-    latest_checkpoint,
+    latest_state,
     open_run,
     read_checkpoint,
     same_run,
@@ -39,6 +41,7 @@ from histonb.training.loop import (
     defer_signals,
     derive_seed,
     end_run,
+    follow_steps,
     mean_rows,
     run_steps,
     should_stop,
@@ -52,7 +55,7 @@ class FitConfig:
 
     out: str  # folder of the run
     epochs: int = 30
-    batch_size: int = 32  # pictures a step
+    batch_size: int = 32  # pictures a step, over all processes
     lr: float = 1e-3  # at the start
     weight_decay: float = 1e-4  # of AdamW
     keep: Literal["best", "last"] = "best"  # which epoch's weights, where a validation figure is given
@@ -70,11 +73,11 @@ MAY_CHANGE = ("out", "device", "workers")  # parameters that may change when a r
 
 def resolve_fit_config(
     config: FitConfig,  # as the user gave it
+    world: int = 1,  # processes that train together
 ) -> FitConfig:  # with device and precision resolved
     "Resolve device and precision; parameters that cannot work are `BadInput`."
     c = config
-    if c.batch_size < 2:
-        raise BadInput("batch_size", f"{c.batch_size}", "Batch norm needs 2 or more.")
+    ranks.batch_share(c.batch_size, world)  # refuses one that cannot be divided
     device = find_device(c.device)
     return dataclasses.replace(c, device=str(device), precision=find_precision(c.precision, device))
 
@@ -123,8 +126,13 @@ def _identity(net, pictures):
 
 
 def _loader(c, pictures, step):
-    "Batches of the steps from `step` to the last."
-    keys = [batch for epoch in range(c.epochs) for batch in epoch_batches(pictures, c.batch_size, epoch)][step:]
+    "Batches of the steps from `step` to the last, of each the part of this process."
+    world = ranks.world()
+    epochs = (epoch_batches(pictures, c.batch_size, epoch, world) for epoch in range(c.epochs))
+    batches = [batch for epoch in epochs for batch in epoch][step:]
+    share = ranks.batch_share(len(batches[0]), world) if batches else 0
+    part = slice(ranks.rank() * share, (ranks.rank() + 1) * share)
+    keys = [batch[part] for batch in batches]
     return loader(pictures, keys, c.workers, c.device, prefetch_factor=4 if c.workers else None)
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-2
@@ -138,6 +146,7 @@ class SupervisedTrainer:
         loss: Callable,  # of the network's output, masks and classes
         per_epoch: int,  # steps of an epoch
         at_epoch: Callable | None = None,  # of the network and the number of the epoch that begins
+        device: torch.device | None = None,  # of this process; that of `config` by default
     ):
         c = config
         self.config = c
@@ -150,7 +159,10 @@ class SupervisedTrainer:
         self.step = 0  # steps taken
         self.window = []  # figures of the steps since the last row of the log
         self.best = []  # validation figures of the best epoch
-        self.device = torch.device(c.device)
+        self.world = ranks.world()
+        self.learning = []  # which parameters learn on several processes
+        self.parallel = net  # what takes the steps
+        self.device = torch.device(device or c.device)
         self.layout = memory_layout(net, c.precision, self.device)
         net.to(self.device, memory_format=self.layout)
         self.optimiser = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=c.weight_decay)
@@ -162,7 +174,16 @@ class SupervisedTrainer:
             if self.at_epoch:
                 self.at_epoch(self.net, epoch)
             self.net.train()
+            self._parallelise()
             self.prepared_epoch = epoch
+
+    def _parallelise(self):
+        "Wrap the network for several processes, anew where other parameters learn than before."
+        learning = [p.requires_grad for p in self.net.parameters()]
+        if self.world > 1 and learning != self.learning:
+            self.learning = learning
+            self.parallel = DistributedDataParallel(self.net, find_unused_parameters=True)
+            self.parallel.broadcast_buffers = False  # batch-norm statistics are averaged after the step instead
 
     def state_dict(self) -> dict:  # tensors, numbers and text only
         "Return all that a continued run needs."
@@ -173,13 +194,15 @@ class SupervisedTrainer:
             "best": self.best,
             "step": self.step,
             "window": self.window,
+            "world": self.world,
         }
 
     def load_state_dict(
         self,
         state: dict,  # of `state_dict`; one of histonb 0.1 was taken at the end of an epoch and has no `step`
     ):
-        "Continue where a state was taken."
+        "Continue where a state was taken, on as many processes."
+        ranks.check_world(state.get("world", 1))
         self.net.load_state_dict(state["net"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.best = state["best"]
@@ -195,11 +218,14 @@ def train_step(
     "Take one step. Raises `ArithmeticError` if the loss is not finite."
     c = self.config
     self._prepare_epoch()
-    torch.manual_seed(derive_seed(c.seed, self.step))  # for dropout
+    own = [ranks.rank()] if self.world > 1 else []
+    torch.manual_seed(derive_seed(c.seed, self.step, *own))  # for dropout
     images, masks, classes = next(batches)
-    scores = _call(self.net, images, c.precision, self.device, self.layout)
+    scores = _call(self.parallel, images, c.precision, self.device, self.layout)
     loss = self.loss(scores, masks.to(self.device, non_blocking=True), classes.to(self.device, non_blocking=True))
-    if not torch.isfinite(loss):
+    value = loss.detach().clone()
+    ranks.all_reduce_mean([value])
+    if not torch.isfinite(value):
         raise ArithmeticError(f"step {self.step + 1}: the loss is not finite. Lower lr; the last checkpoint is kept.")
     rate = cosine_rate(c.lr, self.step, self.steps)
     for group in self.optimiser.param_groups:
@@ -207,8 +233,9 @@ def train_step(
     self.optimiser.zero_grad()
     loss.backward()
     self.optimiser.step()
+    ranks.average_statistics(self.net)
     self.step += 1
-    return {"loss": loss.item(), "lr": rate}
+    return {"loss": value.item(), "lr": rate}
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-3
 def fit_network(
@@ -221,20 +248,29 @@ def fit_network(
     at_epoch: Callable | None = None,  # of the network and the number of the epoch that begins, from 0
     restart: bool = False,  # discard the run in the folder
 ) -> list[dict]:  # the log: one row an epoch
-    "Train a network, or continue, or return at once where that is done."
-    c = resolve_fit_config(keep_precision(config, restart))
+    "Train a network, or continue, or return at once where that is done; the first process writes the run."
+    c = resolve_fit_config(keep_precision(config, restart), ranks.launched_world_size())
     folder = Path(config.out)
     parameters = dataclasses.asdict(c) | _identity(net, pictures)
-    outputs = ("fit.json", "weights.safetensors")
-    if restart or not (same_run(folder, parameters, MAY_CHANGE) and (folder / "fit.json").exists()):
-        with open_run(folder, parameters, MAY_CHANGE, outputs, restart), defer_signals() as requests:
-            trainer = SupervisedTrainer(c, net, loss, len(epoch_batches(pictures, c.batch_size, 0)), at_epoch)
-            if latest := latest_checkpoint(folder):
-                trainer.load_state_dict(latest[0])
-            _train(trainer, pictures, select, requests)
-            _finish(trainer)
+
+    def is_finished():
+        return not restart and same_run(folder, parameters, MAY_CHANGE) and (folder / "fit.json").exists()
+
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(ranks.process_group(c.device))
+        ranks.all_equal(int(digest(parameters)[:12], 16), "pictures or parameters", device)
+        if not ranks.broadcast(int(bool(ranks.first_does(is_finished, device))), device):
+            run = open_run(folder, parameters, MAY_CHANGE, ("fit.json", "weights.safetensors"), restart)
+            ranks.first_does(lambda: stack.enter_context(run), device)
+            requests = stack.enter_context(defer_signals())
+            per_epoch = len(epoch_batches(pictures, c.batch_size, 0, ranks.world()))
+            trainer = SupervisedTrainer(c, net, loss, per_epoch, at_epoch, device)
+            if state := latest_state(folder, device):
+                trainer.load_state_dict(state)
+            _train(trainer, pictures, select, lambda: ranks.any_rank(should_stop(requests, folder), device))
+            ranks.first_does(lambda: _finish(trainer), device)
     load_weights(net, read_state(folder / "weights.safetensors"), folder, type(net).__name__)
-    net.to(c.device).eval()
+    net.to(device).eval()
     return read_jsonl(folder / "log.jsonl")
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-4
@@ -259,9 +295,12 @@ def _end_epoch(trainer, log, select, figures):
     log.restart_clock()
 
 
-def _train(trainer, pictures, select, requests):
+def _train(trainer, pictures, select, stop):
     "Take the steps that are left, with log, validation, progress and checkpoints."
     c = trainer.config
+    if ranks.rank():
+        follow_steps(trainer, _loader(c, pictures, trainer.step), trainer.steps, trainer.per_epoch, stop)
+        return
     log = RunLog(c.out, trainer, trainer.per_epoch, min(c.batch_size, len(pictures)))
     batches = log.time_batches(_loader(c, pictures, trainer.step))
     with progress(desc="training", total=trainer.steps - trainer.step, unit="step") as bar:
@@ -270,7 +309,7 @@ def _train(trainer, pictures, select, requests):
             (1, lambda figures: bar.update(note=f"loss {figures['loss']:.3f}")),
         ]
         save = (trainer.per_epoch, lambda: write_checkpoint(trainer.state_dict(), c.out, trainer.step, keep=1))
-        run_steps(trainer, batches, trainer.steps, hooks, save, lambda: should_stop(requests, c.out))
+        run_steps(trainer, batches, trainer.steps, hooks, save, stop)
     end_run(c.out, trainer.step, trainer.steps)
 
 # %% ../../nbs/12_transfer/04_supervised.ipynb #cell-011-5
