@@ -28,7 +28,7 @@ from .networks import StudentPass, build_networks, student_passes
 from .regularisers import regulariser_loss, sinkhorn
 from ..training import distributed as ranks
 from ..training.device import send
-from ..training.loop import derive_seed
+from ..training.loop import derive_seed, to_numbers
 
 # %% ../../nbs/08_pretrain/10_trainer.ipynb #cell-sums
 @dataclasses.dataclass
@@ -332,12 +332,7 @@ def read_figures(
     rows: list,  # of `train_step`, of the latest steps; those read before stay as they are
 ) -> list:  # of dicts of numbers
     "Read the figures of some steps from the device, all at once. Raises `Diverged` where a loss or gradient is broken."
-    tensors = [value for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
-    values = iter(torch.stack(tensors).tolist() if tensors else [])
-    rows = [
-        {name: next(values) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
-        for row in rows
-    ]
+    rows = to_numbers(rows)
     for step, row in enumerate(rows, self.step - len(rows) + 1):
         self._check_finite(step, row)
     return [_differences(row) for row in rows]
