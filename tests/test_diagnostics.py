@@ -172,7 +172,8 @@ def run(**changes):
     with torch.random.fork_rng():
         trainer = Trainer(c, 64)
         batches = iter(crop_loader(Waves(), c))
-        return [{"step": step, **trainer.train_step(batches)} for step in range(1, c.steps + 1)]
+        rows = trainer.read_figures([trainer.train_step(batches) for _ in range(c.steps)])
+        return [{"step": step, **row} for step, row in enumerate(rows, 1)]
 
 
 @pytest.mark.slow

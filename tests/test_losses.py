@@ -169,7 +169,7 @@ def test_gradient_and_log_have_the_sum_over_large_crops(changes):
     ):
         assert torch.allclose(p.grad, (0 if q.grad is None else q.grad) + 0.7 * g, atol=1e-4)
     again = Trainer(c, 12)
-    assert again.train_step(iter([batch]))["spread_loss"] == pytest.approx(apart.item(), abs=1e-5)
+    assert again.train_step(iter([batch]))["spread_loss"].item() == pytest.approx(apart.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -506,12 +506,30 @@ def test_checkpoint_of_another_network_is_named(tmp_path):
 def test_not_finite_is_named():
     c = resolve(config("unused"), 12)
     trainer = Trainer(c, 12)
-    crops = next(iter(crop_loader(Tiles(), c)))
-    crops[1][0, 0] = math.nan
+    loader = iter(crop_loader(Tiles(), c))
+    rows = [trainer.train_step(loader)]
+    before = {name: p.clone() for name, p in trainer.student.named_parameters()}
+    with torch.no_grad():
+        trainer.teacher.backbone.conv_stem.weight[0, 0] = math.nan
+    rows += [trainer.train_step(loader) for _ in range(2)]  # nothing is asked before the figures are read
+    assert all(torch.equal(p, before[name]) for name, p in trainer.student.named_parameters())
     with pytest.raises(
-        Diverged, match="step 1: the loss is not finite; first not finite: crops of \\(16, 16\\) pixels"
+        Diverged, match="step 2: the loss is not finite; first not finite: backbone.conv_stem.weight. Lower lr"
     ):
-        trainer.train_step([crops])
+        trainer.read_figures(rows)
+
+
+def test_no_checkpoint_of_a_run_that_is_not_finite(tmp_path):
+    """Also where the checkpoint is due before a row of the log; the one before is kept."""
+
+    def spoil(step, backbone):
+        if step == 3:
+            with torch.no_grad():
+                backbone.conv_stem.weight[0, 0] = math.nan
+
+    with pytest.raises(Diverged, match="step 4: the loss is not finite"):
+        pretrain(config(tmp_path, log_every=100), Tiles(), on_epoch=spoil)
+    assert last_state(tmp_path)["step"] == 2
 
 
 def test_dead_worker_is_named(tmp_path):

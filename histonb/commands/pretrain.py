@@ -62,8 +62,8 @@ def pretrain_command(
     """Pre-train a backbone with DINO, or continue a run.
 
     To stop early press Ctrl-C, send SIGTERM, or create a file named `stop` in the run's folder: the run ends at its
-    next step with a checkpoint, and the same command continues exactly from there. The run's folder holds the log,
-    its curves, the checkpoints and the backbone.
+    next step, of several processes within four, with a checkpoint, and the same command continues exactly from there.
+    The run's folder holds the log, its curves, the checkpoints and the backbone.
 
     \b
     Examples:

@@ -168,11 +168,12 @@ def scaled_residual(
     if not drop_path:
         return x + branch(x, gamma).to(x.dtype)  # a sum of two types is slower than the conversion
     keep_probability = 1 - drop_path
-    mask = torch.rand(len(x), 1, 1, device=x.device) < keep_probability
+    mask = torch.rand(len(x), 1, 1, device="cpu") < keep_probability  # the host then knows how many there are
     gamma = gamma / keep_probability
     if whole_batch:
-        return torch.addcmul(x, mask.to(x.dtype), branch(x, gamma).to(x.dtype))
-    rows = mask.flatten().nonzero().flatten()
+        mask = mask.to(x.dtype).to(x.device, non_blocking=True)
+        return torch.addcmul(x, mask, branch(x, gamma).to(x.dtype))
+    rows = mask.flatten().nonzero().flatten().to(x.device, non_blocking=True)
     return x.index_add(0, rows, branch(x.index_select(0, rows), gamma).to(x.dtype))
 
 # %% ../../nbs/04_models/09_xcit_blocks.ipynb #cell-026-2

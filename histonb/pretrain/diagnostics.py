@@ -35,10 +35,10 @@ def rankme(
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-009
 def feature_std(
     features: torch.Tensor,  # (N, D)
-) -> float:  # 0 (all equal) .. 1 (directions spread over the whole sphere)
+) -> torch.Tensor:  # scalar, 0 (all equal) .. 1 (directions spread over the whole sphere)
     "Compute the spread of feature directions (Chen and He, SimSiam, CVPR 2021, section 4.1), times the root of D."
     z = F.normalize(torch.as_tensor(features).float(), dim=-1)
-    return (z.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5).item()
+    return z.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 # %% ../../nbs/08_pretrain/05_diagnostics.ipynb #cell-013
 def entropy(

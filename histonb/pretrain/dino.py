@@ -20,6 +20,7 @@ from ..models.backbones import pool_tokens
 from ..models.depths import read_features
 from ..models.heads import DINOHead
 from ..models.masking import mask_patches
+from ..training.device import send
 
 # %% ../../nbs/08_pretrain/01_dino.ipynb #cell-013
 def view_pairs(
@@ -81,7 +82,7 @@ class DINOLoss(CentredLoss):
         super().__init__(out_dim, student_temp, center_momentum)
         pairs = view_pairs(n_global, n_local)
         self.skip = 1 if n_global == 1 else 0  # leading views that the student need not see
-        self.register_buffer("pairs", pairs[:, self.skip :], persistent=False)
+        self.pairs = pairs[:, self.skip :]  # on the host, which then knows how many there are
 
     def cross_entropy(
         self,
@@ -91,7 +92,8 @@ class DINOLoss(CentredLoss):
     ) -> torch.Tensor:  # scalar, float32; the parts that the views of a batch make in turn add up to the loss
         logp = F.log_softmax(student.float() / self.student_temp, dim=-1)
         ce = -torch.einsum("gbk,vbk->gv", q, logp) / student.shape[1]
-        return ce[self.pairs[:, first : first + len(student)]].sum() / self.pairs.sum()
+        compared = self.pairs[:, first : first + len(student)].flatten().nonzero().flatten()
+        return ce.flatten().index_select(0, send(compared, ce.device)).sum() / int(self.pairs.sum())
 
     def forward(
         self,
@@ -162,15 +164,17 @@ class MultiCropNet(nn.Module):
         self,
         crops: list,  # tensors (v, B, 3, h, w), as `stack_crops` makes them
         masks: torch.Tensor
-        | None = None,  # (v, B, rows, columns) bool: patches of the only crops that are asked about one by one
+        | None = None,  # (v, B, rows, columns) bool, on the host: patches of the only crops, asked about one by one
         hidden: bool = False,  # those patches are not shown
     ) -> tuple:  # features (V, B, D), scores (V, B, K), and with masks the scores (M, K) of those patches
         if masks is None:
             read = [read_features(self.backbone, c.flatten(0, 1), self.pool, self.depths) for c in crops]
             tokens = torch.cat([x.unflatten(0, c.shape[:2]) for x, c in zip(read, crops, strict=True)])
             return tokens, self.head(tokens)
-        (views,), at = crops, masks.flatten().nonzero().flatten()
-        with mask_patches(self.backbone, masks.flatten(0, 1), self.mask_token) if hidden else contextlib.nullcontext():
+        (views,) = crops
+        at = send(masks.flatten().nonzero().flatten(), views.device)
+        masks = send(masks.flatten(0, 1), views.device)
+        with mask_patches(self.backbone, masks, self.mask_token) if hidden else contextlib.nullcontext():
             tokens = self.backbone.forward_features(views.flatten(0, 1))
         patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1).index_select(0, at)
         tokens = pool_tokens(self.backbone, tokens, self.pool).unflatten(0, views.shape[:2])

@@ -86,7 +86,7 @@ PARTS = {  # part: what it is; in this order they are reported
     "teacher": "weights of the teacher, and the centre",
     "moments": "the optimiser's two running averages",
     "gradients": "of the student's weights",
-    "exchange": "gradients packed for the other processes",
+    "exchange": "gradients packed for the other processes, where they are those of several micro-batches",
     "crops": "images of the micro-batch",
     "teacher pass": "the teacher's answers, or its whole pass where that is the peak",
     "activations": "made by the student's forward pass and kept for the way back",
@@ -113,12 +113,12 @@ def simulate_step(c, tiles, parts, world):
             p.grad = torch.empty_like(p)
         tracker.part = "moments"
         optimiser.step()
-        if parts == 1:
-            optimiser.zero_grad()  # of several micro-batches all but the first find gradients there
+        if parts == 1 and world == 1:
+            optimiser.zero_grad()  # else gradients are there before: of micro-batches, or what processes exchange
         for p in weights:
             p.register_post_accumulate_grad_hook(lambda p: tracker.move(p.grad, "gradients"))
         tracker.part = "exchange"
-        buckets = [torch.empty_like(p) for p in weights] if world > 1 else []
+        buckets = [torch.empty_like(p) for p in weights] if world > 1 and parts > 1 else []
         tracker.part = "crops"
         crops = [
             torch.empty(n, tiles, 3, size, size)

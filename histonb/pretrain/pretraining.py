@@ -37,8 +37,8 @@ from histonb.training.checkpoint import (
     same_run,
     write_checkpoint,
 )
-from ..training.device import find_device
-from ..training.loop import RunLog, defer_signals, end_run, follow_steps, run_steps, should_stop
+from ..training.device import find_device, tuned_convolutions
+from ..training.loop import RunLog, agree_to_stop, defer_signals, end_run, follow_steps, run_steps, should_stop
 
 # %% ../../nbs/08_pretrain/11_pretraining.ipynb #cell-015
 MAY_CHANGE = (  # parameters that may change when a run is continued
@@ -157,6 +157,7 @@ class _Monitor:
 
     def write_row(self, figures):
         "Write the means over the steps since the last row; every tenth time look for a collapse."
+        self.trainer.window = self.trainer.read_figures(self.trainer.window)
         self.log.add_means()
         self.curves()
         if len(self.log.rows) % 10 == 0:
@@ -166,7 +167,7 @@ class _Monitor:
         "Write RankMe, the online kNN score and what `on_epoch` returns; save the best by kNN."
         t = self.trainer
         with self.log.paused():
-            values = {"rankme": rankme(torch.cat(t.recent_features))} | self._scores()
+            values = {"rankme": rankme(torch.cat(t.recent_features).cpu())} | self._scores()
         self.log.add(values)
         self.curves()
         self.check_collapse()
@@ -207,11 +208,13 @@ def _train_first(trainer, batches, monitor, stop):
         _save(trainer)  # killed after its last checkpoint, before its backbone was written
     with progress(desc="pre-training", total=c.steps - trainer.step, unit="step") as bar:
 
-        def show(figures):
-            loss, entropy = figures["loss"], figures["entropy"]
-            bar.update(note=f"loss {loss:.3f}, entropy {entropy:.3f}, log K {math.log(c.out_dim):.3f}")
+        def show_row(figures):
+            row = next(row for row in reversed(monitor.log.rows) if "loss" in row)
+            note = f"loss {row['loss']:.3f}, entropy {row['entropy']:.3f}, log K {math.log(c.out_dim):.3f}"
+            bar.update(0, note)
 
-        hooks = [(c.log_every, monitor.write_row), (trainer.per_epoch, monitor.end_epoch), (1, show)]
+        hooks = [(c.log_every, monitor.write_row), (c.log_every, show_row), (trainer.per_epoch, monitor.end_epoch)]
+        hooks.append((1, lambda figures: bar.update()))
         save = (c.checkpoint_every, lambda: _save(trainer))
         run_steps(trainer, monitor.log.time_batches(batches), c.steps, hooks, save, stop)
     monitor.curves(now=True)
@@ -286,8 +289,9 @@ def pretrain(
         first = ranks.rank() == 0
         monitor = _Monitor(trainer, on_epoch) if first else None
         batches = crop_loader(dataset, c, trainer.step)
+        stack.enter_context(tuned_convolutions())
         if first:
-            _train_first(trainer, batches, monitor, lambda: ranks.any_rank(should_stop(requests, folder), device))
+            _train_first(trainer, batches, monitor, lambda: agree_to_stop(trainer, should_stop(requests, folder)))
         else:
-            follow_steps(trainer, batches, c.steps, c.log_every, lambda: ranks.any_rank(bool(requests), device))
+            follow_steps(trainer, batches, c.steps, c.log_every, lambda: agree_to_stop(trainer, bool(requests)))
     return folder

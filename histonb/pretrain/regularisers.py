@@ -24,7 +24,7 @@ def sinkhorn(
     "Assign the crops of all processes evenly to the prototypes (Sinkhorn-Knopp; DINOv2, section 4)."
     log_q = scores.float() / temp
     q = (
-        log_q - ranks.all_reduce_max(log_q.max() if len(log_q) else log_q.new_tensor(-math.inf))
+        log_q - ranks.all_reduce_max(log_q.max() if len(log_q) else log_q.new_full((), -math.inf))
     ).exp()  # one factor for all: it goes with the first scaling
     for _ in range(iterations):
         q = q / ranks.all_reduce_sum(q.sum(0)).clamp_min(1e-30)

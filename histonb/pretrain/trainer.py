@@ -27,7 +27,8 @@ from .ibot import PatchLoss, mask_weights
 from .networks import StudentPass, build_networks, student_passes
 from .regularisers import regulariser_loss, sinkhorn
 from ..training import distributed as ranks
-from ..training.loop import derive_seed
+from ..training.device import send
+from ..training.loop import derive_seed, to_numbers
 
 # %% ../../nbs/08_pretrain/10_trainer.ipynb #cell-sums
 @dataclasses.dataclass
@@ -35,7 +36,7 @@ class TeacherBatch:
     "A micro-batch with the teacher's output."
 
     crops: list  # tensors (v, b, 3, h, w), the large ones first
-    masks: torch.Tensor | None  # (G, b, rows, columns) bool: patches that are masked for the student
+    masks: torch.Tensor | None  # (G, b, rows, columns) bool, on the host: patches that are masked for the student
     features: torch.Tensor  # (G, b, D)
     scores: torch.Tensor  # (G, b, K)
     patch_scores: torch.Tensor  # (M, K) of the masked patches; without a patch loss (0, K)
@@ -98,7 +99,9 @@ class Trainer:
         self.parallel = self.student
         if self.world > 1:
             unused = c.pool == "mean"  # the class token then has no gradient
-            self.parallel = DistributedDataParallel(self.student, find_unused_parameters=unused)
+            self.parallel = DistributedDataParallel(
+                self.student, find_unused_parameters=unused, gradient_as_bucket_view=True
+            )
             self.parallel.broadcast_buffers = False  # batch-norm statistics are averaged after the step instead
         self.loss = DINOLoss(c.out_dim, c.n_global, c.n_local, c.student_temp, c.center_momentum).to(self.device)
         self.patch_loss = PatchLoss(c.out_dim, c.student_temp, c.center_momentum).to(self.device)
@@ -116,11 +119,6 @@ class Trainer:
         "Compute in the precision of the run, for the length of a `with` block."
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _diverged(self, what, named):
-        raise Diverged(
-            f"step {self.step + 1}: the {what} is not finite; {first_nonfinite(named)}. "
-            "Lower lr, or lengthen the warm-up; the last checkpoint is kept."
-        )
 
 # %% ../../nbs/08_pretrain/10_trainer.ipynb #cell-teacher
 @patch
@@ -129,8 +127,8 @@ def teacher_forward(
     batch: list,  # of `crop_loader`
 ) -> TeacherBatch:  # without targets
     "Move a micro-batch to the device and run the teacher on its large crops."
-    batch = [x.to(self.device, non_blocking=True) for x in batch]
     crops, masks = (batch[:-1], batch[-1]) if self.config.patch_weight else (batch, None)
+    crops = [send(x, self.device) for x in crops]
     with torch.no_grad(), self.autocast():
         features, scores, *patches = self.teacher(crops[:1], masks)
     patch_scores = patches[0] if patches else scores.new_zeros(0, self.config.out_dim)
@@ -183,7 +181,8 @@ def student_losses(
     else:
         losses["dino"] = self.loss.cross_entropy(scores, t.targets, one.first)
     if patches:
-        losses["patch"] = self.patch_loss.cross_entropy(patches[0], patch_targets, mask_weights(one.masks, c.n_global))
+        weights = send(mask_weights(one.masks, c.n_global), self.device)
+        losses["patch"] = self.patch_loss.cross_entropy(patches[0], patch_targets, weights)
     if c.regulariser_weight and one.large:
         losses["regulariser"] = regulariser_loss(features, c.regulariser, c.regulariser_group, c.kappa).sum()
     return losses
@@ -211,18 +210,15 @@ def _accumulate(self: Trainer, t, index):
     "Take the gradient of the micro-batch number `index` of the step; returns its `StepSums`."
     torch.manual_seed(derive_seed(self.config.seed, self.step, index, ranks.rank()))
     losses = self._backward(t, index == self.accumulation_steps - 1)
-    if not torch.isfinite(torch.stack(list(losses.values()))).all():
-        crops = [(f"crops of {tuple(x.shape[-2:])} pixels", x) for x in t.crops]
-        self._diverged("loss", [*crops, *self.student.named_parameters(), *self.teacher.named_parameters()])
     kept = max(2048 // t.features.shape[1], 1)
-    self.recent_features = [*self.recent_features, t.features[0].float().cpu()][-kept:]
+    self.recent_features = [*self.recent_features, t.features[0].float()][-kept:]
     return StepSums(
         scores=t.scores.float().mean((0, 1)),
         targets=t.targets.mean((0, 1)),
         patch_scores=t.patch_scores.float().sum(0),
-        n_patches=losses["dino"].new_tensor(len(t.patch_scores)),
+        n_patches=torch.full((), float(len(t.patch_scores)), device=self.device),
         entropy=entropy(t.targets).mean(),
-        feature_std=losses["dino"].new_tensor(feature_std(t.features[0])),
+        feature_std=feature_std(t.features[0]),
         loss=losses["dino"],
         patch_loss=losses["patch"],
         regulariser_loss=losses["regulariser"],
@@ -239,12 +235,14 @@ def _set_rates(self: Trainer, values):
 
 
 @patch
-def _update_student(self: Trainer):
-    "Clip the gradient and take the optimiser's step; returns the norm before clipping."
+def _update_student(self: Trainer, mean):
+    """Clip the gradient and take the optimiser's step; returns the norm before clipping.
+
+    Where that or a loss is not finite, the fused optimiser leaves the student as it is, and `read_figures` raises."""
     c = self.config
     norm = clip_student(self.student, c.clip, c.clip_how)
-    if not torch.isfinite(norm):
-        self._diverged("gradient", [(name, p.grad) for name, p in self.student.named_parameters()])
+    total = mean.loss + mean.patch_loss + mean.regulariser_loss + norm
+    self.optimiser.found_inf = (~torch.isfinite(total)).float()
     if self.step < c.freeze_last_epochs * self.per_epoch:
         freeze_last_layer(self.student)
     if self.step < c.freeze_backbone_epochs * self.per_epoch:
@@ -261,8 +259,9 @@ def _update_teacher(self: Trainer, mean, momentum):
     "Move the centres and the teacher; `mean` is the average of `StepSums`."
     c = self.config
     self.loss.update_center(mean.scores)
-    if mean.n_patches > 0:
-        self.patch_loss.update_center(mean.patch_scores / mean.n_patches)
+    if c.patch_weight:
+        scores = mean.patch_scores / mean.n_patches
+        self.patch_loss.update_center(torch.where(mean.n_patches > 0, scores, self.patch_loss.center))
     if c.sync_bn == "no":
         nets = [self.student, self.teacher] if c.teacher_bn == "own" else [self.student]
         ranks.all_reduce_mean([b for net in nets for b in net.buffers() if b.is_floating_point()])
@@ -273,33 +272,37 @@ def _update_teacher(self: Trainer, mean, momentum):
 def train_step(
     self: Trainer,
     batches,  # iterable over this process's micro-batches, of `crop_loader`; as many as make a step are taken
-) -> dict:  # figures of this step, over all processes
-    "Take one step."
+) -> dict:  # figures of this step, over all processes, for `read_figures`
+    "Take one step. Nothing in it waits for the device."
     rates = {name: float(values[self.step]) for name, values in self.schedules.items()}
     self._set_rates(rates)
     self.optimiser.zero_grad()
     batches = enumerate(self.teacher_batches(batches, rates["teacher_temp"]))
     sums = functools.reduce(operator.add, (self._accumulate(t, index) for index, t in batches))
     mean = sums.average(self.accumulation_steps * self.world)
-    norm = self._update_student()
+    norm = self._update_student(mean)
     self._update_teacher(mean, rates["momentum"])
     self.step += 1
     return self._figures(mean, norm) | rates | self._further_losses(mean)
 
 
+def _apart(figures):
+    "Copy scalars into a small tensor of their own, so that the step's large ones can be freed."
+    return dict(zip(figures, torch.stack(list(figures.values())).unbind(), strict=True)) if figures else {}
+
+
 @patch
 def _figures(self: Trainer, mean, norm):
-    "Return the figures of a step for the log."
-    loss, target_entropy, std = torch.stack([mean.loss, mean.entropy, mean.feature_std]).tolist()
-    return {
-        "loss": loss,
-        "entropy": target_entropy,
-        "kl": loss - target_entropy,
-        "information": entropy(mean.targets).item() - target_entropy,
-        "feature_std": std,
-        "center_norm": self.loss.center.norm().item(),
-        "grad_norm": norm.item(),
+    "Return the figures of a step."
+    figures = {
+        "loss": mean.loss,
+        "entropy": mean.entropy,
+        "mean_entropy": entropy(mean.targets),
+        "feature_std": mean.feature_std,
+        "center_norm": self.loss.center.norm(),
+        "grad_norm": norm,
     }
+    return _apart(figures)
 
 
 @patch
@@ -307,17 +310,56 @@ def _further_losses(self: Trainer, mean):
     "Return the losses beside DINO's that the run has."
     losses = {}
     if self.config.patch_weight:
-        losses["patch_loss"] = mean.patch_loss.item()
+        losses["patch_loss"] = mean.patch_loss
     if self.config.regulariser_weight:
-        losses["spread_loss"] = mean.regulariser_loss.item()
-    return losses
+        losses["spread_loss"] = mean.regulariser_loss
+    return _apart(losses)
+
+# %% ../../nbs/08_pretrain/10_trainer.ipynb #cell-figures
+def _differences(row):
+    "Replace the entropy of the mean target by the information, and put the divergence beside it."
+    if "mean_entropy" not in row:
+        return row
+    first = {"loss": row["loss"], "entropy": row["entropy"]}
+    first["kl"] = row["loss"] - row["entropy"]
+    first["information"] = row["mean_entropy"] - row["entropy"]
+    return first | {name: value for name, value in row.items() if name != "mean_entropy"}
+
+
+@patch
+def read_figures(
+    self: Trainer,
+    rows: list,  # of `train_step`, of the latest steps; those read before stay as they are
+) -> list:  # of dicts of numbers
+    "Read the figures of some steps from the device, all at once. Raises `Diverged` where a loss or gradient is broken."
+    rows = to_numbers(rows)
+    for step, row in enumerate(rows, self.step - len(rows) + 1):
+        self._check_finite(step, row)
+    return [_differences(row) for row in rows]
+
+
+@patch
+def _check_finite(self: Trainer, step, row):
+    "Raise `Diverged` where a loss or the gradient of a step is not finite."
+    checked = {name: row[name] for name in ("loss", "patch_loss", "spread_loss", "grad_norm") if name in row}
+    broken = [name for name, value in checked.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    what = "gradient" if broken == ["grad_norm"] else "loss"
+    named = [*self.student.named_parameters(), *self.teacher.named_parameters()]
+    gradients = [(f"gradient of {name}", p.grad) for name, p in self.student.named_parameters()]
+    raise Diverged(
+        f"step {step}: the {what} is not finite; {first_nonfinite(named + gradients)}. "
+        "Lower lr, or lengthen the warm-up; the last checkpoint is kept."
+    )
 
 # %% ../../nbs/08_pretrain/10_trainer.ipynb #cell-state
 @patch
 def state_dict(
     self: Trainer,
 ) -> dict:  # tensors, numbers and text only, so that it loads without unpickling anything else
-    "Return all that a continued run needs."
+    "Return all that a continued run needs. Raises `Diverged` as `read_figures` does."
+    self.window = self.read_figures(self.window)
     return {
         "student": self.student.state_dict(),
         "teacher": self.teacher.state_dict(),
@@ -351,6 +393,6 @@ def load_state_dict(
     self.step = state["step"]
     self.best = state["best"]
     self.window = state["window"]
-    self.recent_features = state["tokens"]
+    self.recent_features = [x.to(self.device) for x in state["tokens"]]
     if self.pull:
         self.pull.start = [p.to(self.device) for p in state["start"]]

@@ -256,7 +256,7 @@ def train(
         if trainer.step > c.steps:
             fault = f"its run has taken {trainer.step} steps already"
             raise BadInput(folder, fault, f"Set steps to {trainer.step} or more.")
-        _train(trainer, part, lambda: ranks.any_rank(should_stop(requests, folder), device))
+        _train(trainer, part, lambda: ranks.any_rank(should_stop(requests, folder)))
     return folder
 
 

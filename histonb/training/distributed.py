@@ -56,7 +56,8 @@ def process_group(
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if mine:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"  # tensors of the host go by gloo
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield torch.device(device)
     finally:
@@ -114,10 +115,9 @@ def broadcast(
 # %% ../../nbs/05_training/03_distributed.ipynb #cell-008-2
 def any_rank(
     flag: bool,  # of this process
-    device: torch.device = torch.device("cpu"),  # of this process
 ) -> bool:  # the same on all processes
-    "Tell whether a flag is set on any process."
-    return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
+    "Tell whether a flag is set on any process. The processes ask each other over the host; no device waits."
+    return all_reduce_sum(torch.tensor(float(flag))).item() > 0
 
 
 def first_does(

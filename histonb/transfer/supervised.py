@@ -267,7 +267,7 @@ def fit_network(
             trainer = SupervisedTrainer(c, net, loss, per_epoch, at_epoch, device)
             if state := latest_state(folder, device):
                 trainer.load_state_dict(state)
-            _train(trainer, pictures, select, lambda: ranks.any_rank(should_stop(requests, folder), device))
+            _train(trainer, pictures, select, lambda: ranks.any_rank(should_stop(requests, folder)))
             ranks.first_does(lambda: _finish(trainer), device)
     load_weights(net, read_state(folder / "weights.safetensors"), folder, type(net).__name__)
     net.to(device).eval()
