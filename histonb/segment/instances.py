@@ -82,9 +82,9 @@ def _flood(score, markers, mask):
 def _ranks(score, markers, mask):
     "Rank the pixels of the mask in the order in which they are flooded, without ties."
     far = cv2.distanceTransform(np.uint8(markers == 0), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    far = np.rint(np.square(far))  # whole numbers
     y, x = np.nonzero(mask)
-    order = np.lexsort((far[y, x], -score[y, x]))
+    far = np.rint(np.square(far[y, x]))  # whole numbers
+    order = np.lexsort((far, -score[y, x]))
     ranks = np.zeros(mask.shape, np.int32)
     ranks[y[order], x[order]] = np.arange(len(order))
     return ranks
