@@ -21,6 +21,7 @@ _WITHIN = {  # words of an error -> whether a number lies within
     "from 0 to 1": lambda x: 0 <= x <= 1,
     "from 0 to below 1": lambda x: 0 <= x < 1,
     "above 0, up to 1": lambda x: 0 < x <= 1,
+    "from 0 to 2": lambda x: 0 <= x <= 2,
     "from 1 to 5": lambda x: 1 <= x <= 5,
     "from 3 to 5": lambda x: 3 <= x <= 5,
     "from 1 to 255": lambda x: 1 <= x <= 255,
@@ -33,10 +34,10 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
         epochs min_lr weight_decay weight_decay_end clip warmup_epochs freeze_last_epochs teacher_temp_epochs
         patch_weight regulariser_weight steps micro_batch regulariser_group n_local workers threads processes seed
         seeds split_seed weights_seed watch_every val_fields level size mpp slide_mpp picture_mpp limit
-        per_slide per_cluster duplicate leak target gates_from closing gpus cpus cpus_per_gpu max_damaged max_stride
+        per_slide per_cluster duplicate tile leak target gates_from closing gpus cpus cpus_per_gpu max_damaged max_stride
     """,
     "1 or more": """
-        hidden bottleneck n_global global_size local_size crop side draw height tile map_size batch_size
+        hidden bottleneck n_global global_size local_size crop side draw height map_size batch_size
         log_every checkpoint_every keep decay_every shares n_boot k repeats shots blocks patience rounds
         levels nodes n_slides n_tiles n_measured n_target plain_width medt_side medt_width medt_heads
     """,
@@ -47,6 +48,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     """,
     "from 0 to below 1": "drop_path val_share test_share val_fraction test_fraction",
     "above 0, up to 1": "std layer_decay",
+    "from 0 to 2": "stem_stride",
     "from 1 to 5": "depth first_layers",
     "from 3 to 5": "patterns",
     "from 1 to 255": "white gradient",
