@@ -18,7 +18,7 @@ from histonb import cli
 from histonb.annotate.editing import EDITS, count_edits, pair_outlines
 from histonb.annotate.exporting import to_slide_coordinates, write_objects
 from histonb.annotate.slide import annotate_slide
-from histonb.annotate.tile_merging import instance_outlines, instances_in_window, instances_in_windows, lumens_in_glands
+from histonb.annotate.tile_merging import enclosing_glands, instance_outlines, instances_in_window, instances_in_windows
 from histonb.annotate.working_folder import ProbabilityCache, tiles_with_tissue, tissue_squares
 from histonb.core.errors import BadInput
 from histonb.core.files import read_json
@@ -223,9 +223,9 @@ def in_windows(found, tile, **options):
     tables = {
         task: instances_in_windows(read, task, shape, tile, types=types, **options) for task, types in TYPES.items()
     }
-    return tables | {
-        "lumen": lumens_in_glands(tables["lumen"], shapely.STRtree(shapely.from_wkb(tables["gland"]["outline"])))
-    }
+    glands = shapely.STRtree(shapely.from_wkb(tables["gland"]["outline"]))
+    inside = enclosing_glands(shapely.from_wkb(tables["lumen"]["outline"].to_numpy(object)), glands) >= 0
+    return tables | {"lumen": tables["lumen"][inside]}
 
 
 def same(whole, windows, columns=("left", "top", "right", "bottom", "n", "type", "x", "y", "probability")):

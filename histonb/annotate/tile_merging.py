@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'HALO', 'GUARD', 'PIECES_PER_TILE', 'trace_outlines', 'largest_outline', 'instance_outlines',
-           'instances_in_window', 'merge_pieces', 'enclosing_glands', 'lumens_in_glands', 'instances_in_windows']
+           'instances_in_window', 'merge_pieces', 'enclosing_glands', 'instances_in_windows']
 
 # %% ../../nbs/11_annotate/01_tile_merging.ipynb #cell-002
 import numpy as np
@@ -266,15 +266,6 @@ def enclosing_glands(
     gland = np.full(len(outlines), -1)
     gland[i[order]] = j[order]  # the last one written stays: that of the largest share
     return np.where(np.bincount(i, shared, len(outlines)) >= 0.5 * area, gland, -1)
-
-
-def lumens_in_glands(
-    table: pd.DataFrame,  # lumens, each once
-    glands: shapely.STRtree,  # outlines of glands, each once
-) -> pd.DataFrame:  # the lumens that lie in glands by at least half of their area
-    "Keep the lumina that lie in glands by at least half of their area."
-    inside = enclosing_glands(shapely.from_wkb(table["outline"].to_numpy(object)), glands) >= 0
-    return table[inside].reset_index(drop=True)
 
 
 def instances_in_windows(

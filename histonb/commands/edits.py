@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import BadInput, disk_is_full, foreign_errors
+from .annotate import end_with, use_each
+from ..core.errors import BadInput
 
 # %% ../../nbs/14_commands/07_edits.ipynb #cell-005
 def _annotation_of(path, annotated):
@@ -44,34 +45,14 @@ def edits_command(corrected: _Corrected, annotated: _Annotated, out: _Table = No
     """
     import pandas as pd
 
-    from histonb.annotate.editing import correction_metrics
+    from histonb.annotate.editing import correction_metrics, count_corrections
     from histonb.core.files import atomic_path
 
-    tables, faults = _count_all(corrected, annotated)
+    tables, faults = use_each(corrected, lambda path: count_corrections(_annotation_of(path, annotated), path))
     if tables:
         table = pd.concat(tables, ignore_index=True)
         if out is not None:
             with atomic_path(out) as path:
                 table.to_csv(path, index=False)
         print(correction_metrics(table).round(3).to_string(index=False))
-    for fault in faults:
-        typer.echo(f"histonb: {fault}", err=True)
-    if faults:
-        raise typer.Exit(2)
-
-
-def _count_all(corrected, annotated):
-    "Count the corrections of each file; returns the tables, and the faults of those that could not be used."
-    from histonb.annotate.editing import count_corrections
-
-    tables = []
-    faults = []
-    for path in corrected:
-        try:
-            with foreign_errors(path):
-                tables.append(count_corrections(_annotation_of(path, annotated), path))
-        except BadInput as e:
-            if len(corrected) == 1 or disk_is_full(e):
-                raise
-            faults.append(e)
-    return tables, faults
+    end_with(faults)
