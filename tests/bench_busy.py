@@ -1,11 +1,11 @@
-"""Training steps on a busy machine, with threads that sleep while they wait and with OpenMP's own policy.
+"""Training steps on a busy machine, with threads that wait as the library has them and with OpenMP's own policy.
 
     python tests/bench_busy.py [--busy 0 12] [--rounds 10] [--threads 2] [--arch xcit_nano_12_p16_224]
 
 Both sides take steps of forward and backward in turn, each in a process of its own, beside so many busy processes; a
-ratio is the median over the pairs. Without busy processes on an idle machine it is what passive waiting costs (at most
-3%); with twelve on two cores, how much slower than its share of the machine a training is (at most 2 times). Prints a
-table and writes runs/bench/busy.json.
+ratio is the median over the pairs. Without busy processes on an idle machine it is what the policy costs (at most 3%);
+with twelve on two cores, how much slower than its share of the machine a training is (at most 2 times). Prints a table
+and writes runs/bench/busy.json.
 """
 
 import argparse
@@ -41,20 +41,36 @@ def start(environ, arch, threads):
     return subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
 
-def measure(sides, busy, rounds):
-    "Seconds of the steps of each side, which are taken in turn beside `busy` busy processes."
+def measure(sides, rounds):
+    "Seconds of the steps of each side, which are taken in turn."
     times = {name: [] for name in sides}
-    others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
+    for i in range(rounds):
+        for name in sides if i % 2 else reversed(sides):
+            time.sleep(0.05)  # threads of the step before may still spin
+            sides[name].stdin.write("step\n")
+            times[name].append(float(sides[name].stdout.readline()))
+    return times
+
+
+def measure_beside(busy, args):
+    "Steps by OpenMP's policy and by ours, both begun beside `busy` busy processes: medians, and the paired ratio."
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
     try:
-        for i in range(rounds):
-            for name in sides if i % 2 else reversed(sides):
-                sides[name].stdin.write("step\n")
-                times[name].append(float(sides[name].stdout.readline()))
+        time.sleep(0.2)
+        policy = wait_policy()
+        environs = {"default": dict(os.environ), "ours": os.environ | policy}
+        sides = {name: start(environ, args.arch, args.threads) for name, environ in environs.items()}
+        processes += sides.values()
+        measure(sides, 2)  # warms up
+        times = measure(sides, args.rounds)
     finally:
-        for process in others:
+        for process in processes:
             process.kill()
             process.wait()
-    return times
+    row = {"busy": busy, "policy": " ".join(map("=".join, policy.items()))}
+    row |= {f"{name}_s": statistics.median(t) for name, t in times.items()}
+    ratios = [a / b for a, b in zip(times["default"], times["ours"], strict=True)]
+    return row | {"times_faster": statistics.median(ratios)}
 
 
 def main():
@@ -69,28 +85,13 @@ def main():
         return serve(args.arch, args.threads)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
-    environs = {"default": dict(os.environ), "passive": os.environ | wait_policy()}
-    sides = {name: start(environ, args.arch, args.threads) for name, environ in environs.items()}
-    rows = []
-    try:
-        measure(sides, 0, 2)  # warms up
-        for busy in args.busy:
-            times = measure(sides, busy, args.rounds)
-            ratios = [a / b for a, b in zip(times["default"], times["passive"], strict=True)]
-            seconds = {name: statistics.median(t) for name, t in times.items()}
-            rows.append({"busy": busy, "default_s": seconds["default"], "passive_s": seconds["passive"]})
-            rows[-1]["times_faster"] = statistics.median(ratios)
-    finally:
-        for process in sides.values():
-            process.kill()
-            process.wait()
-    idle = rows[0]["passive_s"]
+    rows = [measure_beside(busy, args) for busy in args.busy]
     for row in rows:
         share = max(1.0, (row["busy"] + args.threads) / os.cpu_count())  # as slow as it must be
-        row["slower_than_share"] = row["passive_s"] / idle / share
+        row["slower_than_share"] = row["ours_s"] / rows[0]["ours_s"] / share
         print(
-            f"{row['busy']:2} busy processes: a step {row['default_s']:.3f} s by default, {row['passive_s']:.3f} s "
-            f"passive, {row['times_faster']:.2f} times faster; {row['slower_than_share']:.2f} of its share's time"
+            f"{row['busy']:2} busy processes: a step {row['default_s']:.3f} s by default, {row['ours_s']:.3f} s with "
+            f"{row['policy']}, {row['times_faster']:.2f} times faster; {row['slower_than_share']:.2f} of its share"
         )
     write_json(repo_root() / "runs/bench/busy.json", rows)
 

@@ -1,20 +1,23 @@
-"""Processes that the library starts let waiting threads sleep, unless the user has chosen; importing sets nothing."""
+"""How threads wait in processes that the library starts, unless the user has chosen; importing sets nothing."""
 
 import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import write_report_notebook
 
+from histonb.core import processes
 from histonb.slides import tiling
 from histonb.studies import ranks
 from histonb.studies.notebooks import execute_notebook
 
+SHORT = "30000"
 POLICIES = [
-    ({}, ("PASSIVE", None)),
+    ({}, (None, SHORT)),
     ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
     ({"GOMP_SPINCOUNT": "9"}, (None, "9")),
 ]
@@ -30,7 +33,12 @@ def policy(request, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_running", lambda: 1)
     return expected
+
+
+QUIET = "from histonb.core import processes; processes._running = lambda: 1"
+BUSY = "from histonb.core import processes; processes._running = lambda: 10_000"
 
 
 def python(code, **own):
@@ -39,7 +47,7 @@ def python(code, **own):
 
 def test_the_command(policy):
     code = f"import atexit, histonb.cli, sys; sys.argv = ['', '--version']; atexit.register(lambda: exec({SHOW!r}))"
-    assert python(f"{code}; histonb.cli.main()").stdout.splitlines()[1] == " ".join(map(str, policy))
+    assert python(f"{QUIET}; {code}; histonb.cli.main()").stdout.splitlines()[1] == " ".join(map(str, policy))
 
 
 def test_openmp_takes_what_the_command_sets(monkeypatch):
@@ -52,7 +60,9 @@ def test_openmp_takes_what_the_command_sets(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     load = f"import ctypes; ctypes.CDLL({str(library)!r})"
     code = f"import atexit, histonb.cli, sys; sys.argv = ['', '--version']; atexit.register(lambda: exec({load!r}))"
-    assert "GOMP_SPINCOUNT = '0'" in python(f"{code}; histonb.cli.main()", OMP_DISPLAY_ENV="verbose").stderr
+    for others, expected in ((QUIET, SHORT), (BUSY, "0")):
+        done = python(f"{others}; {code}; histonb.cli.main()", OMP_DISPLAY_ENV="verbose")
+        assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
     assert "GOMP_SPINCOUNT = '300000'" in python(load, OMP_DISPLAY_ENV="verbose").stderr
 
 
@@ -71,7 +81,21 @@ def test_ranks(policy, tmp_path, monkeypatch):
 def test_a_worker_that_tiles(policy):
     with tiling._pool(1) as pool:
         assert tuple(pool.map(os.getenv, NAMES)) == policy
-    assert os.environ.get(NAMES[0]) == (policy[0] if policy[0] != "PASSIVE" else None)  # here nothing is set
+    assert os.environ.get(NAMES[1]) == (policy[1] if policy[1] != SHORT else None)  # here nothing is set
+
+
+def test_running_processes_are_counted(monkeypatch, tmp_path):
+    """By Linux; elsewhere the machine counts as idle."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        time.sleep(0.5)
+        assert max(processes._running() for _ in range(20)) >= 4
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+    monkeypatch.setattr(processes, "LOADAVG", tmp_path / "absent")
+    assert processes._running() == 1
 
 
 def test_importing_sets_nothing(monkeypatch):

@@ -90,7 +90,7 @@ def _tile(
 
 
 def _start_worker():
-    "Leave Ctrl-C to the parent, which ends its workers, and let threads that wait sleep."
+    "Leave Ctrl-C to the parent, which ends its workers, and set how threads wait."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(wait_policy())
 
