@@ -89,16 +89,16 @@ def _tile(
     return counts[["incomplete", "background"]].sum().to_dict() | {"damaged": damaged, "key": job.key}
 
 
-def _start_worker():
-    "Leave Ctrl-C to the parent, which ends its workers, and set how threads wait."
+def _start_worker(environ):
+    "Leave Ctrl-C to the parent, which ends its workers and says how threads wait."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(wait_policy())
+    os.environ.update(environ)
 
 
 @contextlib.contextmanager
 def _pool(processes):
     "Spawn processes; end them rather than wait where the slides under way are no longer wanted."
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (wait_policy(),))
     try:
         yield pool
     except BaseException:
