@@ -22,8 +22,9 @@ $(BIN)/python:
 demo: .venv/dev.installed ## slides to benchmark table on synthetic slides; under 10 minutes on 2 cores
 	$(BIN)/histonb run runs/demo.yaml
 
+test: export OMP_NUM_THREADS := 1
 test: .venv/dev.installed ## the tests and every notebook; well under half an hour
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not bench"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not bench"
 	$(BIN)/nbdev_test --n_workers 2
 
 test-all: .venv/dev.installed ## the slow tests too

@@ -19,6 +19,14 @@ from histonb.studies.study import _write_notebook
 ROOT = Path(__file__).resolve().parents[1]
 
 
+LONGEST = [f"test_{name}.py" for name in ("slurm", "reports", "jobs", "published", "memory", "losses", "multitask")]
+
+
+def pytest_collection_modifyitems(items):
+    "Begin with the longest files, so that no worker is left alone with one of them at the end."
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @functools.cache
 def kernel_pool():
     "The kernels of this test process: one that has loaded torch is forked for each report."

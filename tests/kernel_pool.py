@@ -17,7 +17,7 @@ from pathlib import Path
 
 LARGE = ["torch", "timm", "albumentations", "pandas", "pyarrow.parquet", "tifffile", "scipy.ndimage", "skimage.measure"]
 LARGE += ["sklearn.linear_model", "sklearn.neighbors", "matplotlib.pyplot", "matplotlib_inline.backend_inline"]
-LARGE += ["papermill", "ipykernel.kernelapp"]
+LARGE += ["papermill", "ipykernel.kernelapp", "histonb.pretrain.pretraining", "histonb.segment.training"]
 
 
 class Pool:

@@ -236,7 +236,10 @@ def test_the_best_by_knn(tmp_path):
 # folders for timm are read back
 
 
-@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "xcit_nano_12_p16", "vit_tiny_patch16_224", "resnet18"])
+SIZED = pytest.param("xcit_nano_12_p16_224", marks=pytest.mark.slow)  # with its size in the name
+
+
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "vit_tiny_patch16_224", "resnet18", SIZED])
 def test_an_export_is_loaded_again(tmp_path, arch):
     run = finished(tmp_path / "run", arch)
     out = export(run, tmp_path / "out")

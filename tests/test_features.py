@@ -243,7 +243,7 @@ def test_two_processes_and_one_cache(nano, tmp_path):
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[2]); torch.set_num_threads(1)\n"
         "from test_features import *\nnano = load_encoder(f'random:{NANO}')\n"
-        "print('ready', flush=True); sys.stdin.readline(); tiles = Tiles(400)\n"
+        "print('ready', flush=True); sys.stdin.readline(); tiles = Tiles(120)\n"
         "np.save(sys.argv[3], extract(tiles, nano, sys.argv[1], batch_size=4)); print(tiles.reads)"
     )
 
@@ -271,12 +271,12 @@ def test_two_processes_and_one_cache(nano, tmp_path):
         process.stdin.flush()
     for process in processes:
         said.append(process.communicate(timeout=120)[0])
-    right = extract(Tiles(400), nano, batch_size=4)
+    right = extract(Tiles(120), nano, batch_size=4)
     for i in range(2):
         assert np.array_equal(np.load(tmp_path / f"{i}.npy"), right)
     assert sorted(int(s.split()[-1]) for s in said) == [
         9,
-        409,
+        129,
     ]  # one read them all, the other no more than its key wants
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".npy", ".parquet"]
 

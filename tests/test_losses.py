@@ -285,6 +285,7 @@ def test_presets_can_be_resolved():
         resolve(preset(name, out="run"), 10**6)
 
 
+@pytest.mark.slow
 def test_memory_of_a_patch_loss():
     changes = dict(out="", out_dim=8192, global_size=96, local_size=64, n_local=1, precision="fp32")
     plain = estimate_memory(preset("cpu", **changes))["total"]

@@ -164,7 +164,10 @@ def test_published_weights_keep_their_classes(tmp_path):
         cerberus.load_cerberus(tmp_path / "foreign.tar")
 
 
-@pytest.mark.parametrize("ending", ["tar", "pth", "ckpt", "bin", "pth.tar", "safetensors", ""])
+PLAIN = [pytest.param(ending, marks=pytest.mark.slow) for ending in ("pth", "pth.tar", "")]
+
+
+@pytest.mark.parametrize("ending", ["tar", "ckpt", "bin", "safetensors", *PLAIN])
 def test_published_weights_under_any_name_and_wrapper(tmp_path, ending):
     net = Cerberus(["gland"])
     path = tmp_path / f"weights.{ending}".rstrip(".")

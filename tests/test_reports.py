@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import run_report
+from conftest import kernel_pool, run_report
 
 from histonb.core.files import read_json
 from histonb.datasets.example import example_tiles
@@ -40,10 +40,15 @@ stages:
 """
 
 
-@pytest.mark.parametrize("notebook", [p.stem for p in REPORTS])
-def test_report_runs_by_hand(notebook, tmp_path):
-    """With its defaults, in any working folder."""
-    error, found = run_report(notebook, tmp_path)
+SHORTER = {name: {"epochs": 1, "seeds": 1} for name in ("decode_masks", "reconstruct")}
+WHOLE = [pytest.param(name, {}, marks=pytest.mark.slow, id=f"{name}, whole") for name in SHORTER]
+BY_HAND = [pytest.param(p.stem, SHORTER.get(p.stem, {}), id=p.stem) for p in REPORTS] + WHOLE
+
+
+@pytest.mark.parametrize("notebook, changes", BY_HAND)
+def test_report_runs_by_hand(notebook, changes, tmp_path):
+    """With its defaults, in any working folder; those that train for long with their defaults in `make test-all`."""
+    error, found = run_report(notebook, tmp_path, **changes)
     assert found, error[-3000:]
     assert found["headline"]
     assert json.loads((tmp_path / "run/provenance.json").read_text())["packages"]["torch"]
@@ -137,6 +142,8 @@ def test_types_are_learnt_as_a_second_stage(tmp_path):
 
 def test_study_from_slides_to_table(tmp_path, monkeypatch):
     """A folder that looks like the repository, with a study of five stages in it."""
+    for name, value in kernel_pool().environ.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     (tmp_path / "settings.ini").symlink_to(ROOT / "settings.ini")

@@ -313,7 +313,10 @@ def test_result_does_not_depend_on_the_workers(phantoms, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("name", "workers"), [("SIGKILL", 2), ("SIGINT", 2), ("SIGINT", 4), ("SIGTERM", 4)])
+further = [pytest.param(name, 4, marks=pytest.mark.slow) for name in ("SIGINT", "SIGTERM")]
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGKILL", 2), ("SIGINT", 2), *further])
 def test_killed_and_run_again(phantoms, tmp_path, name, workers):
     rows = [(f"{r.slide}_{i}", r.image, r.mask, r.codes) for i in range(6) for r in phantoms.slides.itertuples()]
     cohort = cohort_of(rows)

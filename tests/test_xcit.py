@@ -11,9 +11,9 @@ NAMES = [
     "xcit_nano_12_p16_224",
     "xcit_nano_12_p8_224",
     "xcit_tiny_12_p16_224",
-    "xcit_tiny_12_p8_224",
+    pytest.param("xcit_tiny_12_p8_224", marks=pytest.mark.slow),
     "xcit_small_12_p16_224",
-    "xcit_small_12_p8_224",
+    pytest.param("xcit_small_12_p8_224", marks=pytest.mark.slow),
 ]
 
 
