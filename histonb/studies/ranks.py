@@ -66,7 +66,7 @@ def _start_torchrun(order, folder, node):
         text=True,
         errors="replace",
         start_new_session=True,
-        env={"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **wait_policy(), **os.environ},
+        env={"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ, **wait_policy()},
         preexec_fn=lambda: _end_with_parent(signal.SIGKILL),
     )
 
