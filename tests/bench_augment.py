@@ -93,6 +93,8 @@ def main():
         "torchvision on PIL, dino": Torchvision(),
         "histonb, dino": MultiCrop(recipe="dino"),
         "histonb, histology": MultiCrop(),
+        "histonb, dino, as bytes": MultiCrop(recipe="dino").draw,  # as trainings load them
+        "histonb, histology, as bytes": MultiCrop().draw,
     }
     measures = {
         "tiles_s": lambda c: rate(c, tiles, 0),

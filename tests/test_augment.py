@@ -16,6 +16,7 @@ from histonb.core.errors import BadInput
 from histonb.training import augmentation as augment
 from histonb.training.augmentation import (
     MultiCrop,
+    Normalise,
     channel_stats,
     eval_transform,
     hed_from_rgb,
@@ -194,3 +195,15 @@ def test_cells_keep_their_size_in_an_extended_context(recipe):
     assert low - 0.01 <= min(sizes) < low + 0.03 and high - 0.03 < max(sizes) <= high + 0.01
     stretch = 0.9**-0.5
     assert low / stretch - 0.05 <= np.min(sides) and np.max(sides) <= high * stretch + 0.05
+
+
+@pytest.mark.parametrize("stats", [(augment.MEAN, augment.STD), ((0.7, 0.5491, 1 / 3), (1e-3, 0.25, 1.0))])
+def test_bytes_become_the_numbers_of_to_tensor(stats):
+    images = [make_tile(i) for i in range(3)]
+    expected = torch.stack([to_tensor(image, *stats) for image in images])
+    rows_first = torch.from_numpy(np.stack(images)).movedim(-1, 1)
+    for given in (rows_first, rows_first.contiguous()):
+        made = Normalise(*stats)(given)
+        assert made.is_contiguous() and torch.equal(made, expected)
+    assert Normalise(*stats)(expected) is expected  # numbers are left as they are
+    assert torch.equal(rows_first[0], torch.from_numpy(images[0]).movedim(-1, 0))  # and so is what was given

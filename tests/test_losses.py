@@ -162,7 +162,7 @@ def test_gradient_and_log_have_the_sum_over_large_crops(changes):
     batch = next(iter(crop_loader(Tiles(), c)))
     for trainer in (with_it, without):
         trainer._accumulate(next(trainer.teacher_batches([batch], 0.04)), 0)
-    apart = regulariser_loss(with_it.student([batch[0]])[0]).sum()
+    apart = regulariser_loss(with_it.student([with_it.normalise(batch[0])])[0]).sum()
     weights = [*with_it.student.backbone.parameters()]
     for p, q, g in zip(
         weights, without.student.backbone.parameters(), torch.autograd.grad(apart, weights), strict=True

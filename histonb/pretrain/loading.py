@@ -30,7 +30,7 @@ class MultiCropDataset(Dataset):
     def __init__(
         self,
         images,  # map-style dataset of (uint8 (H, W, 3) image, label)
-        crops,  # function of an image and a seed, such as `MultiCrop`
+        crops,  # function of an image and a seed, such as `MultiCrop` or its `draw`
         seed: int = 0,  # of the run
         masks=None,  # function of a seed: an array that goes with the crops, such as `draw_masks`
     ):
@@ -100,14 +100,14 @@ class ResumableBatchSampler:
 
 # %% ../../nbs/08_pretrain/06_loading.ipynb #cell-013
 def _collate(samples, n_global, masked):
-    "Collate global crops first, apart from local ones of the same size, and masks last."
+    "Collate global crops first, apart from local ones of the same size, with channels before rows, and masks last."
     end = len(samples[0]) - masked
     parts = (
         [s[:n_global] for s in samples],
         [s[n_global:end] for s in samples],
         [[torch.from_numpy(m) for m in s[end:]] for s in samples],
     )
-    stacked = [x for part in parts[:2] if part[0] for x in stack_crops(part)]
+    stacked = [x.movedim(-1, -3) for part in parts[:2] if part[0] for x in stack_crops(part)]
     return [*stacked, torch.stack([masks for (masks,) in parts[2]], 1)] if masked else stacked
 
 # %% ../../nbs/08_pretrain/06_loading.ipynb #cell-013-2
@@ -136,11 +136,10 @@ def crop_loader(
 ) -> DataLoader:  # of micro-batches
     """Load this process's crops for the steps from `start` to the last.
 
-    A micro-batch is a list of tensors: large crops (n_global, b, 3, H, W), small ones (n_local, b, 3, h, w) where there
-    are any, and with a patch loss masks (n_global, b, rows, columns)."""
+    A micro-batch is a list of tensors for `Normalise`: large crops (n_global, b, 3, H, W) uint8, small ones
+    (n_local, b, 3, h, w) where there are any, and with a patch loss masks (n_global, b, rows, columns)."""
     c = config
     world = ranks.world()
-    crops = multi_crop(c)
     masks = None
     if c.patch_weight:
         with torch.device("meta"):
@@ -150,7 +149,7 @@ def crop_loader(
         len(images), c.batch_size, c.seed, start, c.steps, accumulation_steps(c, world), ranks.rank(), world
     )
     return loader(
-        MultiCropDataset(images, crops, c.seed, masks),
+        MultiCropDataset(images, multi_crop(c).draw, c.seed, masks),
         batches,
         c.workers,
         c.device,

@@ -27,6 +27,7 @@ from .ibot import PatchLoss, mask_weights
 from .networks import StudentPass, build_networks, student_passes
 from .regularisers import regulariser_loss, sinkhorn
 from ..training import distributed as ranks
+from ..training.augmentation import MEAN, STD, Normalise
 from ..training.device import send
 from ..training.loop import derive_seed, to_numbers
 
@@ -103,6 +104,7 @@ class Trainer:
                 self.student, find_unused_parameters=unused, gradient_as_bucket_view=True
             )
             self.parallel.broadcast_buffers = False  # batch-norm statistics are averaged after the step instead
+        self.normalise = Normalise(c.mean or MEAN, c.std or STD).to(self.device)
         self.loss = DINOLoss(c.out_dim, c.n_global, c.n_local, c.student_temp, c.center_momentum).to(self.device)
         self.patch_loss = PatchLoss(c.out_dim, c.student_temp, c.center_momentum).to(self.device)
         backbone = self.student.backbone
@@ -128,7 +130,7 @@ def teacher_forward(
 ) -> TeacherBatch:  # without targets
     "Move a micro-batch to the device and run the teacher on its large crops."
     crops, masks = (batch[:-1], batch[-1]) if self.config.patch_weight else (batch, None)
-    crops = [send(x, self.device) for x in crops]
+    crops = [self.normalise(send(x, self.device)) for x in crops]
     with torch.no_grad(), self.autocast():
         features, scores, *patches = self.teacher(crops[:1], masks)
     patch_scores = patches[0] if patches else scores.new_zeros(0, self.config.out_dim)
