@@ -17,13 +17,14 @@ import tifffile
 from PIL import Image
 
 from ..core.errors import BadInput
-from .metadata import COPY_AGAIN
+from .metadata import COPY_AGAIN, OtherFormat
 from .streams import DEFLATE, UNCOMPRESSED, Damaged, check_proportion, jpeg_frame
 
 # %% ../../nbs/02_slides/06_image_files.ipynb #cell-023
 _JPEG = b"\xff\xd8\xff"  # first bytes of a file
 _PNG = b"\x89PNG"
 _BMP = b"BM"
+_MIRAX = ".mrxs"  # a file that is but a JPEG of the glass, or empty
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DECODERS = {_BMP: imagecodecs.bmp_decode, _PNG: imagecodecs.png_decode, _JPEG: imagecodecs.jpeg8_decode}
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # values a pixel by PNG's type of colour
@@ -49,12 +50,13 @@ def _check_plain(data):
     check_proportion(height * ((width * bits + 7) // 8), len(data), compression, width, height)
 
 # %% ../../nbs/02_slides/06_image_files.ipynb #cell-023-2
-def _palette_indices(data, pixels):
-    "Return the indices of an image with a palette; the pixels of any other."
+def _stored_values(data, pixels):
+    "Return the numbers of a BMP or PNG as stored: indices of a palette, values of fewer than 8 bits without stretching."
     if data[:2] != _BMP and data[25] != _PNG_PALETTE:
-        return pixels
+        bits = data[24]
+        return pixels // (255 // (2**bits - 1)) if bits < 8 else pixels
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image) if image.mode == "P" else pixels
+        return np.asarray(image, np.uint8) if image.mode in ("P", "1") else pixels
 
 
 def _decode_plain(path, data, decoder, mask):
@@ -63,7 +65,7 @@ def _decode_plain(path, data, decoder, mask):
         _check_plain(data)
         pixels = decoder(data)
         if mask and decoder is not imagecodecs.jpeg8_decode:
-            pixels = _palette_indices(data, pixels)
+            pixels = _stored_values(data, pixels)
     except Damaged as e:
         raise BadInput(path, f"truncated or damaged: {e}", COPY_AGAIN) from e
     except Exception as e:
@@ -75,9 +77,11 @@ def _decode_plain(path, data, decoder, mask):
 def _open_with_magic(path):
     "Open a file and read its first four bytes. Raises `BadInput` where that is impossible, and for an empty file."
     if path.is_dir():
-        raise BadInput(path, "a folder, not a slide", "Name one TIFF or SVS file in it.")
+        raise BadInput(path, "a folder, not a slide", "Name one file in it: a TIFF or SVS, or any one of a DICOM slide.")
     if not path.exists():
         raise BadInput(path, "no such file", "Check the path.")
+    if path.suffix.lower() == _MIRAX:
+        raise OtherFormat(path, "a MIRAX slide, whose pixels lie in a folder beside it", "Convert it to a TIFF.")
     if not path.stat().st_size:
         raise BadInput(path, "the file is empty (0 bytes)", COPY_AGAIN)
     try:
@@ -108,7 +112,7 @@ def open_image(
         decoder = next((decode for start, decode in _DECODERS.items() if magic.startswith(start)), None)
         if decoder is None:
             fault = "not a TIFF, nor a BMP, PNG or JPEG image"
-            raise BadInput(path, fault, "Give a pyramidal TIFF, an Aperio SVS or a plain image.")
+            raise OtherFormat(path, fault, "Give a pyramidal TIFF, an Aperio SVS or a plain image.")
         pixels = _decode_plain(path, magic + file.read(), decoder, mask)
     photometric = "rgb" if pixels.ndim == 3 else "minisblack"
     with tempfile.TemporaryDirectory() as folder:  # an open file outlives its name

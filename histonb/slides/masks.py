@@ -100,10 +100,7 @@ def _open(self: MaskTiles, name):
         mask = open_slide(row["mask"], mask=True)
         try:
             check_lossless(mask, row["codes"])
-            if mask.base.shape != slide.base.shape:
-                (mask_h, mask_w), (h, w) = mask.base.shape, slide.base.shape
-                fault = f"the mask is {mask_w}x{mask_h} pixels, its slide {w}x{h}"
-                raise BadInput(mask.path, fault, "Give the mask of this slide.")
+            mask.align_to(slide)
         except BadInput:
             mask.close()
             raise
@@ -118,12 +115,12 @@ def _open(self: MaskTiles, name):
 def read(
     self: MaskTiles,
     i: int,  # row of the table
-) -> np.ndarray:  # class ids, uint8, as large as the tile is at level 0
-    "Read the mask of one tile as it lies in the file."
+) -> np.ndarray:  # class ids, uint8, square
+    "Read the mask of one tile as it lies in the file: of a mask smaller than its slide, as many pixels as it has there."
     name = self.table["slide"].iat[i]
     slide, mask = self._open(name)
     x, y, level = self.where[i].tolist()
-    side = tile_extent(slide, level, self.mpp[i], self.size)
+    side = mask.pixels_across(tile_extent(slide, level, self.mpp[i], self.size))
     codes = mask.read(x, y, side, side)
     check_colors(mask)
     return to_labels(codes, self.slides.at[name, "codes"], mask.path)

@@ -13,14 +13,16 @@ import re
 import numpy as np
 
 from ..core.errors import BadInput
-from .metadata import COPY_AGAIN, DescribedImage, UnreadableNumber, is_aside_name, tag_value
+from .metadata import COPY_AGAIN, DescribedImage, OtherFormat, UnreadableNumber, is_aside_name, tag_value
 from histonb.slides.streams import (
     COLOR_SPACES,
     DEFLATE,
     EXPANSION,
     JPEG,
+    LERC,
     LZW,
     UNCOMPRESSED,
+    ZSTD,
     Damaged,
     Level,
     check_proportion,
@@ -97,7 +99,10 @@ _ASIDE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _PAGE_NAME = 285  # TIFF tag
-_HAMAMATSU_LENS = 65421  # TIFF tag
+_XMP = 700  # TIFF tags
+_HAMAMATSU_FORMAT = 65420
+_HAMAMATSU_LENS = 65421
+_OVERLAP = re.compile(r"""\bOverlap(sXY|X|Y)\s*=\s*["']?[ 0.]*[1-9-]""")  # that is not 0
 _MACRO_OR_MASK = 0b1100  # bits of the subfile type
 
 
@@ -113,6 +118,19 @@ def _marked_aside(page):
     if isinstance(lens, (int, float)) and lens < 0:
         return True
     return isinstance(name, str) and is_aside_name(name)
+
+
+def _check_plain(path, page):
+    "Raise `OtherFormat` for a page whose pixels do not lie side by side in internal tiles."
+    if _HAMAMATSU_FORMAT in page.tags and not page.is_tiled:
+        fault = "a Hamamatsu NDPI, in which each level is one JPEG"
+        raise OtherFormat(path, fault, "Convert it to a TIFF with internal tiles.")
+    texts = [page.description]
+    if isinstance(xmp := tag_value(page, _XMP), bytes):
+        texts.append(xmp.decode("utf-8", "replace"))
+    if any(map(_OVERLAP.search, texts)):
+        fault = "its internal tiles overlap, as Ventana and Trestle write them"
+        raise OtherFormat(path, fault, "Convert it to a TIFF whose internal tiles do not.")
 
 
 def _check_sizes(path, page):
@@ -218,6 +236,7 @@ def pyramid_pages(
     "Find the pages of a TIFF that form the slide. Raises `BadInput` where several may be meant."
     for page in pages:
         _check_sizes(path, page)
+        _check_plain(path, page)
     every = [_Page(page, i, _image_of(i, page, images)) for i, page in enumerate(pages)]
     candidates = [p for p in every if not p.is_aside] or every
     first = max(candidates, key=lambda p: p.area)
@@ -225,7 +244,7 @@ def pyramid_pages(
     heads = same if first.page.samplesperpixel == 1 and len(same) == 3 else [first]  # red, green and blue as pages
     others = [p for p in candidates if p not in heads]
     if rivals := [p for p in others if p.is_slide_beside(first)]:
-        raise BadInput(
+        raise OtherFormat(
             path,
             f"it is not clear which page is the slide: {', '.join(map(str, [first, *rivals[:8]]))}",
             "Save the one that is meant as a file of its own.",
@@ -239,12 +258,16 @@ def _tag_name(value):
     return getattr(value, "name", str(value))
 
 
-def _check_kind(path, page):
+_MASK_BITS = {1, 8, 16}  # bits of a code
+
+
+def _check_kind(path, page, mask):
     "Raise `BadInput` for pixels that cannot be read exactly."
     code = int(page.compression)
     photometric = int(page.photometric)
     name = _tag_name(page.compression)
-    if page.bitspersample != 8 or page.sampleformat not in (1, None):
+    readable = _MASK_BITS if mask and page.fillorder == 1 else {8}
+    if page.bitspersample not in readable or page.sampleformat not in (1, None):
         sign = {2: ", signed", 3: ", floating point"}.get(page.sampleformat, "")
         raise BadInput(
             path,
@@ -252,15 +275,15 @@ def _check_kind(path, page):
             "Convert it to 8 bits: RGB for a slide, one channel for the codes of a mask.",
         )
     if code not in EXPANSION:
-        raise BadInput(
+        raise OtherFormat(
             path,
             f"unsupported compression {name} ({code})",
             "Convert it to a TIFF with JPEG, LZW or deflate, for example with `vips tiffsave`.",
         )
-    readable = photometric in COLOR_SPACES if code == JPEG else photometric in (0, 1, 2, 3)
-    if not readable:
+    spaces = COLOR_SPACES if code == JPEG else (0, 1, 2, 3)
+    if photometric not in spaces:
         fault = f"pixels are {_tag_name(page.photometric)} with compression {name}, not RGB"
-        raise BadInput(path, fault, "Convert it to an RGB TIFF.")
+        raise OtherFormat(path, fault, "Convert it to an RGB TIFF.")
     if page.jpegtables is not None and not isinstance(page.jpegtables, bytes):
         raise BadInput(path, "damaged: its JPEGTables are not bytes", COPY_AGAIN)
 
@@ -278,25 +301,27 @@ def _check_bytes(path, level, size):
         raise BadInput(path, f"truncated: its tiles reach to byte {end}, the file ends at {size}", COPY_AGAIN)
     pixels = 0
     for row, n in enumerate(stored.sum((0, 2))):
-        pixels += level.height(row) * tw * level.samples * int(n)
+        pixels += level.height(row) * level.row_bytes * int(n)
     try:
         check_proportion(pixels, int(level.counts.sum()), level.compression, w, h)
         if not stored.all():
-            check_proportion(th * tw * level.samples, _EMPTY_TILE, UNCOMPRESSED, tw, th)
+            check_proportion(th * level.row_bytes, _EMPTY_TILE, UNCOMPRESSED, tw, th)
     except Damaged as e:
         raise BadInput(path, f"damaged: {e}", COPY_AGAIN) from e
 
 # %% ../../nbs/02_slides/05_pyramid.ipynb #cell-015-3
 _SEPARATE = 2  # planar configuration: red, green and blue lie apart
+_LERC_PARAMETERS = 50674  # TIFF tag: version, packing
 
 
 def read_level(
     path,  # for errors
     pages,  # one TIFF page, or three with one colour each
+    mask: bool = False,  # also with codes of 1 or 16 bits
 ) -> Level:  # the level they hold
     "Describe one level from its tags. Raises `BadInput` for what cannot be read exactly."
     page = pages[0]
-    _check_kind(path, page)
+    _check_kind(path, page, mask)
     code = int(page.compression)
     height, width = page.imagelength, page.imagewidth
     tile = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
@@ -316,9 +341,12 @@ def read_level(
         compression=code,
         photometric=int(page.photometric),
         samples=1 if separate else page.samplesperpixel,
-        predictor=page.predictor if code in (LZW, *DEFLATE) else 1,
+        predictor=page.predictor if code in (LZW, *DEFLATE, ZSTD) else 1,
         tables=page.jpegtables,
         strips=not page.is_tiled,
+        bits=page.bitspersample,
+        byteorder=page.parent.byteorder,
+        lerc_packing=(tag_value(page, _LERC_PARAMETERS) or (0, 0))[1] if code == LERC else 0,
     )
     _check_bytes(path, level, page.parent.filehandle.size)
     return level

@@ -15,8 +15,9 @@ from fastcore.basics import patch
 
 from ..core.errors import BadInput, foreign_errors
 from .image_files import is_jpeg_file, read_pages
-from .metadata import COPY_AGAIN, GIVE_MPP, described_images, find_mpp
+from .metadata import COPY_AGAIN, GIVE_MPP, OtherFormat, described_images, find_mpp
 from .pyramid import fit_levels, pyramid_pages, read_level
+from .scanners import ScannerFile
 from .shared_tiles import map_tiles as _map_tiles
 from .streams import JPEG, JPEG2000, JpegSource, Level, read_jpeg_source
 from .tiled_file import TiledFile, levels_of_slide, paste_region, touched_tiles
@@ -27,21 +28,36 @@ class Slide(TiledFile):
 
     def __init__(
         self,
-        path,  # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
+        path,  # pyramidal TIFF, a plain BMP, PNG or JPEG image, or any scanner's file that OpenSlide knows
         mpp: float | None = None,  # um per pixel at level 0, in place of what the file says
         mask: bool = False,  # read label codes: the red or the only channel, (height, width)
         max_damaged: int = 0,  # internal tiles that may be damaged: they are blank, and listed in `damaged`
     ):
+        self._file = None
         self._given_mpp = None if mpp is None or math.isnan(mpp) else mpp
         if self._given_mpp is not None and not 0 < self._given_mpp < math.inf:
             raise BadInput(path, f"{mpp} micrometres per pixel are given", GIVE_MPP)
         with foreign_errors(path, COPY_AGAIN):
-            super().__init__(path, mask, max_damaged)
             try:
+                super().__init__(path, mask, max_damaged)
                 self._read_layout()
+            except OtherFormat as refusal:
+                self.close()
+                if mask:
+                    raise
+                self._read_scanner(ScannerFile(path, refusal))
             except BaseException:
                 self.close()
                 raise
+
+    def close(self):
+        if self._file is not None:
+            super().close()
+
+    def decode_stored(self, level, row, column, buffer=None):
+        if isinstance(self._file, ScannerFile):
+            return self._file.read_tile(level, row, column)
+        return super().decode_stored(level, row, column, buffer)
 
     def __enter__(self):
         return self
@@ -62,7 +78,7 @@ def _read_layout(self: Slide):
     tiff, every = read_pages(self.path, self._file)
     with tiff:
         pages, image = pyramid_pages(self.path, every, described_images(self.path, every))
-        self._tagged = fit_levels([read_level(self.path, p) for p in pages], image)  # levels and their factors
+        self._tagged = fit_levels([read_level(self.path, p, self.mask) for p in pages], image)  # levels and their factors
         self._pyramid = self._tagged if self.mask or len(pages) == 1 else None  # those that show the slide
         self._mpp = self._given_mpp
         self._mpp_error = None
@@ -74,6 +90,16 @@ def _read_layout(self: Slide):
             self._mpp_error = e  # raised where the scale of a mask is asked for, which is hardly ever
     if not self.mask and max(self.base.samples, len(self.base.offsets)) < 3:
         raise BadInput(self.path, "one channel, not RGB", "Open it with `mask=True` where it holds label codes.")
+
+
+
+@patch
+def _read_scanner(self: Slide, file: ScannerFile):
+    "Take levels, factors and scale from OpenSlide."
+    self._file = file
+    self._tagged = self._pyramid = file.levels, file.factors
+    self._mpp = self._given_mpp or file.mpp()
+    self._mpp_error = None
 
 # %% ../../nbs/02_slides/10_slides.ipynb #cell-024-3
 @patch(as_prop=True)
@@ -112,7 +138,7 @@ def level_geometry(
 ) -> tuple[Level, tuple]:  # the level, its factors along x and y
     "Return a level and its factors; level 0 needs no look at the others."
     if level == 0:
-        return self.base, (1.0, 1.0)
+        return self.base, self._tagged[1][0]
     return self.levels[level], self.factors[level]
 
 # %% ../../nbs/02_slides/10_slides.ipynb #cell-024-4
@@ -160,9 +186,40 @@ def lossy(self: Slide) -> bool:
     "Whether values were changed when the file was written: by JPEG or JPEG 2000."
     return is_jpeg_file(self.path) or self.base.compression in (JPEG, *JPEG2000)
 
+
+_LEAST_MASK = 1 / 64  # of the sides of its slide
+
+
+@patch
+def align_to(
+    self: Slide,  # a mask, as large as its slide or smaller by a whole number, to a pixel of the mask
+    slide: Slide,  # its slide, open or closed
+):
+    "Give a mask the coordinates of its slide. Raises `BadInput` for a mask of other proportions, or a larger one."
+    whole, shape = slide.base.shape, self.base.shape
+    factor = max(1, round(max(whole) / max(shape)))
+    if factor * _LEAST_MASK > 1 or any(abs(W / factor - w) > 1 for W, w in zip(whole, shape, strict=True)):
+        fault = f"the mask is {shape[1]}x{shape[0]} pixels, its slide {whole[1]}x{whole[0]}"
+        remedy = "Give the mask of this slide, as large as it or smaller by a whole number (2, 4, ... at most 64)."
+        raise BadInput(self.path, fault, remedy)
+    levels, factors = self._tagged
+    change = factor / factors[0][0]
+    self._tagged = self._pyramid = levels, [(x * change, y * change) for x, y in factors]
+    self._mpp = self._mpp and self._mpp / change
+
+
+@patch
+def pixels_across(
+    self: Slide,
+    length: float,  # level-0 pixels
+    level: int = 0,  # level of the pyramid
+) -> int:  # at least 1
+    "Return how many pixels of a level are as long as so many of level 0, of a mask those of its slide."
+    return max(1, round(length / self.downsample(level)))
+
 # %% ../../nbs/02_slides/10_slides.ipynb #cell-024-2
 def open_slide(
-    path,  # pyramidal TIFF, Aperio SVS, or a plain BMP, PNG or JPEG image
+    path,  # pyramidal TIFF, a plain BMP, PNG or JPEG image, or any scanner's file that OpenSlide knows
     mpp: float | None = None,  # um per pixel at level 0, in place of what the file says
     mask: bool = False,  # read label codes: the red or the only channel, (height, width)
     max_damaged: int = 0,  # internal tiles that may be damaged: they are blank, and listed in `damaged`

@@ -67,6 +67,18 @@ class TiledFile:
         "Read the compressed bytes of one internal tile."
         return os.pread(self._file.fileno(), level.counts[plane, row, column], level.offsets[plane, row, column])
 
+    def as_codes(
+        self,
+        values: np.ndarray,  # of a mask, uint8 or uint16
+    ) -> np.ndarray:  # uint8
+        "Return values of a mask as codes. Raises `BadInput` where one is above 255."
+        if values.dtype == np.uint8:
+            return values
+        if (highest := values.max()) > 255:
+            fault = f"16 bits a sample, with values up to {highest}: a code is at most 255"
+            raise BadInput(self.path, fault, "Number its classes from 0 to 255.")
+        return values.astype(np.uint8)
+
     def blank_tile(
         self,
         level: Level,
@@ -101,7 +113,7 @@ def decode_stored(
     height, width = level.visible(row, column)
     if pixels.shape[2] >= 3 and not self.colored:
         self.colored = _is_colored(pixels[:height, :width])
-    codes = pixels[..., 0]
+    codes = self.as_codes(pixels[..., 0])
     if len(planes) == 1 and len(data) < codes.size // _SHORT and codes.min() == codes.max():
         self._constant[data] = codes[0, 0]
     return codes
@@ -141,6 +153,8 @@ def decode_tile(
     "Fetch and decode one internal tile; one that is not stored, or damaged and allowed to be so, is blank."
     try:
         pixels = self.decode_stored(level, row, column, buffer)
+    except BadInput:
+        raise
     except MemoryError as e:
         fault = f"no memory for an internal tile of {level.tile[1]}x{level.tile[0]} pixels"
         raise BadInput(self.path, fault, "Give the process more memory.") from e

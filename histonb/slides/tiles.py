@@ -75,14 +75,14 @@ class _Cutter:
         unknown = np.full(len(FRACTIONS), np.nan, np.float32)
         if self.mask is None:
             return np.tile(unknown, (len(xy), 1))
-        extent = self.grid.extent
+        side = self.mask.pixels_across(self.grid.extent)
 
         def measure(i, codes):
-            if self.mask.damaged and self.mask.touches_damage(*xy[i], extent):
+            if self.mask.damaged and self.mask.touches_damage(*xy[i], side):
                 return unknown
             return class_fractions(codes, self.matrix, self.mask.path)
 
-        fractions = np.array(self.mask.map_tiles(measure, xy, extent, threads=self.threads))
+        fractions = np.array(self.mask.map_tiles(measure, xy, side, threads=self.threads))
         check_colors(self.mask)
         return fractions
 
@@ -136,15 +136,6 @@ def strip_table(
     return pd.DataFrame(columns), jpegs, brightest
 
 # %% ../../nbs/02_slides/14_tiles.ipynb #cell-020-3
-def _check_mask(slide, mask, codes):
-    "Raise `BadInput` for a mask that is stored with loss, or has another size than its slide."
-    check_lossless(mask, codes)
-    if mask.base.shape != slide.base.shape:
-        (mask_h, mask_w), (h, w) = mask.base.shape, slide.base.shape
-        fault = f"the mask is {mask_w}x{mask_h} pixels, its slide {w}x{h}"
-        raise BadInput(mask.path, fault, "Give the mask of this slide.")
-
-
 def _check_kept(slide, mask, table, counts):
     "Raise `BadInput` where no tile is kept, or none that the mask marks."
     if not table.kept.any():
@@ -213,7 +204,8 @@ def tile_slide(
         matrix = encode = None
         if mask is not None:
             matrix = code_matrix(codes, mask.path)
-            _check_mask(slide, mask, codes)
+            check_lossless(mask, codes)
+            mask.align_to(slide)
         if store is not None:
             encode = jpeg_encoder(slide.jpeg_source(grid.level) if grid.span == rule.size else None)
         table = _measure_strips(_Cutter(slide, mask, matrix, grid, rule, encode, threads), store)
