@@ -246,6 +246,14 @@ def in_palette():
     return image
 
 
+def four_bits(path):
+    "A TIFF that says of its bytes that each holds two values."
+    tifffile.imwrite(path, codes()[:, :336].copy(), metadata=None, rowsperstrip=448)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["BitsPerSample"].overwrite(4)
+        tiff.pages[0].tags["ImageWidth"].overwrite(672)
+
+
 TILES = {"tile": (256, 256)}
 CODES_OF = Image.fromarray
 READ = {
@@ -264,6 +272,19 @@ READ = {
         **TILES,
     ),
     "planes": tiff(lambda: in_color(codes()).transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **TILES),
+    "16 bits": tiff(lambda: codes().astype(np.uint16), **TILES),
+    "16 bits, big end first": tiff(
+        lambda: codes().astype(">u2"), byteorder=">", compression="zlib", predictor=True, **TILES
+    ),
+    "16-bit png": plain(".png", lambda: CODES_OF(codes().astype(np.uint16))),
+    "4-bit png": plain(".png", in_palette, bits=4),
+    "Zstandard": tiff(codes, compression="zstd", predictor=True, **TILES),
+    "LERC": tiff(codes, compression="lerc", **TILES),
+    "LERC in Zstandard": tiff(codes, compression="lerc", compressionargs={"compression": "zstd"}, **TILES),
+    "LERC, 16 bits, in deflate": tiff(
+        lambda: codes().astype(np.uint16), compression="lerc", compressionargs={"compression": "deflate"}, **TILES
+    ),
+    "one column more": tiff(lambda: np.pad(codes(), ((0, 0), (0, 1)))),
     "palette tiff": plain(".tiff", in_palette),
     "palette png": plain(".png", in_palette),
     "palette bmp": plain(".bmp", in_palette),
@@ -290,19 +311,21 @@ REFUSED = {
     "jpg called png": (plain(".png", lambda: CODES_OF(codes()), format="JPEG", quality=95), "stored as JPEG"),
     "jpeg tiff": (tiff(codes, compression="jpeg", compressionargs={"level": 95}, **TILES), "stored as JPEG"),
     "jpeg 2000 tiff": (tiff(codes, compression="jpeg2000", **TILES), "stored as JPEG"),
-    "uint16": (
-        tiff(lambda: codes().astype(np.uint16), **TILES),
-        "16 bits a sample, not 8 without a sign.*one channel for the codes of a mask",
+    "codes above 255": (
+        tiff(lambda: codes() + np.uint16(295) * (codes() == 5), **TILES),
+        "values up to 300: a code is at most 255",
     ),
     "int8": (tiff(lambda: codes().astype(np.int8), **TILES), "8 bits a sample, signed"),
     "int32": (tiff(lambda: codes().astype(np.int32), **TILES), "32 bits a sample, signed"),
     "float": (tiff(lambda: codes() / 5, **TILES), "64 bits a sample, floating point"),
-    "1 bit": (plain(".tiff", lambda: CODES_OF(codes() > 0)), "1 bits a sample"),
-    "16-bit png": (plain(".png", lambda: CODES_OF(codes().astype(np.uint16))), "16 bits"),
+    "4 bits": (lambda path: four_bits(path.with_suffix(".tiff")), "4 bits a sample.*one channel for the codes"),
     "0/255": (tiff(lambda: np.uint8(codes() > 2) * 255, **TILES), "mask values 255 are not among the codes"),
     "unknown code": (tiff(lambda: np.where(codes() == 5, 7, codes()).astype(np.uint8), **TILES), "mask values 7"),
-    "half size": (tiff(lambda: codes()[::2, ::2]), "the mask is 336x224 pixels, its slide 672x448"),
-    "one row short": (tiff(lambda: codes()[:-1]), "the mask is 672x447"),
+    "two thirds": (tiff(lambda: codes()[:298, :448].copy()), "the mask is 448x298 pixels, its slide 672x448"),
+    "two rows short": (tiff(lambda: codes()[:-2]), "the mask is 672x446.*smaller by a whole number"),
+    "twice as large": (tiff(lambda: codes().repeat(2, 0).repeat(2, 1)), "the mask is 1344x896"),
+    "half as wide": (tiff(lambda: codes()[:, ::2].copy()), "the mask is 336x448"),
+    "a dot": (tiff(lambda: codes()[:4, :6].copy()), "the mask is 6x4"),
     "transposed": (tiff(lambda: codes().T.copy()), "the mask is 448x672"),
     "empty": (tiff(lambda: codes() * 0, **TILES), "marks nothing"),
     "no file": (lambda path: path.with_suffix(".png").write_bytes(b""), "empty"),
@@ -366,3 +389,51 @@ def test_shades_may_be_jpeg(slide, tmp_path):
     assert np.allclose(found.f4, (codes() == 5)[:, :672].reshape(2, 224, 3, 224).mean((1, 3)).ravel(), atol=0.02)
     with pytest.raises(BadInput, match="stored as JPEG"):
         tile_slide(slide[0], tmp_path / "mask.jpg", {0: 1, 50: 2, 100: 3, 200: 4})
+
+
+@pytest.mark.parametrize("factor", [2, 4, 7, 16])
+@pytest.mark.parametrize("rounded", [np.floor, np.ceil])
+def test_smaller_masks_lie_over_their_slide(slide, tmp_path, factor, rounded):
+    "A tile's classes are those of the pixels of the mask nearest to it, and labels for decoders are the same ones."
+    path, wanted = slide
+    height, width = (int(rounded(side / factor)) for side in codes().shape)
+    y, x = (np.minimum(np.arange(n) * factor + factor // 2, whole - 1) for n, whole in ((height, 448), (width, 672)))
+    tifffile.imwrite(tmp_path / "mask.tiff", codes()[np.ix_(y, x)], metadata=None)
+    found, _ = tile_slide(path, tmp_path / "mask.tiff", "radboud")
+    assert np.abs(found.filter(regex="^f") - wanted.filter(regex="^f")).to_numpy().max() < 2.2 * factor / 224
+    row = {"slide": "s", "image": str(path), "mask": str(tmp_path / "mask.tiff"), "codes": "radboud"}
+    masks = MaskTiles(found.assign(slide="s"), pd.DataFrame([row]))
+    assert masks.check(0) == len(found)
+    plain = np.array([0, 1, 1, 2, 3, 4], np.uint8)[codes()]
+    for i, t in enumerate(found.itertuples()):
+        labels, _ = masks[i]
+        assert labels.shape == (224, 224)
+        assert (labels == plain[t.y : t.y + 224, t.x : t.x + 224]).mean() > 1 - 4 * factor / 224
+
+
+def test_a_mask_is_aligned_once_however_often_it_is_asked_for(slide, tmp_path):
+    small = codes()[::4, ::4].copy()
+    tifffile.imwrite(tmp_path / "mask.tiff", small, resolution=(5e3, 5e3), resolutionunit="CENTIMETER")
+    with open_slide(slide[0]) as image, open_slide(tmp_path / "mask.tiff", mask=True) as mask:
+        for _ in range(2):
+            mask.align_to(image)
+            assert mask.factors == [(4.0, 4.0)] and mask.mpp == 0.5 and mask.level_mpp(0) == 2.0
+        assert mask.pixels_across(224) == 56 and mask.pixels_across(1) == 1
+        assert np.array_equal(mask.read(400, 200, 20, 10), codes()[200:240:4, 400:480:4])
+
+
+def test_masks_of_single_bits(slide, tmp_path):
+    "The value is 0 or 1, however it is stored; what is 1 in one file is white in another."
+    marked = codes() > 2
+    marked[447], marked[:, 671] = False, False  # a mask may be short of a row and a column, which are then 0
+    wanted = [marked[t.y : t.y + 224, t.x : t.x + 224].mean() for t in slide[1].itertuples()]
+    for name, options in {
+        "a.tiff": {},
+        "b.tiff": {"compression": "packbits"},
+        "c.tiff": {"compression": "tiff_lzw"},
+        "d.png": {},
+        "e.bmp": {},
+    }.items():
+        Image.fromarray(marked[:447, :671]).save(tmp_path / name, **options)
+        found, _ = tile_slide(slide[0], tmp_path / name, {0: 0, 1: 3})
+        assert np.allclose(found.f3, wanted), name

@@ -51,7 +51,7 @@ def _check_plain(data):
 
 # %% ../../nbs/02_slides/06_image_files.ipynb #cell-023-2
 def _stored_values(data, pixels):
-    "Return the numbers of a BMP or PNG as stored: indices of a palette, values of fewer than 8 bits without stretching."
+    "Return the numbers of a BMP or PNG as stored: indices of a palette, values of fewer than 8 bits unstretched."
     if data[:2] != _BMP and data[25] != _PNG_PALETTE:
         bits = data[24]
         return pixels // (255 // (2**bits - 1)) if bits < 8 else pixels
@@ -77,7 +77,7 @@ def _decode_plain(path, data, decoder, mask):
 def _open_with_magic(path):
     "Open a file and read its first four bytes. Raises `BadInput` where that is impossible, and for an empty file."
     if path.is_dir():
-        raise BadInput(path, "a folder, not a slide", "Name one file in it: a TIFF or SVS, or any one of a DICOM slide.")
+        raise BadInput(path, "a folder, not a slide", "Name one file in it: a TIFF, an SVS, any one of a DICOM.")
     if not path.exists():
         raise BadInput(path, "no such file", "Check the path.")
     if path.suffix.lower() == _MIRAX:

@@ -116,7 +116,7 @@ def read(
     self: MaskTiles,
     i: int,  # row of the table
 ) -> np.ndarray:  # class ids, uint8, square
-    "Read the mask of one tile as it lies in the file: of a mask smaller than its slide, as many pixels as it has there."
+    "Read the mask of one tile as it lies in the file; a mask smaller than its slide has fewer pixels there."
     name = self.table["slide"].iat[i]
     slide, mask = self._open(name)
     x, y, level = self.where[i].tolist()

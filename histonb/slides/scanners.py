@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.errors import BadInput
-from .metadata import COPY_AGAIN, OtherFormat, UnreadableNumber, parse_number, square_pixel
+from .metadata import OtherFormat, UnreadableNumber, parse_number, square_pixel
 from .streams import Damaged, Level
 
 # %% ../../nbs/02_slides/08_scanners.ipynb #cell-021
@@ -90,6 +90,7 @@ class ScannerFile:
         self._library = _load_openslide(path, refusal)
         if self._library.OpenSlide.detect_format(path) in _PLAIN:
             raise refusal
+        self._refusal = refusal
         self._inherited = []  # objects of the process that forked this one: never used, and never closed here
         self._opened = self._process = None
         properties = self._open().properties
@@ -105,7 +106,8 @@ class ScannerFile:
         try:
             self._opened = self._library.OpenSlide(self.path)
         except (self._library.OpenSlideError, OSError) as e:
-            raise BadInput(self.path, f"OpenSlide cannot open it ({e})", COPY_AGAIN) from e
+            fault = f"{self._refusal.fault}; OpenSlide cannot open it either ({e})"
+            raise BadInput(self.path, fault, self._refusal.remedy) from e
         self._process = os.getpid()
         return self._opened
 

@@ -78,7 +78,8 @@ def _read_layout(self: Slide):
     tiff, every = read_pages(self.path, self._file)
     with tiff:
         pages, image = pyramid_pages(self.path, every, described_images(self.path, every))
-        self._tagged = fit_levels([read_level(self.path, p, self.mask) for p in pages], image)  # levels and their factors
+        levels = [read_level(self.path, p, self.mask) for p in pages]
+        self._tagged = fit_levels(levels, image)  # levels and their factors
         self._pyramid = self._tagged if self.mask or len(pages) == 1 else None  # those that show the slide
         self._mpp = self._given_mpp
         self._mpp_error = None
@@ -187,7 +188,7 @@ def lossy(self: Slide) -> bool:
     return is_jpeg_file(self.path) or self.base.compression in (JPEG, *JPEG2000)
 
 
-_LEAST_MASK = 1 / 64  # of the sides of its slide
+_MASK_FACTOR = 64  # by which a mask may be smaller than its slide
 
 
 @patch
@@ -198,7 +199,7 @@ def align_to(
     "Give a mask the coordinates of its slide. Raises `BadInput` for a mask of other proportions, or a larger one."
     whole, shape = slide.base.shape, self.base.shape
     factor = max(1, round(max(whole) / max(shape)))
-    if factor * _LEAST_MASK > 1 or any(abs(W / factor - w) > 1 for W, w in zip(whole, shape, strict=True)):
+    if factor > _MASK_FACTOR or any(abs(W / factor - w) > 1 for W, w in zip(whole, shape, strict=True)):
         fault = f"the mask is {shape[1]}x{shape[0]} pixels, its slide {whole[1]}x{whole[0]}"
         remedy = "Give the mask of this slide, as large as it or smaller by a whole number (2, 4, ... at most 64)."
         raise BadInput(self.path, fault, remedy)

@@ -10,7 +10,6 @@ __all__ = ['UNCOMPRESSED', 'LZW', 'JPEG', 'DEFLATE', 'PACKBITS', 'JPEG2000', 'LE
 # %% ../../nbs/02_slides/03_streams.ipynb #cell-002
 import dataclasses
 import functools
-import math
 import re
 import struct
 from typing import NamedTuple
