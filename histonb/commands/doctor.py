@@ -44,7 +44,8 @@ def _finding(
 _EXTRAS = {
     "dev": "JupyterLab, tests, and exporting the notebooks",
     "docs": "`make docs`",
-    "bench": "`make bench`: comparison with openslide",
+    "scanners": "slides of other scanners: NDPI, MIRAX, VMS, DICOM",
+    "bench": "`make bench`: comparison with wavelets of others",
 }
 
 

@@ -24,7 +24,10 @@ from .streams import DEFLATE, UNCOMPRESSED, Damaged, check_proportion, jpeg_fram
 _JPEG = b"\xff\xd8\xff"  # first bytes of a file
 _PNG = b"\x89PNG"
 _BMP = b"BM"
-_MIRAX = ".mrxs"  # a file that is but a JPEG of the glass, or empty
+_OTHER = {  # suffix -> what a file is then, whatever its first bytes say
+    ".mrxs": "a MIRAX slide, whose pixels lie in a folder beside it",
+    ".ndpi": "a Hamamatsu NDPI, in which each level is one JPEG",
+}
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DECODERS = {_BMP: imagecodecs.bmp_decode, _PNG: imagecodecs.png_decode, _JPEG: imagecodecs.jpeg8_decode}
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # values a pixel by PNG's type of colour
@@ -80,8 +83,8 @@ def _open_with_magic(path):
         raise BadInput(path, "a folder, not a slide", "Name one file in it: a TIFF, an SVS, any one of a DICOM.")
     if not path.exists():
         raise BadInput(path, "no such file", "Check the path.")
-    if path.suffix.lower() == _MIRAX:
-        raise OtherFormat(path, "a MIRAX slide, whose pixels lie in a folder beside it", "Convert it to a TIFF.")
+    if fault := _OTHER.get(path.suffix.lower()):
+        raise OtherFormat(path, fault, "Convert it to a TIFF with internal tiles.")
     if not path.stat().st_size:
         raise BadInput(path, "the file is empty (0 bytes)", COPY_AGAIN)
     try:

@@ -116,7 +116,11 @@ class ScannerFile:
         return square_pixel(self.path, self._pixel)
 
     def close(self):
-        self._opened.close()
+        if self._process != os.getpid():
+            self._inherited.append(self._opened)
+        elif self._opened is not None:
+            self._opened.close()
+        self._opened = None
 
 # %% ../../nbs/02_slides/08_scanners.ipynb #cell-027
 def _on_white(pixels):
@@ -132,6 +136,8 @@ def _on_white(pixels):
 @patch
 def _read(self: ScannerFile, *region):
     "Read a region given by corner, level and size. Raises `Damaged` where a file opened afresh cannot do it either."
+    if self._opened is None:
+        raise ValueError("I/O operation on closed file")
     opened = self._opened if self._process == os.getpid() else self._open()
     try:
         return opened.read_region(*region)
