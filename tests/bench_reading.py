@@ -295,7 +295,8 @@ def main():
     pool.join()
     write_json(folder / "reading.json", rows)
     print(
-        "| slide | tissue | tiles | byte/px | limit s | map_tiles s | OpenSlide behind `Slide` s | openslide s (2 processes) "
+        "| slide | tissue | tiles | byte/px | limit s | map_tiles s | OpenSlide behind `Slide` s "
+        "| openslide s (2 processes) "
         "| x limit (<= 1.4) | x faster than OpenSlide behind `Slide` (>= 3) | x faster than openslide (>= 3) "
         "| pixels equal | peak MiB (< 150), of it imports |\n|" + "---|" * 13
     )

@@ -1,5 +1,6 @@
 """Tiling: the real slides against an independent reading, interruptions, and every kind of bad input."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -18,19 +19,19 @@ import pytest
 import tifffile
 
 from histonb.core.errors import BadInput
-from histonb.core.files import read_jsonl
+from histonb.core.files import read_json, read_jsonl, write_json
 from histonb.datasets.cohorts import panda
 from histonb.datasets.splits import check_leak, grouped_split
 from histonb.slides import tiling
 from histonb.slides.cohort import Cohort
 from histonb.slides.labels import IGNORE
 from histonb.slides.slides import Slide, open_slide
-from histonb.slides.tile_quality import FRACTIONS, QUALITY_METRICS, tile_metrics
+from histonb.slides.tile_quality import FRACTIONS, QUALITY_METRICS, ink_fraction, tile_metrics
 from histonb.slides.tile_rules import TileRule, apply_rule
 from histonb.slides.tile_store import TileShards
-from histonb.slides.tiles import tile_slide
+from histonb.slides.tiles import TILE_COLUMNS, tile_slide
 from histonb.slides.tiling import tile_cohort
-from histonb.synthetic.phantom import write_cohort
+from histonb.synthetic.phantom import draw_slide, write_cohort
 from histonb.synthetic.writing import write_mask, write_slide
 
 REAL = Path(__file__).parents[2] / "shared/data"
@@ -928,3 +929,47 @@ def test_a_journal_of_an_earlier_version_told_no_resolution(phantoms, tmp_path):
     before = content(tmp_path)
     tile_cohort(phantoms, tmp_path, rule)
     assert content(tmp_path) == before and len(read_jsonl(journal)) == len(phantoms.slides)
+
+
+# Ink ----------------------------------------------------------------------------------------------------------------
+
+
+def test_ink_is_looked_for_only_where_asked(tmp_path):
+    "A pen mark costs the tiles under it; without a threshold the table is the one of before, to the column."
+    draw = draw_slide(1, (1120, 1120), pen=True, instances=False)
+    write_slide(tmp_path / "s.tiff", draw.image, mpp=0.5)
+    plain, counts = tile_slide(tmp_path / "s.tiff")
+    assert list(plain) == TILE_COLUMNS and counts.ink.sum() == 0
+    rule = TileRule(max_ink=0.05)
+    table, counts = tile_slide(tmp_path / "s.tiff", rule=rule)
+    dropped = table[table.why == "ink"]
+    assert 2 < counts.ink.sum() == len(dropped) < 20 and dropped.ink.gt(0.05).all()
+    assert plain.kept[dropped.index].all() and not table.kept[table.ink > 0.05].any()
+    pd.testing.assert_frame_equal(table[QUALITY_METRICS], plain[QUALITY_METRICS])
+    for t in table.itertuples():
+        truth = draw.image[t.y : t.y + 224, t.x : t.x + 224]
+        assert t.ink == pytest.approx(ink_fraction(truth), abs=0.03)  # but for the JPEG
+    again = apply_rule(table, dataclasses.replace(rule, max_ink=0.9))
+    assert again.kept.sum() == plain.kept.sum()
+    with pytest.raises(BadInput, match="ink was not measured.*Tile again"):
+        apply_rule(plain, rule)
+
+
+def test_ink_in_a_cohort_that_is_begun_by_an_earlier_version(tmp_path):
+    "Its rule knew no ink: it goes on without; with a threshold it is another rule."
+    cohort = cohort_of([(name, half_slide(tmp_path / f"{name}.tiff")[0], "", "histonb") for name in "ab"])
+
+    def tile(folder, slides, **options):
+        return tile_cohort(cohort.take(slides), tmp_path / folder, TileRule(**options), workers=1, store=False)
+
+    tile("plain", 1)
+    rule = read_json(tmp_path / "plain/rule.json")
+    del rule["max_ink"]
+    write_json(tmp_path / "plain/rule.json", rule)
+    table = tile("plain", 2)
+    assert list(table) == TILE_COLUMNS and table.slide.nunique() == 2
+    with pytest.raises(BadInput, match="max_ink 1.0 -> 0.1"):
+        tile("plain", 2, max_ink=0.1)
+    for slides in (1, 2):  # goes on from the table that is there
+        table = tile("ink", slides, max_ink=0.1)
+        assert "ink" in table and table.slide.nunique() == slides

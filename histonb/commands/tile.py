@@ -54,6 +54,9 @@ SlideMpp = Annotated[
     float | None, typer.Option(help="Resolution of level 0 in µm/px, for slides whose files do not say.")
 ]
 _MinCoverage = Annotated[float, typer.Option(help="Least fraction of a tile that a class must cover to label it.")]
+_MaxInk = Annotated[
+    float, typer.Option(help="Largest fraction of pen marks or surgical ink in a tile; 1 does not look for them.")
+]
 _MaxDamaged = Annotated[int, typer.Option(help="Damaged internal tiles a slide may have before it is set aside.")]
 _StoreTiles = Annotated[
     bool, typer.Option("--store/--coordinates-only", help="Store the tiles' pixels, or only their coordinates.")
@@ -68,6 +71,7 @@ def tile_command(
     mpp: _TileMpp = None,
     slide_mpp: SlideMpp = None,
     min_coverage: _MinCoverage = 0.0,
+    max_ink: _MaxInk = 1.0,
     max_damaged: _MaxDamaged = 16,
     workers: Annotated[int, typer.Option(help="Number of threads.")] = 2,
     store: _StoreTiles = True,
@@ -92,7 +96,8 @@ def tile_command(
     cohort = panda(source[0]) if len(source) == 1 and os.path.isdir(source[0]) else slides_by_name(source)
     if slide_mpp is not None:
         cohort.slides["mpp"] = slide_mpp
-    rule = TileRule(size=size, level=level, min_coverage=min_coverage, max_damaged=max_damaged)
+    thresholds = {"min_coverage": min_coverage, "max_ink": max_ink, "max_damaged": max_damaged}
+    rule = TileRule(size=size, level=level, **thresholds)
     try:
         tiles = tile_cohort(cohort, out, rule=rule, workers=workers, store=store, strict=strict, mpps=mpp or ())
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
     "2 or more": "out_dim folds",
     "from 0 to 1": """
         momentum momentum_end center_momentum mask_probability mask_ratio global_scale local_scale glass_probability
-        fractions max_emptiness min_edges max_homogeneity min_coverage background mean share
+        fractions max_emptiness min_edges max_homogeneity max_ink min_coverage background mean share
     """,
     "from 0 to below 1": "drop_path val_share test_share val_fraction test_fraction",
     "above 0, up to 1": "std layer_decay",

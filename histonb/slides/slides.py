@@ -187,37 +187,6 @@ def lossy(self: Slide) -> bool:
     "Whether values were changed when the file was written: by JPEG or JPEG 2000."
     return is_jpeg_file(self.path) or self.base.compression in (JPEG, *JPEG2000)
 
-
-_MASK_FACTOR = 64  # by which a mask may be smaller than its slide
-
-
-@patch
-def align_to(
-    self: Slide,  # a mask, as large as its slide or smaller by a whole number, to a pixel of the mask
-    slide: Slide,  # its slide, open or closed
-):
-    "Give a mask the coordinates of its slide. Raises `BadInput` for a mask of other proportions, or a larger one."
-    whole, shape = slide.base.shape, self.base.shape
-    factor = max(1, round(max(whole) / max(shape)))
-    if factor > _MASK_FACTOR or any(abs(W / factor - w) > 1 for W, w in zip(whole, shape, strict=True)):
-        fault = f"the mask is {shape[1]}x{shape[0]} pixels, its slide {whole[1]}x{whole[0]}"
-        remedy = "Give the mask of this slide, as large as it or smaller by a whole number (2, 4, ... at most 64)."
-        raise BadInput(self.path, fault, remedy)
-    levels, factors = self._tagged
-    change = factor / factors[0][0]
-    self._tagged = self._pyramid = levels, [(x * change, y * change) for x, y in factors]
-    self._mpp = self._mpp and self._mpp / change
-
-
-@patch
-def pixels_across(
-    self: Slide,
-    length: float,  # level-0 pixels
-    level: int = 0,  # level of the pyramid
-) -> int:  # at least 1
-    "Return how many pixels of a level are as long as so many of level 0, of a mask those of its slide."
-    return max(1, round(length / self.downsample(level)))
-
 # %% ../../nbs/02_slides/10_slides.ipynb #cell-024-2
 def open_slide(
     path,  # pyramidal TIFF, a plain BMP, PNG or JPEG image, or any scanner's file that OpenSlide knows
@@ -317,6 +286,37 @@ def touches_damage(
     rows = touched_tiles(round(y / fy), size, geometry.shape[0], geometry.tile[0])
     columns = touched_tiles(round(x / fx), size, geometry.shape[1], geometry.tile[1])
     return any(index == level and row in rows and column in columns for index, row, column in list(self.damaged))
+
+# %% ../../nbs/02_slides/10_slides.ipynb #cell-align
+_MASK_FACTOR = 64  # by which a mask may be smaller than its slide
+
+
+@patch
+def align_to(
+    self: Slide,  # a mask, as large as its slide or smaller by a whole number, to a pixel of the mask
+    slide: Slide,  # its slide, open or closed
+):
+    "Give a mask the coordinates of its slide. Raises `BadInput` for a mask of other proportions, or a larger one."
+    whole, shape = slide.base.shape, self.base.shape
+    factor = max(1, round(max(whole) / max(shape)))
+    if factor > _MASK_FACTOR or any(abs(W / factor - w) > 1 for W, w in zip(whole, shape, strict=True)):
+        fault = f"the mask is {shape[1]}x{shape[0]} pixels, its slide {whole[1]}x{whole[0]}"
+        remedy = "Give the mask of this slide, as large as it or smaller by a whole number (2, 4, ... at most 64)."
+        raise BadInput(self.path, fault, remedy)
+    levels, factors = self._tagged
+    change = factor / factors[0][0]
+    self._tagged = self._pyramid = levels, [(x * change, y * change) for x, y in factors]
+    self._mpp = self._mpp and self._mpp / change
+
+
+@patch
+def pixels_across(
+    self: Slide,
+    length: float,  # level-0 pixels
+    level: int = 0,  # level of the pyramid
+) -> int:  # at least 1
+    "Return how many pixels of a level are as long as so many of level 0, of a mask those of its slide."
+    return max(1, round(length / self.downsample(level)))
 
 # %% ../../nbs/02_slides/10_slides.ipynb #cell-036
 def _resize(pixels, width, height, mask):

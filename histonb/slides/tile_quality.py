@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'QUALITY_METRICS', 'FRACTIONS', 'grey', 'check_bright', 'glass_fraction', 'edges', 'homogeneity',
-           'tile_metrics', 'code_matrix', 'class_fractions', 'highest_class']
+           'tile_metrics', 'ink_mask', 'ink_fraction', 'code_matrix', 'class_fractions', 'highest_class']
 
 # %% ../../nbs/02_slides/11_tile_quality.ipynb #cell-002
 import cv2
@@ -76,6 +76,30 @@ def tile_metrics(
     "Measure the three criteria of one tile."
     g = grey(tile)
     return glass_fraction(g, white), edges(g, gradient), homogeneity(g)
+
+# %% ../../nbs/02_slides/11_tile_quality.ipynb #cell-ink
+_CLEARLY = 10  # grey levels by which red must be below green, beside its share
+_BLACK_INK = 60  # brightest channel of black ink
+_COLORLESS = 20  # largest difference between its channels
+
+
+def ink_mask(
+    tile: np.ndarray,  # RGB, uint8, shape (h, w, 3)
+) -> np.ndarray:  # bool, shape (h, w)
+    "Find pen marks and surgical ink by their colours: blue and green, black, and red."
+    red, green, blue = (tile[..., i].astype(np.int16) for i in range(3))
+    brightest = tile.max(2)
+    cold = (4 * red < 3 * green) & (green - red > _CLEARLY)
+    warm = (red > 2 * green) & (20 * blue < 23 * green) & (red > 100)
+    black = (brightest < _BLACK_INK) & (brightest - tile.min(2) < _COLORLESS)
+    return cold | warm | black
+
+
+def ink_fraction(
+    tile: np.ndarray,  # RGB, uint8, shape (h, w, 3)
+) -> float:  # fraction of ink, 0 to 1
+    "Compute the fraction of pixels that show ink."
+    return float(ink_mask(tile).mean())
 
 # %% ../../nbs/02_slides/11_tile_quality.ipynb #cell-024
 FRACTIONS = [*(f"f{c}" for c in LABELS), "fignore"]

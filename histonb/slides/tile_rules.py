@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.errors import BadInput
 from ..core.parameters import check_ranges
 from .labels import IGNORE
-from .tile_quality import FRACTIONS, highest_class
+from .tile_quality import FRACTIONS, QUALITY_METRICS, highest_class
 from .tile_store import tile_span
 
 # %% ../../nbs/02_slides/13_tile_rules.ipynb #cell-005
@@ -36,6 +36,7 @@ class TileRule:
     max_emptiness: float = 0.9  # threshold: largest fraction of glass
     min_edges: float = 0.02  # threshold: smallest fraction of edge pixels
     max_homogeneity: float = 0.96  # threshold: largest homogeneity
+    max_ink: float = 1.0  # threshold: largest fraction of pen marks; 1 does not look for them
     min_coverage: float = 0.0  # threshold: least fraction of the tile a class must cover to label it
 
     def __post_init__(self):
@@ -51,9 +52,15 @@ class TileRule:
         if self.size < 16:
             raise BadInput("TileRule", f"a tile of {self.size} pixels", "Use at least 16 pixels.")
 
-    def passes(self, emptiness, edges, homogeneity):
-        "Tell whether the three numbers of a tile (or of many) meet the thresholds."
-        return (emptiness <= self.max_emptiness) & (edges >= self.min_edges) & (homogeneity <= self.max_homogeneity)
+    @property
+    def metrics(self):
+        "Names of what is measured of each tile."
+        return [*QUALITY_METRICS, "ink"] if self.max_ink < 1 else QUALITY_METRICS
+
+    def passes(self, emptiness, edges, homogeneity, ink=0.0):
+        "Tell whether the numbers of a tile (or of many) meet the thresholds."
+        shown = (emptiness <= self.max_emptiness) & (edges >= self.min_edges) & (homogeneity <= self.max_homogeneity)
+        return shown & (ink <= self.max_ink)
 
 # %% ../../nbs/02_slides/13_tile_rules.ipynb #cell-010
 @dataclass(frozen=True)
@@ -185,20 +192,23 @@ def apply_rule(
     table: pd.DataFrame,  # a tile table
     rule: TileRule = TileRule(),  # only its thresholds count
 ) -> pd.DataFrame:  # a copy with new label, kept and why
-    "Decide again which tiles are kept, from their stored numbers."
+    "Decide again which tiles are kept, from their stored numbers. Raises `BadInput` where one was not measured."
+    if missing := set(rule.metrics) - set(table):
+        raise BadInput("tile table", f"{', '.join(missing)} was not measured", "Tile again with a `max_ink` below 1.")
     table = relabel(table, rule.min_coverage)
     failed = {
         "damaged": table.emptiness.isna(),
         "emptiness": table.emptiness > rule.max_emptiness,
         "edges": table.edges < rule.min_edges,
         "homogeneity": table.homogeneity > rule.max_homogeneity,
+        "ink": table.get("ink", pd.Series(0.0, table.index)) > rule.max_ink,
         "ignored": table.label == IGNORE,
     }
     drop_reason = np.select([*failed.values()], [*failed], "")
     return table.assign(kept=drop_reason == "", why=drop_reason)
 
 # %% ../../nbs/02_slides/13_tile_rules.ipynb #cell-018
-OUTCOMES = ["incomplete", "background", "damaged", "emptiness", "edges", "homogeneity", "ignored", "kept"]
+OUTCOMES = ["incomplete", "background", "damaged", "emptiness", "edges", "homogeneity", "ink", "ignored", "kept"]
 
 
 def tile_counts(

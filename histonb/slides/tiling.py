@@ -31,7 +31,7 @@ from .labels import LABELS
 from .slides import open_slide
 from .tile_rules import TileRule, tile_counts
 from .tile_store import ShardWriter, read_tiles
-from .tiles import TILE_COLUMNS, tile_slide
+from .tiles import tile_columns, tile_slide
 
 # %% ../../nbs/02_slides/16_tiling.ipynb #cell-007
 @dataclasses.dataclass
@@ -173,6 +173,7 @@ def _same_rule(out, rules, store):
         earlier = read_json(out / "rule.json")
         if not isinstance(earlier, dict) or "size" not in earlier:
             raise BadInput(out / "rule.json", "no rule of tiling", "Choose another folder, or delete this one.")
+        earlier = {**dataclasses.asdict(TileRule()), **earlier}  # an earlier version had fewer fields
         changed = [f"{name} {earlier.get(name)} -> {v}" for name, v in wanted.items() if earlier.get(name) != v]
         if changed:
             raise BadInput(
@@ -211,10 +212,11 @@ def _id_columns(jobs):
 
 def _assemble(out, jobs, done, slides):
     "Make one table from the slides' parts and, for slides of an earlier run, from the table that is there."
+    columns = tile_columns(jobs[0].rule)
     tables = []
     earlier = {}
     if (out / "tiles.parquet").exists():
-        earlier = dict(list(read_tiles(out, TILE_COLUMNS).groupby(_id_columns(jobs), sort=False)))
+        earlier = dict(list(read_tiles(out, columns).groupby(_id_columns(jobs), sort=False)))
     for job in jobs:
         if job.id not in done:
             continue
@@ -232,7 +234,7 @@ def _assemble(out, jobs, done, slides):
         if name in of_slide:
             table[name] = table["slide"].map(of_slide[name])
     table["label"] = table["label"].where(table["f0"].notna(), table["slide"].map(_labels(slides))).astype(np.int16)
-    return table[TILE_COLUMNS]
+    return table[columns]
 
 # %% ../../nbs/02_slides/16_tiling.ipynb #cell-009-3
 def tile_cohort(
