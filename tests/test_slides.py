@@ -772,7 +772,7 @@ def test_real_svs():
 
 
 def test_real_slides_equal_openslide():
-    openslide = pytest.importorskip("openslide", reason="openslide is an extra (`bench`)")
+    openslide = pytest.importorskip("openslide", reason="openslide is an extra (`scanners`)")
     for path in [*real("panda/train_images/*.tiff"), *real("slides/*.svs")]:
         with open_slide(path) as slide, openslide.OpenSlide(path) as other:
             assert np.array_equal(
