@@ -368,7 +368,7 @@ def test_bad_slides_are_quarantined_and_the_rest_goes_on(tmp_path):
     (tmp_path / "stream.tiff").write_bytes(whole[:at] + b"\0" * 200 + whole[at + 200 :])
     nomask, _ = half_slide(tmp_path / "nomask.tiff")
     nompp, nompp_mask = half_slide(tmp_path / "nompp.tiff", mpp=None)
-    write_mask(tmp_path / "small_mask.tiff", np.ones((448, 448), np.uint8))
+    write_mask(tmp_path / "small_mask.tiff", np.ones((600, 600), np.uint8))
     write_mask(tmp_path / "codes_mask.tiff", np.full((896, 896), 9, np.uint8))
     write_mask(tmp_path / "void_mask.tiff", np.zeros((896, 896), np.uint8))
     write_slide(tmp_path / "glass.tiff", np.full((896, 896, 3), 245, np.uint8))
@@ -394,7 +394,7 @@ def test_bad_slides_are_quarantined_and_the_rest_goes_on(tmp_path):
         "text": "not a TIFF",
         "gone": "no such file",
         "lostmask": "no such file",
-        "small": "448x448 pixels, its slide 896x896",
+        "small": "600x600 pixels, its slide 896x896",
         "codes": "mask values 9 are not among",
         "void": "marks nothing",
         "glass": "no tissue",
