@@ -183,7 +183,7 @@ def test_bad_masks_are_set_aside_when_cut(tmp_path):
     Image.fromarray(codes_of(0)[:64]).save(masks / "p0.png")
     Image.fromarray(codes_of(1) + 3).save(masks / "p1.png")
     (masks / "p2.png").write_bytes((masks / "p2.png").read_bytes()[:100])
-    Image.fromarray(codes_of(3).astype(np.uint16)).save(masks / "p3.png")
+    Image.fromarray(codes_of(3) + np.uint16(300)).save(masks / "p3.png")
     (images / "p4.jpg").write_bytes((images / "p4.jpg").read_bytes()[:3000])
     table = tile_images(pairs(images, masks, CODES, size=64), tmp_path / "tiles", SMALL, workers=2)
     assert set(table["slide"]) == {"p5.jpg"}
@@ -192,7 +192,7 @@ def test_bad_masks_are_set_aside_when_cut(tmp_path):
         ("p0.jpg", "masks/p0.png", "the mask is 192x64 pixels, its slide 192x128"),
         ("p1.jpg", "masks/p1.png", "mask values 5, 6, 7 are not among the codes [0, 1, 2, 3, 4]"),
         ("p2.jpg", "masks/p2.png", "damaged"),
-        ("p3.jpg", "masks/p3.png", "16 bits"),
+        ("p3.jpg", "masks/p3.png", "16 bits a sample, with values up to 30"),
         ("p4.jpg", "images/p4.jpg", "damaged"),
     ]:
         assert (
