@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=find_packages(include=["histonb", "histonb.*"]),
+    package_data={"histonb.annotate": ["viewer_page/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={

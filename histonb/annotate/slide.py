@@ -7,6 +7,7 @@ __all__ = ['OVERVIEW', 'annotate_slide']
 
 # %% ../../nbs/11_annotate/06_slide.ipynb #cell-002
 import dataclasses
+import os
 import shutil
 import time
 from pathlib import Path
@@ -337,6 +338,7 @@ def _state(work, start):
     return {
         "files": {name: content_key(work.folder / name) for name in files},
         "damaged": len(work.slide.damaged),
+        "slide_path": os.path.relpath(work.slide.path, work.folder),  # for a viewer, while neither moves
         "seconds": time.monotonic() - start,
         "note": _note(work),
     }
