@@ -19,6 +19,7 @@ from .commands.pretrain import export_command, pretrain_command
 from .commands.studies import run_command, status_command
 from .commands.tile import tile_command
 from .commands.train_cerberus import train_cerberus_command
+from .commands.view import view_command
 from .commands.weights import weights_app
 from .core.errors import BadInput, explain_refusal
 from .core.processes import wait_policy
@@ -68,6 +69,7 @@ def histonb(
       histonb export runs/demo/pretrain model   the trained backbone, for timm
       histonb annotate a.svs --weights W --out O  glands and nuclei of a slide, for QuPath
       histonb edits a.geojson --annotated O       how much of it was corrected in QuPath
+      histonb view O                            annotated slides as a page for any browser
     """
 
 # %% ../nbs/15_cli.ipynb #cell-008
@@ -81,6 +83,7 @@ COMMANDS = {
     "train-cerberus": train_cerberus_command,
     "annotate": annotate_command,
     "edits": edits_command,
+    "view": view_command,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

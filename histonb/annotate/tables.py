@@ -15,6 +15,7 @@ import shapely
 
 from .exporting import class_name
 from .roi import Roi
+from .working_folder import VIEWER
 from ..core.files import atomic_path, read_parquet, write_parquet
 
 # %% ../../nbs/11_annotate/05_tables.ipynb #cell-005
@@ -147,13 +148,15 @@ _STYLE = (
 )
 
 
-def _page(table):
+def _page(table, out):
     "Return the page of a cohort as HTML."
     figures = []
     for slide in table["slide"].unique():
         at = html.escape(slide, quote=True)
+        page = f"{VIEWER}/index.html"
+        link = f"{at}/{page if (out / slide / page).exists() else ''}"
         figures.append(
-            f'<figure><a href="{at}/"><img src="{at}/overview.png" alt=""></a><figcaption>{at}</figcaption></figure>'
+            f'<figure><a href="{link}"><img src="{at}/overview.png" alt=""></a><figcaption>{at}</figcaption></figure>'
         )
     shown = table[table["region"] == ALL].drop(columns="region")
     regions = table[table["region"] != ALL]
@@ -177,5 +180,5 @@ def collect_summaries(
     table = pd.concat([read_parquet(path, SUMMARY) for path in paths], ignore_index=True)
     write_summary(out, table)
     with atomic_path(out / "summary.html") as path:
-        path.write_text(_page(table), encoding="utf-8")
+        path.write_text(_page(table, out), encoding="utf-8")
     return table

@@ -16,10 +16,12 @@ import numpy as np
 import pandas as pd
 import shapely
 from matplotlib import colormaps
+from matplotlib.colors import Normalize
 
 from .exporting import MEASUREMENTS, class_name, color_of
 from ..core.errors import BadInput
 from ..core.files import atomic_path, json_default
+from ..metrics.density import color_norm, paint_tissue
 
 # %% ../../nbs/11_annotate/09_viewer_layers.ipynb #cell-005
 def script_text(
@@ -160,44 +162,52 @@ def fit_object_layers(
 class MapLayer:
     "A map over a slide, from its upper left corner on."
 
-    name: str  # what it shows, and its unit
+    name: str  # what it shows: the unit of numbers
     values: np.ndarray  # (rows, columns) float, NaN for none; or uint8, numbers of classes
     side: float  # pixels of level 0 along a side of one value
     classes: tuple = ()  # names of the classes, the first for none; empty: `values` are numbers
     on: bool = False  # shown at first
     for_specks: bool = False  # shown only where nuclei are specks, in their place
-    top: float | None = None  # value of the last colour; None: the 99th percentile
+    limits: tuple = ()  # values of the first and the last colour; empty: of `color_norm`
 
 
-_RAMP = colormaps["viridis"]
+def _hex(color):
+    return "#%02x%02x%02x" % tuple(color[:3])
 
 
-def _hex(name):
-    return "#%02x%02x%02x" % color_of(name)
+def _rounded(value):
+    "Say a number with three digits, 14,400 and not 1.44e+04."
+    return f"{float(f'{value:.3g}'):,.12g}"
 
 
-def _paint(layer):
-    "Return the picture of a map (rows, columns, 4) uint8, and what the legend says of it."
-    if layer.classes:
-        colors = np.array([(*color_of(c), 255) for c in layer.classes], np.uint8)
-        colors[0, 3] = 0
-        present = [layer.classes[i] for i in np.unique(layer.values) if i]
-        return colors[layer.values], {"classes": [{"name": c, "color": _hex(c)} for c in present]}
-    finite = layer.values[np.isfinite(layer.values)]
-    top = layer.top or (np.percentile(finite, 99) if finite.size else 0) or 1.0
-    picture = _RAMP(np.nan_to_num(layer.values / top).clip(0, 1), bytes=True)
-    picture[..., 3] = np.where(np.isfinite(layer.values), 255, 0)
-    ramp = [_RAMP(v, bytes=True)[:3] for v in np.linspace(0, 1, 9)]
-    return picture, {"colors": ["#%02x%02x%02x" % tuple(c) for c in ramp], "low": "0", "high": f"{top:.3g}"}
+def _paint_classes(layer):
+    "Return the picture of a map of classes, a pixel for each square, and its legend."
+    colors = np.array([(*color_of(c), 140) for c in layer.classes], np.uint8)
+    colors[0, 3] = 0
+    present = [layer.classes[i] for i in np.unique(layer.values) if i]
+    return colors[layer.values], {"classes": [{"name": c, "color": _hex(color_of(c))} for c in present]}
+
+
+def _paint_numbers(layer, image, pixel):
+    "Return the picture of a map of numbers, as large as the small slide, and its legend."
+    norm = Normalize(*layer.limits) if layer.limits else color_norm(layer.values, layer.name)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    picture = np.uint8(255 * paint_tissue(layer.values, grey, layer.side / pixel, norm))
+    picture[..., 3] &= 0xF0  # sixteen levels of cover: a file of half the size
+    picture[picture[..., 3] == 0] = 0
+    ramp = [_hex(colormaps["viridis"](v, bytes=True)) for v in np.linspace(0, 1, 9)]
+    return picture, {"colors": ramp, "low": _rounded(norm.vmin), "high": _rounded(norm.vmax)}
 
 
 def write_map(
     path,  # PNG to write, atomically
     layer: MapLayer,  # the map
+    image: np.ndarray,  # (h, w, 3) uint8, the slide, small
+    pixel: float,  # pixels of level 0 along a side of a pixel of the image
 ) -> dict:  # what the page has to know of it
     "Write a map as a picture."
-    picture, legend = _paint(layer)
+    picture, legend = _paint_classes(layer) if layer.classes else _paint_numbers(layer, image, pixel)
     with atomic_path(path) as p:
         cv2.imwrite(str(p), cv2.cvtColor(picture, cv2.COLOR_RGBA2BGRA))
-    about = {"name": layer.name, "side": layer.side, "on": layer.on, "for_specks": layer.for_specks}
-    return about | {"file": Path(path).name} | legend
+    about = {"name": layer.name, "on": layer.on, "for_specks": layer.for_specks, "file": Path(path).name}
+    return about | {"side": layer.side if layer.classes else pixel} | legend

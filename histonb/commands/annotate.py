@@ -47,6 +47,9 @@ _SkipExisting = Annotated[
     bool, typer.Option("--skip-existing", help="Leave slides that OUT already holds, whatever their settings.")
 ]
 _Compress = Annotated[bool, typer.Option("--compress", help="Write objects.geojson.gz in place of objects.geojson.")]
+_Viewer = Annotated[
+    bool, typer.Option("--viewer", help="Make a page of each slide, OUT/SLIDE/viewer; later: `histonb view`.")
+]
 _MaxDamaged = Annotated[int, typer.Option(help="Damaged internal tiles that a slide may have before it is refused.")]
 
 # %% ../../nbs/14_commands/05_annotate.ipynb #cell-007
@@ -65,6 +68,7 @@ def annotate_command(
     skip_existing: _SkipExisting = False,
     max_damaged: _MaxDamaged = 16,
     compress: _Compress = False,
+    viewer: _Viewer = False,
 ):
     """Find glands, lumina and nuclei in whole slides.
 
@@ -99,7 +103,7 @@ def annotate_command(
         "compress": compress,
     }
     try:
-        faults = _annotate_all(slides, predictor, out, options)
+        faults = _annotate_all(slides, predictor, out, options, viewer)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
@@ -146,13 +150,18 @@ def end_with(
         raise typer.Exit(2)
 
 
-def _annotate_all(slides, predictor, out, options):
+def _annotate_all(slides, predictor, out, options, viewer):
     "Annotate slide by slide; returns the faults of those that could not be used."
     from histonb.annotate.slide import annotate_slide
     from histonb.annotate.tables import collect_summaries
+    from histonb.annotate.viewing import view_annotation
+    from histonb.annotate.working_folder import VIEWER
 
     def annotate(slide):
-        print(_summary(annotate_slide(slide, predictor, out, **options)), flush=True)
+        folder = annotate_slide(slide, predictor, out, **options)
+        print(_summary(folder), flush=True)
+        if viewer and not (folder / VIEWER / "index.html").exists():
+            print(view_annotation(folder, slides=slide), flush=True)
 
     _, faults = use_each(slides, annotate)
     n_slides = collect_summaries(out)["slide"].nunique()

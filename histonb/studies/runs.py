@@ -55,8 +55,8 @@ def output_keys(
 
 def _is_result(name):
     path = Path(name)
-    if path.parts[0] == "ranks":
-        return False  # how the processes of a stage agree, until after its end
+    if path.parts[0] in ("ranks", "viewer"):
+        return False  # how the processes of a stage agree, until after its end; a page for people
     return not path.name.startswith(".") and path.suffix not in _LOG_SUFFIXES and path.name not in _RECORDS
 
 

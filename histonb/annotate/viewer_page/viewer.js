@@ -181,7 +181,6 @@ const histonb = (() => {
     context.beginPath();
     context.rect(0, 0, state.slide.width, state.slide.height);
     context.clip();
-    context.globalAlpha = 0.55;
     context.imageSmoothingEnabled = !map.classes;
     context.drawImage(image, 0, 0, image.naturalWidth * side, image.naturalHeight * side);
     context.restore();
@@ -213,8 +212,13 @@ const histonb = (() => {
   function strokeClass(context, cell, i, view) {
     const isNear = view.um < THICK;
     const path = isNear ? pathInView(cell, i, view) : pathOfClass(cell, i, view);
-    context.lineWidth = (isNear ? 2 : 1 / view.ratio) / view.scale;
+    const pixel = 1 / view.ratio / view.scale;
+    context.lineWidth = isNear ? 2 / view.scale : pixel;
     context.stroke(path);
+    if (isNear || cell.task === "nucleus") return;
+    context.translate(pixel, pixel); // two thin lines, one beside the other
+    context.stroke(path);
+    context.translate(-pixel, -pixel);
   }
 
   function pathInView(cell, i, view) {
