@@ -49,7 +49,8 @@ def outline_steps(
     outlines: np.ndarray,  # (n,) polygons or several as one, in pixels of level 0
 ) -> list[list[list[int]]]:  # of each outline its rings: x, y, then steps dx, dy, ... in half pixels
     "Turn outlines into whole numbers."
-    rings, of = shapely.get_rings(outlines, return_index=True)
+    polygons, of_polygon = shapely.get_parts(outlines, return_index=True)
+    rings, of_ring = shapely.get_rings(polygons, return_index=True)
     points, ring = shapely.get_coordinates(rings, return_index=True)
     is_last = np.append(ring[1:] != ring[:-1], True)[: len(ring)]  # the first one once more
     points = np.rint(points[~is_last] / HALF).astype(int)
@@ -57,7 +58,7 @@ def outline_steps(
     is_first = np.insert(ring[1:] != ring[:-1], 0, True)[: len(ring)]
     steps = np.where(is_first[:, None], points, np.diff(points, axis=0, prepend=0))
     lists = [[] for _ in outlines]
-    for i, numbers in zip(of, np.split(steps, np.flatnonzero(is_first)[1:])):
+    for i, numbers in zip(of_polygon[of_ring], np.split(steps, np.flatnonzero(is_first)[1:])):
         lists[i].append(numbers.ravel().tolist())
     return lists
 
@@ -98,6 +99,11 @@ def _tasks_first(pairs):
     return sorted(pairs, key=lambda p: (first.index(p[0]) if p[0] in first else len(first), *p))
 
 
+def _hex(color):
+    "Write a colour as a page has it."
+    return "#" + bytes(int(c) for c in color[:3]).hex()
+
+
 def _classes(table):
     "Return the numbers of the classes by task and type, and what the legend says of each."
     counts = table.value_counts(["task", "type"])
@@ -105,7 +111,7 @@ def _classes(table):
     legend = [
         {
             "name": class_name(task, kind) or "without a class",
-            "color": "#%02x%02x%02x" % color_of(kind or task),
+            "color": _hex(color_of(kind or task)),
             "count": int(counts[task, kind]),
         }
         for task, kind in pairs
@@ -169,10 +175,6 @@ class MapLayer:
     on: bool = False  # shown at first
     for_specks: bool = False  # shown only where nuclei are specks, in their place
     limits: tuple = ()  # values of the first and the last colour; empty: of `color_norm`
-
-
-def _hex(color):
-    return "#%02x%02x%02x" % tuple(color[:3])
 
 
 def _rounded(value):
