@@ -19,7 +19,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
-demo: .venv/dev.installed ## slides to benchmark table on synthetic slides; under 10 minutes on 2 cores
+demo: .venv/dev.installed ## slides to benchmark table on synthetic slides; 10 to 20 minutes on 2 cores
 	$(BIN)/histonb run runs/demo.yaml
 
 test: export OMP_NUM_THREADS := 1
