@@ -96,7 +96,7 @@ def main():
     try:
         app()
     except (BadInput, OSError) as e:
-        fault = e if type(e) is BadInput else explain_refusal(e)
+        fault = e if isinstance(e, BadInput) else explain_refusal(e)
         if "--debug" in sys.argv or fault is None:
             raise
         typer.echo(f"histonb: {fault}", err=True)

@@ -35,7 +35,7 @@ RANGES = {  # where the numbers of a parameter lie; of a list, each of them
         patch_weight regulariser_weight steps micro_batch regulariser_group n_local workers threads processes seed
         seeds split_seed weights_seed watch_every val_fields level size mpp slide_mpp picture_mpp limit
         per_slide per_cluster duplicate tile leak target gates_from closing gpus cpus cpus_per_gpu max_damaged
-        max_stride
+        max_stride viewer
     """,
     "1 or more": """
         hidden bottleneck n_global global_size local_size crop side draw height map_size batch_size
